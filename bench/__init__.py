@@ -1,0 +1,1 @@
+"""Benchmarks and the kernel report; run from a checkout, not installed."""

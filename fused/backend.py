@@ -1,0 +1,94 @@
+"""Which implementation serves a tensor: the Triton kernels or the closed forms in plain PyTorch.
+
+By default CUDA tensors (NVIDIA and ROCm) take the Triton kernels where triton is installed, and
+everything else takes `fused.eager`. `use` overrides that for a block of code, the environment
+variable FUSED_BACKEND for a process.
+"""
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+
+_NAMES = ("auto", "triton", "eager")
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "fused_backend", default=None
+)
+
+
+@contextlib.contextmanager
+def use(name: str) -> Iterator[None]:
+    """Within the block, serve every operation by `name`: "triton", "eager" or "auto" (the default).
+
+    "triton" on CPU tensors works only in Triton's interpreter (TRITON_INTERPRET=1 in the
+    environment before triton is imported), which is for tests: it is slow. A backward pass is
+    served by whatever served its forward.
+    """
+    token = _override.set(_checked(name))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def name_for(tensor: torch.Tensor) -> str:
+    """ "triton" or "eager": what serves an operation on `tensor` here and now.
+
+    Raises RuntimeError where the Triton kernels were asked for and cannot serve the tensor.
+    """
+    name = _override.get() or _from_environment()
+    if name == "auto":
+        return "triton" if tensor.is_cuda and _triton_installed() else "eager"
+    if name == "triton":
+        if not _triton_installed():
+            raise RuntimeError(
+                "the Triton kernels were asked for, but triton is not installed "
+                "(it exists for Linux: pip install triton); backend 'eager' needs nothing but torch"
+            )
+        if not tensor.is_cuda and not _interpreting():
+            raise RuntimeError(
+                f"the Triton kernels were asked for on a {tensor.device.type} tensor; move it to a "
+                "CUDA device, or set TRITON_INTERPRET=1 before Python starts to interpret them"
+            )
+    return name
+
+
+def implementation(operation: str, tensor: torch.Tensor) -> ModuleType:
+    """The module that serves `operation` ("cross_entropy", ...) on `tensor`."""
+    return _module(name_for(tensor), operation)
+
+
+@functools.cache
+def _module(name: str, operation: str) -> ModuleType:
+    # Not imported before it is needed: triton costs a quarter of a second.
+    package = {"triton": "fused.kernels", "eager": "fused.eager"}[name]
+    return importlib.import_module(f"{package}.{operation}")
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _interpreting() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _from_environment() -> str:
+    return _checked(os.environ.get("FUSED_BACKEND", "auto"))
+
+
+def _checked(name: str) -> str:
+    if name not in _NAMES:
+        raise ValueError(f"expected backend to be one of {', '.join(_NAMES)}, got {name!r}")
+    return name

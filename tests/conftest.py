@@ -1,0 +1,64 @@
+"""Fixtures: the device, the implementation under test, and memory that is never clean by luck."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import fused
+
+# The interpreter computes with NumPy, which warns where a GPU gives inf or NaN in silence.
+INTERPRETER_WARNINGS = [
+    "ignore:invalid value encountered:RuntimeWarning",
+    "ignore:divide by zero encountered:RuntimeWarning",
+    "ignore:overflow encountered:RuntimeWarning",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for warning in INTERPRETER_WARNINGS:
+            item.add_marker(pytest.mark.filterwarnings(warning))
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(params=["eager", "triton"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every operation's test runs on the closed forms and on the Triton kernels."""
+    with fused.backend.use(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty and empty_like give NaN, so that an element never written shows."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(77)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+@pytest.fixture(scope="session")
+def names_file() -> Path:
+    """The notebooks' names.txt: $FUSED_NAMES, or the copy beside the checkout."""
+    path = Path(
+        os.environ.get("FUSED_NAMES")
+        or Path(__file__).parents[2] / "shared" / "data" / "names.txt"
+    )
+    if not path.is_file():
+        pytest.skip("names.txt is not here; set FUSED_NAMES to its path")
+    return path
