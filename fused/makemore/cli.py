@@ -1,0 +1,320 @@
+"""fused-makemore: check the gradients, train the network, sample names."""
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from fused.makemore.errors import InputError
+from fused.makemore.model import Settings
+
+_DEFAULTS = Settings()
+_ENGINES = {
+    "manual": "closed forms by hand, no autograd",
+    "fused": "this package's operations under autograd",
+    "chunked": "the 26 gradients one tensor at a time",
+    "autograd": "torch's own operations and .backward()",
+}
+_INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, 1 for failed checks, 2 for bad input."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except InputError as error:
+        print(f"fused-makemore: {error}", file=sys.stderr)
+        return 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fused-makemore",
+        description="Train the character-level MLP of the makemore notebooks with hand-derived "
+        "backward passes.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check = commands.add_parser(
+        "check",
+        help="compare hand-derived gradients with autograd's",
+        description="Compares the gradients of 26 tensors, derived by hand, with autograd's, on "
+        "one minibatch; then the two closed forms. Exit status 1 if one is not approximately "
+        "equal.",
+    )
+    _add_data(check)
+    _add_network(check, dataclasses.replace(_DEFAULTS, hidden=64))
+    check.set_defaults(command=_check)
+
+    train = commands.add_parser(
+        "train",
+        help="train, evaluate, sample and save a run",
+        description="Trains the network and saves checkpoint, metrics, loss curve and a picture "
+        "of the logits' gradient in a run folder. Ctrl-C saves a checkpoint to resume from.",
+    )
+    _add_data(train)
+    _add_network(train, _DEFAULTS)
+    _add(train, "--steps", _positive, _DEFAULTS.steps, "training steps")
+    _add(train, "--lr", _rate, _DEFAULTS.lr, "learning rate")
+    _add(train, "--final-lr", _rate, _DEFAULTS.final_lr, "learning rate from half way")
+    engines = "; ".join(f"{name}: {what}" for name, what in _ENGINES.items())
+    train.add_argument(
+        "--engine", choices=_ENGINES, help=f"how gradients are computed (default manual). {engines}"
+    )
+    train.add_argument("--out", metavar="DIR", help="run folder (default runs/<time>)")
+    train.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="run folder to continue; its settings hold, and it ends with exactly the parameters "
+        "of a run that was never interrupted",
+    )
+    train.set_defaults(command=_train)
+
+    sample = commands.add_parser(
+        "sample", help="sample names from a checkpoint", description="Samples names."
+    )
+    sample.add_argument("checkpoint", help="run folder or checkpoint file")
+    sample.add_argument("--num", type=_positive, default=20, help="how many names (default 20)")
+    sample.add_argument("--seed", type=_seed, help="seed of the draw (default: the run's, plus 10)")
+    _add_device(sample)
+    sample.set_defaults(command=_sample)
+    return parser
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="where to compute (default auto: cuda where there is one)",
+    )
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--data",
+        metavar="FILE",
+        help="text file with one word a line (default: 5,163 given names of the US Census of 1990)",
+    )
+    _add_device(parser)
+
+
+def _add_network(parser: argparse.ArgumentParser, defaults: Settings) -> None:
+    _add(parser, "--context", _positive, defaults.context, "characters of context")
+    _add(parser, "--embedding", _positive, defaults.embedding, "numbers per character")
+    _add(parser, "--hidden", _positive, defaults.hidden, "hidden units")
+    _add(parser, "--batch", _positive, defaults.batch, "examples per minibatch")
+    _add(parser, "--seed", _seed, defaults.seed, "seed of parameters and minibatches")
+    parser.set_defaults(defaults=defaults)
+
+
+def _add(parser: argparse.ArgumentParser, flag: str, kind: Any, default: Any, what: str) -> None:
+    # No default of argparse's own: None says that the option was not given.
+    parser.add_argument(flag, type=kind, metavar="N", help=f"{what} (default {default})")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63-1, got {text!r}")
+    return int(text)
+
+
+def _rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    return value
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Settings)}
+    return dataclasses.replace(
+        options.defaults, **{name: value for name, value in given.items() if value is not None}
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: this PyTorch finds no CUDA device; use --device cpu")
+    return torch.device(name)
+
+
+def _load_data(path: str | None, settings: Settings, device: torch.device) -> Any:
+    from fused.makemore import data
+
+    if settings.batch < 2:
+        raise InputError("--batch 1: batch norm needs at least 2 examples to have a variance")
+    dataset = data.load(path, settings.context, device)
+    if len(dataset.train) < settings.batch:
+        raise InputError(
+            f"{dataset.source} gives {len(dataset.train)} training examples, "
+            f"fewer than one minibatch of {settings.batch}; use a smaller --batch"
+        )
+    return dataset
+
+
+def _check(options: argparse.Namespace) -> int:
+    from fused.makemore import check
+
+    settings, device = _settings(options), _device(options.device)
+    return check.run(_load_data(options.data, settings, device), settings, device)
+
+
+def _train(options: argparse.Namespace) -> int:
+    from fused.makemore import training
+
+    device = _device(options.device)
+    run, folder = _resumed(options, device) if options.resume else _started(options, device)
+    s, d = run.settings, run.dataset
+    print(
+        f"{d.source}: {d.words} words, {len(d.train)} / {len(d.val)} / {len(d.test)} examples, "
+        f"{len(d.vocabulary)} characters\n"
+        f"{sum(p.numel() for p in run.parameters)} parameters, engine {run.engine}, "
+        f"device {device.type}, steps {run.step} to {s.steps}, run folder {folder}",
+        flush=True,
+    )
+    outcome = training.train(run, folder)
+    if outcome.interrupted:
+        print(
+            f"\ninterrupted at step {run.step}; continue with: "
+            f"fused-makemore train --resume {folder}"
+        )
+        return _INTERRUPTED
+    _report(run, folder, outcome.steps_per_second, device)
+    return 0
+
+
+def _started(options: argparse.Namespace, device: torch.device) -> tuple[Any, Path]:
+    from fused.makemore import checkpoint, model, training
+
+    settings = _settings(options)
+    dataset = _load_data(options.data, settings, device)
+    folder = Path(options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
+    if (folder / checkpoint.FILE).exists():
+        raise InputError(f"{folder} already holds a run; continue it with --resume {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the run folder {folder}: {error.strerror}") from None
+    parameters, generator = model.initial_parameters(settings, len(dataset.vocabulary), device)
+    engine = options.engine or "manual"
+    losses = torch.empty(0)
+    run = training.Run(settings, engine, options.data, dataset, parameters, generator, losses)
+    return run, folder
+
+
+def _resumed(options: argparse.Namespace, device: torch.device) -> tuple[Any, Path]:
+    from fused.makemore import checkpoint, training
+
+    if options.out is not None:
+        raise InputError("--out: a resumed run stays in its folder")
+    path = Path(options.resume)
+    saved = checkpoint.load(path, device)
+    asked = {**dataclasses.asdict(saved.settings), "engine": saved.engine}
+    for name, value in asked.items():
+        given = getattr(options, name, None)
+        if given is not None and given != value:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {given}: the run in {path} has {flag} {value}")
+    if saved.step >= saved.settings.steps:
+        raise InputError(f"the run in {path} is complete: {saved.step} steps")
+    data = options.data or saved.data
+    dataset = _load_data(data, saved.settings, device)
+    if dataset.sha256 != saved.sha256:
+        raise InputError(f"{dataset.source} is not the data that the run in {path} began with")
+    generator = torch.Generator()
+    generator.set_state(saved.generator)
+    folder = path if path.is_dir() else path.parent
+    run = training.Run(
+        saved.settings,
+        saved.engine,
+        data,
+        dataset,
+        saved.model.parameters,
+        generator,
+        saved.losses,
+    )
+    return run, folder
+
+
+def _report(run: Any, folder: Path, steps_per_second: float, device: torch.device) -> None:
+    from fused.makemore import plots
+    from fused.makemore.model import calibrate
+
+    d, s = run.dataset, run.settings
+    model = calibrate(run.parameters, d.train)
+    metrics = {
+        "train_loss": model.loss(d.train),
+        "val_loss": model.loss(d.val),
+        "test_loss": model.loss(d.test),
+        "steps": s.steps,
+        "steps_per_second": steps_per_second,
+        "engine": run.engine,
+        "device": device.type,
+        "device_name": (
+            torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+        ),
+        "seed": s.seed,
+        "settings": s.asdict(),
+        "data": {"source": d.source, "sha256": d.sha256, "words": d.words},
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    plots.loss_curve(run.losses, folder / "loss.png")
+    x, y = d.train.x[: s.batch], d.train.y[: s.batch]
+    with torch.no_grad():
+        probs = torch.softmax(model.logits(x), dim=1)
+    dlogits = (probs - torch.nn.functional.one_hot(y, len(d.vocabulary))) / s.batch
+    plots.logits_gradient(dlogits, y, d.vocabulary, folder / "dlogits.png")
+    print(
+        f"{steps_per_second:.0f} steps/s\n"
+        f"train      {metrics['train_loss']:.4f}\n"
+        f"validation {metrics['val_loss']:.4f}\n"
+        f"test       {metrics['test_loss']:.4f}\n"
+    )
+    print("\n".join(model.sample(d.vocabulary, s.context, 20, s.seed + 10)))
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    for name in ("triton", "fused-backprop"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from fused.makemore import checkpoint
+
+    saved = checkpoint.load(Path(options.checkpoint), _device(options.device))
+    seed = saved.settings.seed + 10 if options.seed is None else options.seed
+    names = saved.model.sample(saved.vocabulary, saved.settings.context, options.num, seed)
+    print("\n".join(names))
+    return 0
