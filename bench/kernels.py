@@ -159,7 +159,9 @@ def main() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("unset TRITON_INTERPRET: interpreted kernels are not compiled")
     print(f"triton {triton.__version__}; registers a thread / stack bytes / shared bytes")
-    print(f"{'kernel':32s} {'shape':>12s} {'dtype':>9s}  " + "  ".join(f"{t:>14s}" for t in TARGETS))
+    print(
+        f"{'kernel':32s} {'shape':>12s} {'dtype':>9s}  " + "  ".join(f"{t:>14s}" for t in TARGETS)
+    )
     for _, launchers, n, c in GRID:
         for dtype in (torch.bfloat16, torch.float32, torch.float64):
             with catch_launches() as launches:

@@ -128,16 +128,19 @@ class BatchNorm1d(nn.BatchNorm1d):
         self.correction = correction
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        batch_statistics = self.training or self.running_mean is None
-        mean, var = self.running_mean, self.running_var
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-        if not self.training or self.momentum is not None or mean is None or var is None:
+        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+        if self.training and not self.track_running_stats:
+            mean = var = count = None
+        batch_statistics = self.training or mean is None
+        if self.training and count is not None:
+            count.add_(1)
+        if not self.training or mean is None or var is None or self.momentum is not None:
             return self._normalize(input, mean, var, batch_statistics, self.momentum or 0.0)
         # Cumulative average: momentum is 1 / num_batches_tracked, which stays on the device.
+        assert count is not None
         batch_mean, batch_var = torch.zeros_like(mean), torch.zeros_like(var)
         y = self._normalize(input, batch_mean, batch_var, True, 1.0)
-        share = self.num_batches_tracked.to(mean.dtype).reciprocal()
+        share = count.to(mean.dtype).reciprocal()
         mean.lerp_(batch_mean, share)
         var.lerp_(batch_var, share)
         return y

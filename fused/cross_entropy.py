@@ -93,9 +93,7 @@ def _check(input: torch.Tensor, target: torch.Tensor, reduction: str) -> None:
             f"got {reduction!r}"
         )
     if input.dim() != 2:
-        raise ValueError(
-            f"cross_entropy: expected input of shape (N, C), got {tuple(input.shape)}"
-        )
+        raise ValueError(f"cross_entropy: expected input of shape (N, C), got {tuple(input.shape)}")
     if target.dim() != 1 or target.shape[0] != input.shape[0]:
         raise ValueError(
             f"cross_entropy: expected target of shape ({input.shape[0]},) for input of shape "
@@ -109,6 +107,5 @@ def _check(input: torch.Tensor, target: torch.Tensor, reduction: str) -> None:
         )
     if target.device != input.device:
         raise ValueError(
-            f"cross_entropy: expected target on {input.device}, where input is, "
-            f"got {target.device}"
+            f"cross_entropy: expected target on {input.device}, where input is, got {target.device}"
         )

@@ -58,6 +58,9 @@ def _batch_norm_fwd_kernel(
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
     col_mask = cols < n_channels
 
+    # Everything is relative to the first row: of values near 1e4 a float32 sum, and the mean itself,
+    # would be off by 1e-3 of a standard deviation of 1 and more.
+    first = tl.load(x_ptr + cols.to(tl.int64) * stride_x_c, mask=col_mask, other=0.0).to(acc)
     mean = tl.zeros((BLOCK_C,), acc)
     m2 = tl.zeros((BLOCK_C,), acc)  # sum of squared deviations from the mean so far
     for start in range(0, n_rows, BLOCK_N):
@@ -65,6 +68,7 @@ def _batch_norm_fwd_kernel(
         mask = (rows < n_rows)[:, None] & col_mask[None, :]
         offsets = _column_offsets(rows, cols, stride_x_n, stride_x_c)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc)  # (BLOCK_N, BLOCK_C)
+        x = tl.where(mask, x - first[None, :], 0.0)
         count = tl.cast(start, acc)
         tile_count = tl.cast(tl.minimum(n_rows - start, BLOCK_N), acc)
         tile_mean = tl.sum(x, axis=0) / tile_count
@@ -76,16 +80,18 @@ def _batch_norm_fwd_kernel(
 
     n = tl.cast(n_rows, acc)
     rstd = 1.0 / tl.sqrt(m2 / (n - correction) + eps)
-    tl.store(mean_ptr + cols, mean, mask=col_mask)
+    tl.store(mean_ptr + cols, first + mean, mask=col_mask)
     tl.store(rstd_ptr + cols, rstd, mask=col_mask)
     rate = tl.full((), momentum, acc)
     if running_mean_ptr is not None:
         running = tl.load(running_mean_ptr + cols, mask=col_mask, other=0.0).to(acc)
-        tl.store(running_mean_ptr + cols, (1.0 - rate) * running + rate * mean, mask=col_mask)
+        new_mean = (1.0 - rate) * running + rate * (first + mean)
+        tl.store(running_mean_ptr + cols, new_mean, mask=col_mask)
     if running_var_ptr is not None:
         running = tl.load(running_var_ptr + cols, mask=col_mask, other=0.0).to(acc)
         var = m2 / (n - 1.0)  # unbiased, whatever the correction: as torch.nn.BatchNorm keeps it
-        tl.store(running_var_ptr + cols, (1.0 - rate) * running + rate * var, mask=col_mask)
+        new_var = (1.0 - rate) * running + rate * var
+        tl.store(running_var_ptr + cols, new_var, mask=col_mask)
 
     gamma = _load_channel(gamma_ptr, cols, col_mask, 1.0, acc)
     beta = _load_channel(beta_ptr, cols, col_mask, 0.0, acc)
@@ -94,7 +100,7 @@ def _batch_norm_fwd_kernel(
         mask = (rows < n_rows)[:, None] & col_mask[None, :]
         offsets = _column_offsets(rows, cols, stride_x_n, stride_x_c)
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(acc)
-        xhat = (x - mean[None, :]) * rstd[None, :]
+        xhat = ((x - first[None, :]) - mean[None, :]) * rstd[None, :]
         y = gamma[None, :] * xhat + beta[None, :]
         tl.store(y_ptr + _column_offsets(rows, cols, n_channels, 1), y, mask=mask)
 

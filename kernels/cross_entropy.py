@@ -152,7 +152,8 @@ def cross_entropy_fwd(
     """The loss of logits x (N, C) and class indices target (N,), and what its backward needs.
 
     Returns (loss, stats, scale): loss as `reduction` says, in x's dtype; stats (2, N), the m and
-    log s of each row; and scale, the factor of every row in the mean or sum, one number, None for "none".
+    log s of each row; scale, the factor of every row in the mean or sum, one number, None for
+    "none".
 
     Bytes: reads x once; writes 12 N (float32). That is the least for a forward alone. With "mean"
     or "sum" a second launch of one program reads 4 N bytes of losses and the targets.

@@ -1,4 +1,4 @@
-"""Block sizes and warps for every kernel: the only place that turns a shape and a dtype into them."""
+"""Block sizes and warps of every kernel: the only place that makes them of a shape and a dtype."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ def next_power_of_2(n: int) -> int:
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile of BLOCK_N rows and BLOCK_C columns (classes or channels), worked on by num_warps warps."""
+    """BLOCK_N rows and BLOCK_C columns (classes or channels), worked on by num_warps warps."""
 
     BLOCK_N: int
     BLOCK_C: int

@@ -56,8 +56,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 def names_file() -> Path:
     """The notebooks' names.txt: $FUSED_NAMES, or the copy beside the checkout."""
     path = Path(
-        os.environ.get("FUSED_NAMES")
-        or Path(__file__).parents[2] / "shared" / "data" / "names.txt"
+        os.environ.get("FUSED_NAMES") or Path(__file__).parents[2] / "shared" / "data" / "names.txt"
     )
     if not path.is_file():
         pytest.skip("names.txt is not here; set FUSED_NAMES to its path")

@@ -1,11 +1,11 @@
-"""Batch normalisation in plain PyTorch; the functions and arguments of fused.kernels.batch_norm.
+"""Batch normalisation in plain PyTorch, with the functions of fused.kernels.batch_norm.
 
-    mu   = mean_i x_i              var = sum_i (x_i - mu)^2 / (N - k),  k the correction: 0 or 1
-    rstd = (var + eps)^-1/2        xhat_i = (x_i - mu) * rstd           y_i = gamma * xhat_i + beta
+mu   = mean_i x_i              var = sum_i (x_i - mu)^2 / (N - k),  k the correction: 0 or 1
+rstd = (var + eps)^-1/2        xhat_i = (x_i - mu) * rstd           y_i = gamma * xhat_i + beta
 
-    dgamma = sum_i dy_i * xhat_i   dbeta = sum_i dy_i
-    dx_i = gamma * rstd / N * (N dy_i - dbeta - N/(N-k) * xhat_i * dgamma)     batch statistics
-    dx_i = gamma * rstd * dy_i                                                 frozen statistics
+dgamma = sum_i dy_i * xhat_i   dbeta = sum_i dy_i
+dx_i = gamma * rstd / N * (N dy_i - dbeta - N/(N-k) * xhat_i * dgamma)     batch statistics
+dx_i = gamma * rstd * dy_i                                                 frozen statistics
 """
 
 import torch

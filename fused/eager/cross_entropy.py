@@ -1,4 +1,4 @@
-"""Softmax cross-entropy in plain PyTorch; the functions and arguments of fused.kernels.cross_entropy.
+"""Softmax cross-entropy in plain PyTorch, with the functions of fused.kernels.cross_entropy.
 
 loss_i = -log softmax(x_i)_y_i                             0 where y_i is ignored
 dx_ic  = dloss_i * (softmax(x_i)_c - [c = y_i])            0 where y_i is ignored

@@ -43,6 +43,7 @@ class AutogradEngine:
             loss.backward()
             with torch.no_grad():
                 for p in self._leaves:
+                    assert p.grad is not None
                     p.add_(p.grad, alpha=-lr)
             losses.append(loss.detach())
         return torch.stack(losses)

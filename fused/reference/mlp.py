@@ -32,8 +32,9 @@ class Parameters(NamedTuple):
 
 # The order in which the backward pass reaches the tensors: the order of the notebook's table.
 TENSORS = (
-    "logprobs probs counts_sum_inv counts_sum counts norm_logits logit_maxes logits h W2 b2 hpreact "
-    "bngain bnbias bnraw bnvar_inv bnvar bndiff2 bndiff bnmeani hprebn embcat W1 b1 emb C"
+    "logprobs probs counts_sum_inv counts_sum counts norm_logits logit_maxes logits "
+    "h W2 b2 hpreact bngain bnbias bnraw bnvar_inv bnvar bndiff2 bndiff bnmeani hprebn "
+    "embcat W1 b1 emb C"
 ).split()
 
 
