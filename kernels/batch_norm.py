@@ -58,8 +58,8 @@ def _batch_norm_fwd_kernel(
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
     col_mask = cols < n_channels
 
-    # Everything is relative to the first row: of values near 1e4 a float32 sum, and the mean itself,
-    # would be off by 1e-3 of a standard deviation of 1 and more.
+    # Everything is relative to the first row: of values near 1e4 a float32 sum, and the mean
+    # itself, would be off by 1e-3 of a standard deviation of 1 and more.
     first = tl.load(x_ptr + cols.to(tl.int64) * stride_x_c, mask=col_mask, other=0.0).to(acc)
     mean = tl.zeros((BLOCK_C,), acc)
     m2 = tl.zeros((BLOCK_C,), acc)  # sum of squared deviations from the mean so far

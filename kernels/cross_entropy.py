@@ -4,8 +4,8 @@
     loss_i = log s_i - (x_i,y_i - m_i)                             0 where y_i is ignored
     dx_ic  = dloss_i * (exp(x_ic - m_i - log s_i) - [c = y_i])     0 where y_i is ignored
 
-m and log s are kept apart: of logits near 3e4 their sum, the log-sum-exp, has an error of 2e-3 in
-float32, and loss and gradient would inherit it.
+m and log s are kept apart: of logits near 3e4 their sum, the log-sum-exp, has an error of up to
+1e-3 in float32, and loss and gradient would inherit it.
 
 The mean divides by the number of rows that are not ignored. Everything is computed in float32
 (float64 for float64 logits). A target outside [0, C) that is not `ignore_index` is never used as an

@@ -1,8 +1,6 @@
 """A run on disk: everything that resuming needs, in one file that is never half written."""
 
 import os
-import pickle
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +67,7 @@ def load(path: Path, device: torch.device) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile):
+    except Exception:  # whatever the unpickler makes of bytes that are no checkpoint
         raise InputError(f"{path} is not a checkpoint of fused-makemore") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise InputError(f"{path} is not a checkpoint of fused-makemore")

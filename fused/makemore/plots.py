@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -13,7 +12,7 @@ def loss_curve(losses: Tensor, path: Path) -> None:
     whole = losses[: len(losses) // window * window].view(-1, window).mean(1)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(torch.arange(1, len(whole) + 1) * window, whole)
+    axes.plot(range(window, len(losses) + 1, window), whole.numpy())
     axes.set(xlabel="step", ylabel=f"training loss, mean of {window} step(s)")
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -24,7 +23,7 @@ def logits_gradient(dlogits: Tensor, targets: Tensor, vocabulary: str, path: Pat
     figure = Figure(figsize=(8, 8), layout="constrained")
     axes = figure.subplots()
     bound = float(dlogits.abs().max())
-    image = axes.imshow(dlogits.cpu(), cmap="RdBu", vmin=-bound, vmax=bound, aspect="auto")
+    image = axes.imshow(dlogits.cpu().numpy(), cmap="RdBu", vmin=-bound, vmax=bound, aspect="auto")
     axes.set(
         xlabel="character",
         ylabel="example and its target",

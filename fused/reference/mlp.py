@@ -92,8 +92,8 @@ def _backward(tensors: dict[str, Tensor], Xb: Tensor, Yb: Tensor) -> dict[str, T
     dlogprobs = torch.zeros_like(t["logprobs"])
     dlogprobs[range(n), Yb] = -1.0 / n
 
-    # logprobs = log probs: d log(p) = 1/p.
-    dprobs = 1 / t["probs"] * dlogprobs
+    # logprobs = log probs: d log(p) = 1/p. As one division: 1/p * dlogprobs would round twice.
+    dprobs = dlogprobs / t["probs"]
 
     # probs = counts * counts_sum_inv: of a product, each factor gets the other one. counts_sum_inv
     # (n, 1) was broadcast over the V columns: used V times, so its gradients are summed.

@@ -1,0 +1,281 @@
+"""The command as a user runs it: what it prints, what it leaves behind, how it ends."""
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+import torch
+
+from fused.makemore import checkpoint
+from fused.makemore.cli import main
+
+FAST = ["--hidden", "20", "--device", "cpu"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """(exit status, standard output, standard error) of the command."""
+    try:
+        status = main(list(arguments))
+    except SystemExit as exit:
+        status = exit.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.fixture
+def trained(tmp_path, capsys):
+    folder = tmp_path / "run"
+    status, out, _ = run(capsys, "train", *FAST, "--steps", "60", "--out", str(folder))
+    assert status == 0
+    return folder, out
+
+
+def test_check_prints_26_exact(capsys) -> None:
+    status, out, _ = run(capsys, "check", "--device", "cpu")
+    assert status == 0
+    assert out.count("| exact: True  | approximate: True  | maxdiff: 0\n") == 26
+    assert "26 of 26 exact" in out
+    assert "approximate: False" not in out
+
+
+def test_check_fails_where_a_gradient_is_wrong(capsys, monkeypatch) -> None:
+    from fused.reference import mlp
+
+    right = mlp.backward
+
+    def wrong(*arguments):
+        return {k: g * 1.01 if k == "W1" else g for k, g in right(*arguments).items()}
+
+    monkeypatch.setattr(mlp, "backward", wrong)
+    status, out, _ = run(capsys, "check", "--device", "cpu")
+    assert status == 1
+    assert "25 of 26 exact, 25 approximately equal" in out
+
+
+def test_train_leaves_a_whole_run(trained) -> None:
+    folder, out = trained
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for name in ("train_loss", "val_loss", "test_loss"):
+        assert 2.0 < metrics[name] < 4.0
+        assert f"{metrics[name]:.4f}" in out
+    assert metrics["steps"] == 60 and metrics["steps_per_second"] > 0
+    assert metrics["engine"] == "manual" and metrics["device"] == "cpu"
+    assert metrics["seed"] == 2147483647 and metrics["settings"]["hidden"] == 20
+    assert metrics["versions"]["torch"] == torch.__version__
+    for picture in ("loss.png", "dlogits.png"):
+        assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert len(out.rstrip().split("\n\n")[-1].splitlines()) == 20  # sampled names
+
+
+@pytest.mark.parametrize("engine", ["autograd", "chunked", "fused"])
+def test_every_engine_trains(engine, tmp_path, capsys, trained) -> None:
+    folder = tmp_path / engine
+    arguments = ["--steps", "60", "--engine", engine, "--out", str(folder)]
+    assert run(capsys, "train", *FAST, *arguments)[0] == 0
+    ours, manual = (
+        json.loads((f / "metrics.json").read_text())["val_loss"] for f in (folder, trained[0])
+    )
+    assert ours == pytest.approx(manual, abs=1e-3)
+
+
+def test_sample(trained, capsys) -> None:
+    folder, out = trained
+    status, five, _ = run(capsys, "sample", str(folder), "--num", "5", "--device", "cpu")
+    assert status == 0 and len(five.splitlines()) == 5
+    assert out.rstrip().split("\n\n")[-1].startswith(five.rstrip())  # the run's own seed
+    _, other, _ = run(capsys, "sample", str(folder), "--num", "5", "--seed", "1")
+    _, again, _ = run(capsys, "sample", str(folder / "checkpoint.pt"), "--num", "5", "--seed", "1")
+    assert other == again != five
+
+
+def wait_for_step(process: subprocess.Popen, folder) -> None:
+    deadline = time.monotonic() + 60
+    while not folder.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(1.0)
+    assert process.poll() is None, process.communicate()
+
+
+def test_interrupted_and_resumed_is_the_uninterrupted_run(tmp_path) -> None:
+    command = [sys.executable, "-m", "fused.makemore", "train", *FAST]
+    options = ["--steps", "30000", "--hidden", "10", "--batch", "8"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run([*command, *options, "--out", whole], check=True, capture_output=True)
+    process = subprocess.Popen(
+        [*command, *options, "--out", parts], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    wait_for_step(process, parts)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert f"continue with: fused-makemore train --resume {parts}".encode() in out
+    cpu = torch.device("cpu")
+    step = checkpoint.load(parts, cpu).step
+    assert 0 < step < 30000
+    subprocess.run([*command[:4], "--resume", parts], check=True, capture_output=True)
+    ours, expected = (checkpoint.load(folder, cpu) for folder in (parts, whole))
+    assert ours.step == expected.step == 30000
+    for a, b in zip(ours.model.parameters, expected.model.parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    torch.testing.assert_close(ours.losses, expected.losses)
+
+
+def test_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path) -> None:
+    command = [sys.executable, "-m", "fused.makemore", "train", *FAST, "--steps", "50"]
+    result = subprocess.run(
+        [*command, "--out", tmp_path / "a"], capture_output=True, text=True, check=True
+    )
+    assert result.stderr.startswith("step 50/50  loss ") and "\r" not in result.stderr
+    terminal, end = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    subprocess.run(
+        [*command, "--out", tmp_path / "b"], stdout=subprocess.PIPE, stderr=end, check=True
+    )
+    os.close(end)
+    bar = os.read(terminal, 65536).decode()
+    os.close(terminal)
+    assert "50/50" in bar and "steps/s" in bar and "loss" in bar
+
+
+def words(tmp_path, text: bytes) -> str:
+    path = tmp_path / "words.txt"
+    path.write_bytes(text)
+    return str(path)
+
+
+BAD = {
+    "missing": (lambda p: ["train", "--data", "nothing.txt"], "cannot read nothing.txt"),
+    "empty": (lambda p: ["train", "--data", words(p, b"")], "is empty"),
+    "not UTF-8": (lambda p: ["check", "--data", words(p, b"\xff")], "is not UTF-8"),
+    "terminator": (lambda p: ["train", "--data", words(p, b"a.b\n")], "contains '.'"),
+    "small": (lambda p: ["train", "--data", words(p, b"a\n" * 10)], "fewer than one minibatch"),
+    "batch of 1": (lambda p: ["train", "--batch", "1"], "at least 2 examples"),
+    "no command": (lambda p: [], "COMMAND"),
+    "unknown engine": (lambda p: ["train", "--engine", "gpu"], "invalid choice: 'gpu'"),
+    "zero steps": (lambda p: ["train", "--steps", "0"], "positive whole number, got '0'"),
+    "negative seed": (lambda p: ["train", "--seed", "-1"], "whole number from 0"),
+    "bad rate": (lambda p: ["train", "--lr", "fast"], "number of at least 0, got 'fast'"),
+    "resume nothing": (lambda p: ["train", "--resume", str(p / "no")], "cannot read"),
+    "resume into": (lambda p: ["train", "--resume", str(p), "--out", "x"], "stays in its folder"),
+    "no checkpoint": (lambda p: ["sample", words(p, b"hello")], "is not a checkpoint"),
+    "no cuda": (lambda p: ["check", "--device", "cuda"], "no CUDA device"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_status_2(case, tmp_path, capsys) -> None:
+    if case == "no cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    arguments, message = BAD[case]
+    status, out, err = run(capsys, *arguments(tmp_path))
+    assert status == 2
+    assert message in err and len(err.splitlines()) == 1 and "Traceback" not in err
+    assert out == ""
+
+
+def test_a_run_is_not_overwritten(trained, capsys) -> None:
+    status, _, err = run(capsys, "train", "--out", str(trained[0]))
+    assert status == 2 and "already holds a run" in err
+
+
+def test_resume_refuses_other_settings_and_complete_runs(trained, capsys, tmp_path) -> None:
+    folder, _ = trained
+    status, _, err = run(capsys, "train", "--resume", str(folder), "--hidden", "64")
+    assert status == 2 and f"--hidden 64: the run in {folder} has --hidden 20" in err
+    status, _, err = run(capsys, "train", "--resume", str(folder))
+    assert status == 2 and "is complete: 60 steps" in err
+
+
+def test_resume_refuses_other_data(tmp_path, capsys, trained) -> None:
+    folder, _ = trained
+    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
+    saved["losses"] = saved["losses"][:10]
+    torch.save(saved, folder / "checkpoint.pt")
+    other = words(tmp_path, b"anna\nbob\n" * 50)
+    status, _, err = run(capsys, "train", "--resume", str(folder), "--data", other)
+    assert status == 2 and "is not the data that the run" in err
+
+
+def damage(saved: dict, how: str) -> object:
+    match how:
+        case "a list":
+            return [1, 2]
+        case "another program's":
+            return {"format": "other"}
+        case "newer":
+            return saved | {"version": 99}
+        case "no parameters":
+            return {k: v for k, v in saved.items() if k != "parameters"}
+        case "other sizes":
+            saved["parameters"]["W1"] = saved["parameters"]["W1"][:, :3]
+            return saved
+    raise AssertionError(how)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("a list", "is not a checkpoint of fused-makemore"),
+        ("another program's", "is not a checkpoint of fused-makemore"),
+        ("newer", "has version 99"),
+        ("no parameters", "is damaged"),
+        ("other sizes", "expected W1 of shape (30, 20), as its settings say, got (30, 3)"),
+    ],
+)
+def test_other_checkpoints(how, message, trained, capsys) -> None:
+    folder, _ = trained
+    path = folder / "checkpoint.pt"
+    torch.save(damage(torch.load(path, weights_only=True), how), path)
+    status, _, err = run(capsys, "sample", str(folder))
+    assert status == 2 and message in err and len(err.splitlines()) == 1
+
+
+def test_a_pickle_with_code_in_it_is_not_run(tmp_path, capsys) -> None:
+    class Code:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "pwned"),))
+
+    torch.save(Code(), tmp_path / "checkpoint.pt")
+    status, _, err = run(capsys, "sample", str(tmp_path))
+    assert status == 2 and "is not a checkpoint" in err
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_crash_while_saving_leaves_the_checkpoint_before(trained, monkeypatch) -> None:
+    folder, _ = trained
+    before = (folder / "checkpoint.pt").read_bytes()
+    saved = checkpoint.load(folder, torch.device("cpu"))
+
+    def crash(content, file):
+        file.write(b"half a checkpoint")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", crash)
+    with pytest.raises(KeyboardInterrupt):
+        saved.save(folder)
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys) -> None:
+    arguments = ["train", *FAST, "--steps", "200", "--lr", "1e30", "--out", str(tmp_path / "r")]
+    status, _, err = run(capsys, *arguments)
+    assert status == 2
+    assert "the loss is no longer a finite number at step" in err
+
+
+@pytest.mark.slow
+def test_the_notebooks_run(names_file, tmp_path, capsys) -> None:
+    """200,000 steps on names.txt: the published losses are 2.0705 and 2.1099."""
+    folder = tmp_path / "run"
+    status, _, _ = run(capsys, "train", "--data", str(names_file), "--out", str(folder))
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert status == 0
+    assert metrics["train_loss"] <= 2.08 and metrics["val_loss"] <= 2.12

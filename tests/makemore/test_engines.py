@@ -1,0 +1,101 @@
+"""All engines take the same steps from the same start."""
+
+import time
+
+import pytest
+import torch
+
+from fused.makemore import data
+from fused.makemore.engines import ENGINES
+from fused.makemore.model import Settings, calibrate, initial_parameters
+
+SETTINGS = Settings()
+
+
+@pytest.fixture(scope="module")
+def dataset() -> data.Dataset:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return data.load(None, SETTINGS.context, device)
+
+
+def trained(engine: str, dataset: data.Dataset, steps: int, settings: Settings = SETTINGS):
+    """(parameters, losses) after `steps` steps."""
+    device = dataset.train.x.device
+    parameters, generator = initial_parameters(settings, len(dataset.vocabulary), device)
+    index = torch.randint(0, len(dataset.train), (steps, settings.batch), generator=generator)
+    index = index.to(device)
+    losses = ENGINES[engine](parameters).run(dataset.train.x[index], dataset.train.y[index], 0.1)
+    return parameters, losses
+
+
+@pytest.mark.parametrize("engine", ["chunked", "manual", "fused"])
+def test_parameters_after_10_steps(engine, dataset) -> None:
+    expected, _ = trained("autograd", dataset, 10)
+    parameters, _ = trained(engine, dataset, 10)
+    for name, ours, theirs in zip(expected._fields, parameters, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
+@pytest.mark.parametrize("engine", ["chunked", "manual", "fused"])
+def test_losses_over_1000_steps(engine, dataset) -> None:
+    _, expected = trained("autograd", dataset, 1000)
+    _, losses = trained(engine, dataset, 1000)
+    assert losses.shape == (1000,)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "settings",
+    [Settings(context=1, hidden=5, batch=2), Settings(context=8, embedding=3, hidden=7, batch=48)],
+    ids=["smallest", "odd"],
+)
+def test_other_sizes(engine, settings) -> None:
+    dataset = data.load(None, settings.context, torch.device("cpu"))
+    expected, _ = trained("autograd", dataset, 5, settings)
+    parameters, _ = trained(engine, dataset, 5, settings)
+    for ours, theirs in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_blocks_do_not_matter(engine, dataset) -> None:
+    """Ten steps at once or in three parts: the same parameters to the last bit."""
+    whole, _ = trained(engine, dataset, 10)
+    parameters, generator = initial_parameters(SETTINGS, 27, dataset.train.x.device)
+    runner = ENGINES[engine](parameters)
+    for steps in (1, 6, 3):
+        index = torch.randint(0, len(dataset.train), (steps, SETTINGS.batch), generator=generator)
+        index = index.to(dataset.train.x.device)
+        runner.run(dataset.train.x[index], dataset.train.y[index], 0.1)
+    for ours, theirs in zip(parameters, whole, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_training_learns(dataset) -> None:
+    """1,000 steps bring the validation loss from that of chance to below 2.6."""
+    start, _ = trained("manual", dataset, 0)
+    assert calibrate(start, dataset.train).loss(dataset.val) > 3.2
+    parameters, _ = trained("manual", dataset, 1000)
+    assert calibrate(parameters, dataset.train).loss(dataset.val) < 2.6
+
+
+def test_calibration_is_the_whole_sets_statistics(dataset) -> None:
+    parameters, _ = trained("manual", dataset, 3)
+    model = calibrate(parameters, dataset.train)
+    hprebn = parameters.C[dataset.train.x].flatten(1) @ parameters.W1 + parameters.b1
+    torch.testing.assert_close(model.mean, hprebn.mean(0, keepdim=True), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(model.var, hprebn.var(0, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU measurement")
+def test_manual_takes_at_most_half_the_time_of_autograd(dataset) -> None:
+    """Interleaved in one process, the best of each."""
+    best = {"autograd": float("inf"), "manual": float("inf")}
+    for _ in range(5):
+        for engine in best:
+            started = time.perf_counter()
+            trained(engine, dataset, 300)
+            best[engine] = min(best[engine], time.perf_counter() - started)
+    assert best["manual"] <= best["autograd"] / 2

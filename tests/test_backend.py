@@ -1,0 +1,89 @@
+"""Which implementation serves a tensor."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fused
+from fused import backend
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh process without this one's TRITON_INTERPRET."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+
+
+def test_cpu_takes_the_closed_forms_by_default() -> None:
+    assert backend.name_for(torch.zeros(1)) == "eager"
+
+
+@pytest.mark.cuda
+def test_cuda_takes_the_kernels_by_default() -> None:
+    assert backend.name_for(torch.zeros(1, device="cuda")) == "triton"
+
+
+def test_use_overrides_and_restores() -> None:
+    with backend.use("triton"):
+        assert backend.name_for(torch.zeros(1)) == "triton"
+        with backend.use("eager"):
+            assert backend.name_for(torch.zeros(1)) == "eager"
+        assert backend.name_for(torch.zeros(1)) == "triton"
+    assert backend.name_for(torch.zeros(1)) == "eager"
+
+
+def test_backward_is_served_by_what_served_forward() -> None:
+    x = torch.randn(4, 27, requires_grad=True)
+    with backend.use("triton"):
+        loss = fused.cross_entropy(x, torch.zeros(4, dtype=torch.int64))
+    loss.backward()  # eager would refuse the statistics of the kernels
+    assert x.grad is not None
+
+
+def test_refuses_unknown_names() -> None:
+    with pytest.raises(ValueError, match="one of auto, triton, eager, got 'cuda'"):
+        with backend.use("cuda"):
+            pass
+
+
+CALL = "import torch, fused; fused.cross_entropy(torch.zeros(2, 3), torch.zeros(2).long())"
+
+
+def test_environment_variable() -> None:
+    result = python(CALL, FUSED_BACKEND="triton", TRITON_INTERPRET="1")
+    assert result.returncode == 0, result.stderr
+    result = python(CALL, FUSED_BACKEND="nonsense")
+    assert "ValueError: expected backend to be one of auto, triton, eager, got 'nonsense'" in (
+        result.stderr
+    )
+
+
+def test_kernels_on_cpu_tensors_without_the_interpreter() -> None:
+    result = python(CALL, FUSED_BACKEND="triton")
+    assert "RuntimeError: the Triton kernels were asked for on a cpu tensor" in result.stderr
+    assert "TRITON_INTERPRET=1" in result.stderr
+
+
+NO_TRITON = "import sys; sys.modules['triton'] = None\n"
+
+
+def test_without_triton_the_cpu_path_works_whole() -> None:
+    code = NO_TRITON + (
+        "import torch, fused\n"
+        "x = torch.randn(4, 27, requires_grad=True)\n"
+        "h = fused.BatchNorm1d(27, correction=1)(x)\n"
+        "fused.cross_entropy(h, torch.zeros(4).long()).backward()\n"
+        "assert x.grad.isfinite().all()\n"
+    )
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_triton_asking_for_it_says_what_is_missing() -> None:
+    result = python(NO_TRITON + CALL, FUSED_BACKEND="triton")
+    assert "RuntimeError: the Triton kernels were asked for, but triton is not installed" in (
+        result.stderr
+    )
