@@ -1,5 +1,7 @@
 """fused.batch_norm on the closed forms and on the Triton kernels, against torch's."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +15,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SHAPES = [(2, 3), (32, 64), (7, 1), (33, 65), (127, 5), (129, 200), (1100, 3)]
 
 
-def example(n: int, c: int, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def example(n: int, c: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
     """An input, parameters and running statistics, the last four as mixed precision keeps them."""
     generator = torch.Generator().manual_seed(n * 10007 + c)
     other = torch.float64 if dtype == torch.float64 else torch.float32
@@ -252,7 +254,7 @@ def test_gradcheck(training, correction, implementation, device) -> None:
     torch.autograd.gradcheck(function, leaves)
 
 
-MODULES = {
+MODULES: dict[str, dict[str, Any]] = {
     "default": {},
     "momentum": {"momentum": 0.3},
     "cumulative": {"momentum": None},

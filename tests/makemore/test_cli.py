@@ -24,8 +24,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     """(exit status, standard output, standard error) of the command."""
     try:
         status = main(list(arguments))
-    except SystemExit as exit:
-        status = exit.code
+    except SystemExit as end:
+        assert isinstance(end.code, int)
+        status = end.code
     out, err = capsys.readouterr()
     return status, out, err
 
