@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,13 @@ import fused
 from fused import backend
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh process without this one's TRITON_INTERPRET."""
+def python(
+    code: str, folder: Path | None = None, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh process, in `folder`, without this one's TRITON_INTERPRET."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder)
 
 
 def test_cpu_takes_the_closed_forms_by_default() -> None:

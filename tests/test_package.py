@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,16 @@ def test_checkout_imports_fused_kernels_from_the_folder() -> None:
     )
     result = python(code)
     assert result.stdout.strip() == str(ROOT / "kernels" / "tuning.py"), result.stderr
+
+
+def test_installation_imports_fused_kernels_from_any_folder(tmp_path) -> None:
+    """In the environment of the README's commands this is the editable installation."""
+    try:
+        metadata.distribution("fused-backprop")
+    except metadata.PackageNotFoundError:
+        pytest.skip("fused-backprop is not installed")
+    result = python("import fused.kernels.tuning, fused; print(fused.__version__)", tmp_path)
+    assert result.stdout.strip() == metadata.version("fused-backprop"), result.stderr
 
 
 @pytest.mark.slow

@@ -33,6 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"fused-makemore: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before training began, or the second one during it
+        return _INTERRUPTED
 
 
 class _Parser(argparse.ArgumentParser):
