@@ -127,8 +127,12 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Resources:
 def cross_entropy_launches(n: int, c: int, dtype: torch.dtype) -> None:
     """Forward and backward, mean, as `fused.cross_entropy` calls them."""
     x, target = torch.empty(n, c, dtype=dtype), torch.zeros(n, dtype=torch.int64)
-    loss, stats, scale = cross_entropy.cross_entropy_fwd(x, target, -100, "mean")
-    cross_entropy.cross_entropy_bwd(loss, x, target, stats, scale, -100)
+    loss, stats, scale, _ = cross_entropy.cross_entropy_fwd(
+        x, target, None, -100, "mean", 0.0, 0.0, 0.0, 1.0, dtype, False
+    )
+    cross_entropy.cross_entropy_bwd(
+        loss, x, target, None, stats, scale, -100, 0.0, 0.0, 0.0, 1.0, True, False, False
+    )
 
 
 def batch_norm_launches(n: int, c: int, dtype: torch.dtype) -> None:

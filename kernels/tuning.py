@@ -27,12 +27,19 @@ class Tile:
         return ((n_columns + self.BLOCK_C - 1) // self.BLOCK_C,)
 
 
-def cross_entropy(n_rows: int, n_classes: int, dtype: torch.dtype) -> Tile:
+def cross_entropy(
+    n_rows: int, n_classes: int, dtype: torch.dtype, stride_c: int, n_inner: int
+) -> Tile:
     """A program owns BLOCK_N whole rows and walks over their classes, BLOCK_C at a time."""
-    # 8 warps x 32 lanes x 16 bytes is one 4 KB access a program; 2 to 4 of them hide the latency.
-    block_c = min(next_power_of_2(n_classes), 16384 // dtype.itemsize)
-    # Few classes: several rows a program, so that its warps have at least 1,024 elements to share.
-    block_n = min(max(1, 1024 // block_c), next_power_of_2(n_rows))
+    if stride_c != 1 and n_inner > 1:
+        # (N, C, S): neighbours in memory are rows. 128 bytes of them are one full access of a warp.
+        block_n = min(128 // dtype.itemsize, next_power_of_2(n_rows))
+        block_c = min(next_power_of_2(n_classes), 2048 // block_n)
+    else:
+        # 8 warps x 32 lanes x 16 bytes is one 4 KB access; 4 of them hide the latency.
+        block_c = min(next_power_of_2(n_classes), 16384 // dtype.itemsize)
+        # Few classes: several rows a program, so that its warps have 1,024 elements to share.
+        block_n = min(max(1, 1024 // block_c), next_power_of_2(n_rows))
     return Tile(block_n, block_c, num_warps=4 if block_n * block_c <= 2048 else 8)
 
 

@@ -1,0 +1,1 @@
+"""Registrations with torch.library, one file an operation: what torch.compile calls."""

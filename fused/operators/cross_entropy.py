@@ -1,0 +1,154 @@
+"""Cross-entropy for torch.compile: two opaque operators with shapes known in advance.
+
+They run whatever implementation serves the tensor, so that a compiled graph gives the bits of eager
+mode. The override of `fused.backend.use` is looked at when the graph runs, forward and backward
+each. What an implementation does not return is an empty tensor here.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused import backend
+from fused.eager import cross_entropy as eager
+
+_OPTIONS = "float label_smoothing, float z_loss, float softcap, float logit_scale"
+_library = torch.library.Library("fused", "FRAGMENT")
+_library.define(
+    "cross_entropy_fwd(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
+    f"str reduction, {_OPTIONS}, ScalarType loss_dtype, bool want_extras) "
+    "-> (Tensor loss, Tensor stats, Tensor scale, Tensor row_loss, Tensor lse, Tensor correct)"
+)
+_library.define(
+    "cross_entropy_bwd(Tensor dloss, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
+    f"Tensor scale, int ignore_index, {_OPTIONS}, bool want_dx, bool want_dtarget) "
+    "-> (Tensor dx, Tensor dtarget)"
+)
+
+
+def call(*arguments: Any) -> tuple[Tensor, ...]:
+    """(loss,), or (loss, row_loss, lse, correct); the arguments are `cross_entropy_fwd`'s."""
+    loss, _, _, *extras = torch.ops.fused.cross_entropy_fwd(*arguments)
+    want_extras = arguments[-1]
+    return (loss, *(t.detach() for t in extras)) if want_extras else (loss,)
+
+
+def _fwd_operator(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    kernels = backend.implementation("cross_entropy", input)
+    loss, stats, scale, extras = kernels.cross_entropy_fwd(input, target, *arguments)
+    if stats is None:  # eager has none; of infinities a kernel's backward would make NaN, not lies
+        stats = _stats_like(input, target, arguments[-1]).fill_(float("inf"))
+    scale = stats.new_empty(0) if scale is None else scale
+    return (loss, stats, scale, *(extras or (stats.new_empty(0) for _ in range(3))))
+
+
+def _fwd_fake(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    loss_dtype: torch.dtype,
+    want_extras: bool,
+) -> tuple[Tensor, ...]:
+    rows = input.shape[:1] + input.shape[2:]
+    loss = input.new_empty(rows if reduction == "none" else (), dtype=loss_dtype)
+    stats = _stats_like(input, target, want_extras)
+    scale = stats.new_empty(0 if reduction == "none" else ())
+    if not want_extras:
+        return loss, stats, scale, *(stats.new_empty(0) for _ in range(3))
+    row_loss = stats.new_empty(rows, dtype=loss_dtype if reduction == "none" else stats.dtype)
+    correct = stats.new_empty((), dtype=torch.int64)
+    return loss, stats, scale, row_loss, stats.new_empty(rows), correct
+
+
+def _bwd_operator(
+    dloss: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    scale: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    kernels = backend.implementation("cross_entropy", input)
+    gradients = kernels.cross_entropy_bwd(
+        dloss,
+        input,
+        target,
+        weight,
+        None if kernels is eager else stats,
+        scale if scale.dim() == 0 else None,
+        *arguments,
+        inplace=False,
+    )
+    pairs = zip(gradients, (input, target), strict=True)
+    return tuple(stats.new_empty(0) if g is None else _laid_out_as(g, like) for g, like in pairs)
+
+
+def _bwd_fake(
+    dloss: Tensor,
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    want_dx: bool,
+    want_dtarget: bool,
+) -> tuple[Tensor, ...]:
+    dx = torch.empty_like(input) if want_dx else stats.new_empty(0)
+    return dx, torch.empty_like(target) if want_dtarget else stats.new_empty(0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    input, target, weight, *options = inputs
+    ctx.save_for_backward(input, target, weight, output[1], output[2])
+    ctx.options = options[:6]
+
+
+def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    input, target, weight, stats, scale = ctx.saved_tensors
+    wants = ctx.needs_input_grad[:3]
+    ignore_index, _, *numbers = ctx.options
+    dx, dtarget = torch.ops.fused.cross_entropy_bwd(
+        dloss, input, target, weight, stats, scale, ignore_index, *numbers, wants[0], wants[1]
+    )
+    dweight = None
+    if wants[2]:
+        dweight = eager.cross_entropy_dweight(dloss, input, target, weight, *ctx.options)
+    none = (None,) * 8
+    return (dx if wants[0] else None, dtarget if wants[1] else None, dweight, *none)
+
+
+def _stats_like(input: Tensor, target: Tensor, want_extras: bool) -> Tensor:
+    wide = torch.float64 in (input.dtype, target.dtype)
+    rows = input.shape[0] * input[0, 0].numel() if input.shape[0] else 0
+    shape = (4 if want_extras else 3, rows)
+    return input.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
+
+
+def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` with the strides of torch.empty_like(like), as the fake implementation promises."""
+    promised = torch.empty_like(like)
+    return tensor if tensor.stride() == promised.stride() else promised.copy_(tensor)
+
+
+for _name, _implementation, _fake in (
+    ("cross_entropy_fwd", _fwd_operator, _fwd_fake),
+    ("cross_entropy_bwd", _bwd_operator, _bwd_fake),
+):
+    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused::{_name}", _fake, lib=_library)
+torch.library.register_autograd(
+    "fused::cross_entropy_fwd", _operator_backward, setup_context=_setup_context, lib=_library
+)
