@@ -22,8 +22,8 @@ _library.define(
 )
 _library.define(
     "cross_entropy_bwd(Tensor dloss, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
-    f"Tensor scale, int ignore_index, {_OPTIONS}, bool want_dx, bool want_dtarget) "
-    "-> (Tensor dx, Tensor dtarget)"
+    f"Tensor scale, int ignore_index, str reduction, {_OPTIONS}, bool want_dx, bool want_dtarget, "
+    "bool want_dweight) -> (Tensor dx, Tensor dtarget, Tensor dweight)"
 )
 
 
@@ -74,21 +74,41 @@ def _bwd_operator(
     weight: Tensor | None,
     stats: Tensor,
     scale: Tensor,
-    *arguments: Any,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    want_dx: bool,
+    want_dtarget: bool,
+    want_dweight: bool,
 ) -> tuple[Tensor, ...]:
     kernels = backend.implementation("cross_entropy", input)
-    gradients = kernels.cross_entropy_bwd(
+    numbers = (label_smoothing, z_loss, softcap, logit_scale)
+    dx, dtarget = kernels.cross_entropy_bwd(
         dloss,
         input,
         target,
         weight,
         None if kernels is eager else stats,
         scale if scale.dim() == 0 else None,
-        *arguments,
+        ignore_index,
+        *numbers,
+        want_dx,
+        want_dtarget,
         inplace=False,
     )
-    pairs = zip(gradients, (input, target), strict=True)
-    return tuple(stats.new_empty(0) if g is None else _laid_out_as(g, like) for g, like in pairs)
+    dweight = None
+    if want_dweight and weight is not None:
+        dweight = eager.cross_entropy_dweight(
+            dloss, input, target, weight, ignore_index, reduction, *numbers
+        )
+    return (
+        stats.new_empty(0) if dx is None else _laid_out_as(dx, input),
+        stats.new_empty(0) if dtarget is None else _laid_out_as(dtarget, target),
+        stats.new_empty(0) if dweight is None else dweight,
+    )
 
 
 def _bwd_fake(
@@ -98,16 +118,12 @@ def _bwd_fake(
     weight: Tensor | None,
     stats: Tensor,
     scale: Tensor,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-    logit_scale: float,
-    want_dx: bool,
-    want_dtarget: bool,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    dx = torch.empty_like(input) if want_dx else stats.new_empty(0)
-    return dx, torch.empty_like(target) if want_dtarget else stats.new_empty(0)
+    wants = zip((input, target, weight), arguments[-3:], strict=True)
+    return tuple(
+        torch.empty_like(t) if want and t is not None else stats.new_empty(0) for t, want in wants
+    )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -117,17 +133,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    input, target, weight, stats, scale = ctx.saved_tensors
     wants = ctx.needs_input_grad[:3]
-    ignore_index, _, *numbers = ctx.options
-    dx, dtarget = torch.ops.fused.cross_entropy_bwd(
-        dloss, input, target, weight, stats, scale, ignore_index, *numbers, wants[0], wants[1]
-    )
-    dweight = None
-    if wants[2]:
-        dweight = eager.cross_entropy_dweight(dloss, input, target, weight, *ctx.options)
+    gradients = torch.ops.fused.cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.options, *wants)
     none = (None,) * 8
-    return (dx if wants[0] else None, dtarget if wants[1] else None, dweight, *none)
+    return (*(g if want else None for g, want in zip(gradients, wants, strict=True)), *none)
 
 
 def _stats_like(input: Tensor, target: Tensor, want_extras: bool) -> Tensor:
