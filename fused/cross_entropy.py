@@ -56,8 +56,8 @@ class CrossEntropyFunction(torch.autograd.Function):
             input, target, weight, *options, loss_dtype, want_extras
         )
         ctx.kernels, ctx.options = kernels, options
-        ctx.inplace = inplace and ctx.needs_input_grad[0]
-        if ctx.inplace:
+        ctx.inplace = inplace
+        if inplace:
             # The memory is the gradient's from here on: no graph that saved the logits may run.
             increment_version(input)
         ctx.save_for_backward(input, target, weight, stats, scale)
@@ -249,6 +249,7 @@ def _run(
             input, target, weight, *options, loss_dtype, want_extras
         )
     else:
+        inplace = inplace and input.requires_grad and torch.is_grad_enabled()
         if inplace:
             _check_inplace(input)
         outputs = CrossEntropyFunction.apply(
@@ -366,8 +367,6 @@ def _check_weight(weight: Tensor, classes: int, input: Tensor, target: Tensor) -
 
 
 def _check_inplace(input: Tensor) -> None:
-    if not (input.requires_grad and torch.is_grad_enabled()):
-        return
     if input.is_leaf:
         raise RuntimeError(
             "cross_entropy: expected inplace=False for a leaf that requires grad: its gradient "

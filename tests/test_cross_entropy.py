@@ -1,284 +1,398 @@
 """fused.cross_entropy on the closed forms and on the Triton kernels, against torch's."""
 
+import itertools
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import fused
+from fused.eager.cross_entropy import cross_entropy_composed
 from tests.exactness import assert_as_exact_as, ulps_for
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 # One row, one class, around a power of two, more than one tile of classes in every dtype.
 SHAPES = [(1, 27), (5, 1), (32, 27), (3, 127), (3, 128), (3, 129), (70, 8), (2, 1000), (2, 8200)]
+EXTRAS = ("z_loss", "softcap", "logit_scale")
 
 
 def example(
-    n: int, c: int, dtype: torch.dtype, device: torch.device, ignored: float = 0.2
-) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(n * 10007 + c)
-    logits = (torch.randn(n, c, generator=generator) * 3).to(dtype)
-    target = torch.randint(0, c, (n,), generator=generator)
-    target[torch.rand(n, generator=generator) < ignored] = -100
-    return logits.to(device), target.to(device)
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kind: str = "indices",
+    weighted: bool = False,
+    ignored: float = 0.2,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(logits, target, weight); `kind` is "indices" or "probabilities"."""
+    generator = torch.Generator().manual_seed(hash(shape) % 2**31)
+    logits = (torch.randn(shape, generator=generator) * 3).to(dtype)
+    classes = shape[min(1, len(shape) - 1)]
+    if kind == "indices":
+        rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+        target = torch.randint(0, classes, rows, generator=generator)
+        target[torch.rand(rows, generator=generator) < ignored] = -100
+    else:
+        target = torch.rand(shape, generator=generator).softmax(min(1, len(shape) - 1)).to(dtype)
+    weight = (torch.rand(classes, generator=generator) + 0.5).to(device, dtype)
+    return logits.to(device), target.to(device), weight if weighted else None
+
+
+def torchs(logits: Tensor, target: Tensor, weight: Tensor | None = None, **options) -> Tensor:
+    """F.cross_entropy, with our extra options by composition."""
+    if not any(name in options for name in EXTRAS):
+        target = target if target.is_floating_point() else target.long()
+        return F.cross_entropy(logits, target, weight, **options)
+    no_batch = logits.dim() == 1
+    if no_batch:
+        logits, target = logits.unsqueeze(0), target.unsqueeze(0)
+    loss = cross_entropy_composed(
+        logits,
+        target,
+        weight,
+        options.get("ignore_index", -100),
+        options.get("reduction", "mean"),
+        options.get("label_smoothing", 0.0),
+        options.get("z_loss", 0.0),
+        options.get("softcap") or 0.0,
+        options.get("logit_scale", 1.0),
+        logits.dtype,
+        False,
+    )[0]
+    return loss.squeeze(0) if no_batch and loss.dim() else loss
+
+
+def size_of_terms(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    logit_scale: float = 1.0,
+    **_: Any,
+) -> float:
+    """How large the terms are whose difference is dinput: a row's weight in the loss, times p."""
+    dim = min(1, logits.dim() - 1)
+    w = torch.ones(logits.shape[dim]) if weight is None else weight.double().cpu()
+    parts = 1.0
+    if reduction == "mean" and target.is_floating_point():
+        parts = logits.numel() / logits.shape[dim]
+    elif reduction == "mean":
+        counted = target.cpu()[target.cpu() != ignore_index].long()
+        parts = w[counted].sum().abs().item()
+    return logit_scale * w.abs().max().item() / parts if parts else 0.0
 
 
 def check_against_torch(
-    logits: Tensor, target: Tensor, implementation: str, ulps: float | None = None, **options
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    implementation: str,
+    **options: Any,
 ) -> None:
-    """Loss and gradient, with a random upstream gradient, are as exact as torch's."""
-    ulps = ulps or ulps_for(logits.dtype, implementation)
-    ours, theirs, exact = (
-        t.detach().requires_grad_() for t in (logits, logits.clone(), logits.double())
-    )
-    losses = (
-        fused.cross_entropy(ours, target, **options),
-        F.cross_entropy(theirs, target.long(), **options),
-        F.cross_entropy(exact, target.long(), **options),
-    )
-    generator = torch.Generator().manual_seed(1)
-    upstream = torch.randn(losses[0].shape, generator=generator).to(losses[0])
-    for loss in losses:
-        loss.backward(upstream.to(loss.dtype))
-    assert_as_exact_as(*losses, ulps=ulps, what="loss")
-    assert_as_exact_as(ours.grad, theirs.grad, exact.grad, ulps=ulps, what="gradient")
+    """Loss and gradients, with a random upstream gradient, are as exact as torch's."""
+    soft = target.is_floating_point()
+
+    def run(function, convert) -> tuple[Tensor, ...]:
+        leaves = [convert(logits.detach()).requires_grad_()]
+        t, w = target, weight
+        if soft:
+            t = convert(target.detach()).requires_grad_()
+            leaves.append(t)
+        if weight is not None:
+            w = convert(weight.detach())
+            if soft:
+                leaves.append(w.requires_grad_())
+        loss = function(leaves[0], t, w, **options)
+        generator = torch.Generator().manual_seed(1)
+        upstream = torch.randn(loss.shape, generator=generator).to(loss)
+        return loss, *torch.autograd.grad(loss, leaves, upstream)
+
+    ours = run(fused.cross_entropy, lambda t: t.clone() if t.is_contiguous() else t.detach())
+    theirs = run(torchs, torch.clone)
+    exact = run(torchs, torch.Tensor.double)
+    ulps = ulps_for(logits.dtype, implementation)
+    scale = size_of_terms(logits, target, weight, **options)
+    names = ("loss", "dinput", *(["dtarget"] if soft else []), "dweight")
+    for name, a, b, c in zip(names, ours, theirs, exact, strict=False):
+        least = scale if name == "dinput" else 0.0
+        size = max(least, c.detach()[c.isfinite()].abs().max().item()) if c.isfinite().any() else 1
+        # Sums over classes (a row's loss) and rows (the mean's, dweight's) round once more each.
+        assert_as_exact_as(a, b, c, ulps=2 * ulps, scale=size, what=name)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n, c", SHAPES)
-def test_matches_torch(n, c, dtype, reduction, implementation, device) -> None:
-    logits, target = example(n, c, dtype, device)
-    check_against_torch(logits, target, implementation, reduction=reduction)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_torch(shape, dtype, reduction, implementation, device) -> None:
+    check_against_torch(*example(shape, dtype, device), implementation, reduction=reduction)
+
+
+OPTIONS = list(itertools.product(["indices", "probabilities"], [False, True], [0.0, 0.1, 1.0]))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind, weighted, label_smoothing", OPTIONS)
+@pytest.mark.parametrize("shape", [(7,), (9, 27), (2, 5, 3), (2, 5, 2, 3), (1, 2100)], ids=str)
+def test_all_options_together(
+    shape, kind, weighted, label_smoothing, reduction, implementation, device
+) -> None:
+    tensors = example(shape, torch.float32, device, kind, weighted)
+    check_against_torch(
+        *tensors, implementation, reduction=reduction, label_smoothing=label_smoothing
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_options_in_every_dtype(kind, dtype, implementation, device) -> None:
+    tensors = example((5, 9, 3), dtype, device, kind, True)
+    check_against_torch(*tensors, implementation, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"z_loss": 1e-2},
+        {"softcap": 3.0},
+        {"logit_scale": 0.5},
+        {"z_loss": 1e-2, "softcap": 30.0, "logit_scale": 1.7, "label_smoothing": 0.1},
+    ],
+    ids=lambda extra: "+".join(extra),
+)
+def test_extras(extra, kind, reduction, implementation, device) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        tensors = example((5, 130), dtype, device, kind, weighted=True)
+        check_against_torch(*tensors, implementation, reduction=reduction, **extra)
+
+
+def test_extras_by_their_formulas(implementation, device) -> None:
+    logits, target, _ = example((5, 27), torch.float64, device, ignored=0)
+    z = 3.0 * torch.tanh(0.7 * logits / 3.0)
+    lse = z.logsumexp(1)
+    expected = (lse - z[range(5), target] + 0.1 * lse**2).mean()
+    loss = fused.cross_entropy(logits, target, z_loss=0.1, softcap=3.0, logit_scale=0.7)
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(7,), (9, 2100), (2, 5, 3)], ids=str)
+def test_stats(shape, reduction, kind, implementation, device) -> None:
+    logits, target, weight = example(shape, torch.float32, device, kind, weighted=True)
+    logits.requires_grad_()
+    options = {"weight": weight, "reduction": reduction}
+    output = fused.cross_entropy_with_stats(logits, target, **options)
+    dim = min(1, logits.dim() - 1)
+    torch.testing.assert_close(output.loss, fused.cross_entropy(logits, target, **options))
+    rows = F.cross_entropy(logits, target, weight, reduction="none")
+    torch.testing.assert_close(output.row_loss, rows.detach())
+    soft = target.is_floating_point()
+    counted = torch.ones_like(rows, dtype=torch.bool) if soft else target != -100
+    lse = torch.where(counted, logits.detach().logsumexp(dim), 0.0)
+    torch.testing.assert_close(output.lse, lse)
+    hit = counted & (logits.argmax(dim) == (target.argmax(dim) if soft else target))
+    assert output.correct.dtype == torch.int64 and output.correct.shape == ()
+    assert output.correct == hit.sum()
+    assert [t.requires_grad for t in output] == [True, False, False, False]
+
+
+def test_first_of_several_largest_logits_is_the_prediction(implementation, device) -> None:
+    logits = torch.zeros(3, 2100, device=device)
+    logits[:, [5, 9, 2050]] = 1.0
+    target = torch.tensor([5, 9, 2050], device=device)
+    assert fused.cross_entropy_with_stats(logits, target).correct == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
+def test_target_dtypes(dtype, implementation, device) -> None:
+    logits, target, _ = example((9, 27), torch.float32, device, ignored=0)
+    check_against_torch(logits, target.to(dtype), None, implementation)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 26, 255])
+def test_ignore_index(ignore_index, implementation, device) -> None:
+    logits, target, weight = example((9, 27), torch.float32, device, weighted=True, ignored=0)
+    target[::3] = ignore_index
+    check_against_torch(
+        logits, target, weight, implementation, ignore_index=ignore_index, label_smoothing=0.1
+    )
+
+
+def test_result_dtypes_promote_as_torchs(implementation, device) -> None:
+    half, single, double = torch.float16, torch.float32, torch.float64
+    for a, b, c in [(half, single, half), (single, double, single), (half, half, single)]:
+        logits, target, weight = example((5, 9), single, device, "probabilities", weighted=True)
+        arguments = logits.to(a), target.to(b), weight.to(c)
+        ours, theirs = fused.cross_entropy(*arguments), F.cross_entropy(*arguments)
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+
+
+def test_autocast_computes_in_float32(implementation, device) -> None:
+    logits, target, weight = example((9, 27), torch.bfloat16, device, weighted=True)
+    logits.requires_grad_()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        ours = fused.cross_entropy(logits, target, weight.float())
+        theirs = F.cross_entropy(logits, target, weight.float())
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs)
+    (gradient,) = torch.autograd.grad(ours, logits)
+    assert gradient.dtype == torch.bfloat16
 
 
 def test_notebook_gradient_within_1e_8(implementation, device) -> None:
     """At the notebook's shape in float32, dlogits is within 1e-8 of autograd's."""
-    logits, target = example(32, 27, torch.float32, device, ignored=0)
+    logits, target, _ = example((32, 27), torch.float32, device, ignored=0)
     ours, theirs = logits.requires_grad_(), logits.detach().clone().requires_grad_()
     fused.cross_entropy(ours, target).backward()
     (-theirs.log_softmax(1)[range(32), target].mean()).backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8], ids=str)
-def test_target_dtypes(dtype, implementation, device) -> None:
-    logits, target = example(9, 27, torch.float32, device, ignored=0)
-    check_against_torch(logits, target.to(dtype), implementation)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("inner", [(), (5,)], ids=str)
+def test_inplace_takes_the_logits_memory(inner, kind, implementation, device) -> None:
+    leaf, target, _ = example((9, 27, *inner), torch.float32, device, kind)
+    leaf.requires_grad_()
+    (expected,) = torch.autograd.grad(fused.cross_entropy(leaf, target), leaf)
+    logits = leaf * 1.0
+    loss = fused.cross_entropy(logits, target, inplace=True)
+    received: list[Tensor] = []
+    logits.register_hook(received.append)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+    assert received[0].data_ptr() == logits.data_ptr()
 
 
-@pytest.mark.parametrize("ignore_index", [-100, -1, 0, 26, 255])
-def test_ignore_index(ignore_index, implementation, device) -> None:
-    logits, target = example(9, 27, torch.float32, device, ignored=0)
-    target[::3] = ignore_index
-    check_against_torch(logits, target, implementation, ignore_index=ignore_index)
+def test_inplace_misuse_raises(implementation, device) -> None:
+    leaf, target, _ = example((9, 27), torch.float32, device)
+    leaf.requires_grad_()
+    with pytest.raises(RuntimeError, match="inplace=False for a leaf that requires grad"):
+        fused.cross_entropy(leaf, target, inplace=True)
+    with pytest.raises(RuntimeError, match="inplace=False for an expanded input"):
+        fused.cross_entropy((leaf * 1.0)[:1].expand(9, 27), target, inplace=True)
 
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_all_rows_ignored(reduction, implementation, device) -> None:
-    """The mean is NaN, the sum 0, and the gradient 0 in every case."""
-    logits = torch.randn(4, 27, device=device, requires_grad=True)
-    target = torch.full((4,), -100, device=device)
-    loss = fused.cross_entropy(logits, target, reduction=reduction)
-    expected = F.cross_entropy(logits, target, reduction=reduction)
-    torch.testing.assert_close(loss, expected, equal_nan=True, rtol=0, atol=0)
-    loss.backward(torch.ones_like(loss))
-    torch.testing.assert_close(logits.grad, torch.zeros_like(logits), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_empty_batch(reduction, implementation, device) -> None:
-    logits = torch.randn(0, 27, device=device, requires_grad=True)
-    target = torch.empty(0, dtype=torch.int64, device=device)
-    loss = fused.cross_entropy(logits, target, reduction=reduction)
-    expected = F.cross_entropy(logits, target, reduction=reduction)
-    torch.testing.assert_close(loss, expected, equal_nan=True, rtol=0, atol=0)
-    loss.backward(torch.ones_like(loss))
-    assert logits.grad.shape == (0, 27)
-
-
-STRIDES = {
-    "transposed": lambda x: x.t().contiguous().t(),
-    "sliced classes": lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
-    "every other class": lambda x: x.repeat_interleave(2, 1)[:, ::2],
-    "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
-    "one row expanded": lambda x: x[:1].expand_as(x),
-    "pointer off by one": lambda x: torch.cat((x.flatten()[:1], x.flatten()))[1:].view_as(x),
-}
-
-
-@pytest.mark.parametrize("strides", STRIDES)
-def test_non_contiguous_logits(strides, implementation, device) -> None:
-    logits, target = example(9, 27, torch.float32, device)
-    check_against_torch(STRIDES[strides](logits), target, implementation)
-
-
-def test_non_contiguous_target(implementation, device) -> None:
-    logits, target = example(9, 27, torch.float32, device)
-    check_against_torch(logits, target.repeat_interleave(3)[::3], implementation)
-    check_against_torch(logits, target[:1].expand(9), implementation)
-
-
-def test_upstream_vector_of_stride_0(implementation, device) -> None:
-    """`.sum()` sends back a vector of stride 0: every row its own factor, not grad_output[0]'s."""
-    logits, target = example(9, 27, torch.float32, device)
-    ours, theirs = logits.requires_grad_(), logits.detach().clone().requires_grad_()
-    fused.cross_entropy(ours, target, reduction="none").sum().backward()
-    F.cross_entropy(theirs, target, reduction="none").sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-def test_logits_are_never_changed(implementation, device) -> None:
-    """Nor is the gradient of a second backward through the same graph another one."""
-    logits, target = example(9, 27, torch.float32, device)
-    before = logits.clone()
-    with torch.no_grad():
-        fused.cross_entropy(logits, target)
-    loss = fused.cross_entropy(logits.requires_grad_(), target)
-    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
-    (second,) = torch.autograd.grad(loss, logits)
-    torch.testing.assert_close(logits.detach(), before, rtol=0, atol=0)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)
-
-
-def test_logits_changed_after_forward_raise_in_backward(implementation, device) -> None:
-    logits, target = example(9, 27, torch.float32, device)
-    scaled = logits.requires_grad_() * 2
-    loss = fused.cross_entropy(scaled, target)
-    scaled.mul_(2)
+    logits = leaf * 1.0  # a second backward finds the gradient where the logits were
+    loss = fused.cross_entropy(logits, target, inplace=True)
+    loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
-
-INF = float("inf")
-MASKED = {
-    "one": lambda x, y: x.index_fill(1, torch.tensor([5]), -INF),
-    "first block": lambda x, y: torch.cat((torch.full_like(x[:, :4200], -INF), x[:, 4200:]), 1),
-    "all but one": lambda x, y: torch.full_like(x, -INF).scatter(1, y[:, None], 1.0),
-    "target": lambda x, y: x.scatter(1, y[:1, None], -INF),
-    "a whole row": lambda x, y: x.index_fill(0, torch.tensor([1]), -INF),
-    "plus infinity": lambda x, y: x.index_fill(1, torch.tensor([7]), INF),
-    "nan": lambda x, y: x.index_fill(1, torch.tensor([7]), float("nan")),
-}
+    logits = leaf * 1.0  # a graph that saved the logits before
+    squares = (logits**2).sum()
+    fused.cross_entropy(logits, target, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("masked", MASKED)
-def test_masked_logits(masked, reduction, implementation) -> None:
-    """NaN and infinity exactly where torch has them, with -inf over whole blocks of a row too."""
-    logits, target = example(3, 8200, torch.float32, torch.device("cpu"), ignored=0)
-    target[:] = torch.tensor([5000, 6000, 8199])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    logits = MASKED[masked](logits, target).to(device)
-    check_against_torch(logits, target.to(device), implementation, reduction=reduction)
-
-
-EXTREME = {
-    "all near -110": lambda x: x - 110,
-    "all near 3e4": lambda x: x + 3e4,
-    "one 1e4 above": lambda x: x.index_add(
-        1, torch.tensor([3], device=x.device), torch.full_like(x[:, :1], 1e4)
-    ),
-}
-
-
-@pytest.mark.parametrize("extreme", EXTREME)
-def test_extreme_logits(extreme, implementation, device) -> None:
-    logits, target = example(9, 668, torch.float32, device)
-    logits = EXTREME[extreme](logits)
-    assert fused.cross_entropy(logits, target).isfinite()
-    check_against_torch(logits, target, implementation)
-
-
-def test_half_precision_gradients_do_not_flush_to_zero(implementation, device) -> None:
-    """1/N is not rounded to float16 before a loss scale arrives: no gradient is lost."""
-    n, c = 512, 256
-    logits = torch.zeros(n, c, dtype=torch.float16, device=device, requires_grad=True)
-    target = torch.arange(n, device=device) % c
-    (fused.cross_entropy(logits, target) * 2.0**15).backward()
-    expected = 2.0**15 / n / c
-    smallest = logits.grad.abs().min().item()
-    assert smallest == pytest.approx(expected, rel=1e-2)
-
-
-def test_confident_predictions_keep_their_gradient(implementation, device) -> None:
-    """p - 1 is formed before rounding: a bfloat16 p of 1 would leave a gradient of 0."""
-    logits = torch.zeros(2, 27, dtype=torch.bfloat16, device=device)
-    logits[:, 3] = 12.0
-    logits.requires_grad_()
-    target = torch.full((2,), 3, device=device)
-    fused.cross_entropy(logits, target, reduction="sum").backward()
-    exact = torch.softmax(logits.double(), 1)[:, 3] - 1
-    torch.testing.assert_close(logits.grad[:, 3].double(), exact, rtol=1e-2, atol=0)
-
-
-def test_target_out_of_range_on_the_closed_form() -> None:
-    logits, target = example(9, 27, torch.float32, torch.device("cpu"))
-    target[4] = 31
-    message = r"expected target in \[0, 27\) or ignore_index=-100, got 31 at row 4"
-    with fused.backend.use("eager"), pytest.raises(IndexError, match=message):
-        fused.cross_entropy(logits, target)
-    target[4] = -1
-    with fused.backend.use("eager"), pytest.raises(IndexError, match="got -1 at row 4"):
-        fused.cross_entropy(logits, target)
-
-
-@pytest.mark.parametrize("outside", [27, 31, -1, 2**40, -(2**40)])
-def test_target_out_of_range_on_the_kernels(outside, device) -> None:
-    """No look on the host, no read out of bounds: the row's loss and gradient are NaN."""
-    logits, target = example(9, 27, torch.float32, device, ignored=0)
-    target[4] = outside
-    with fused.backend.use("triton"):
-        loss = fused.cross_entropy(logits.requires_grad_(), target, reduction="none")
-        loss.backward(torch.ones_like(loss))
-    rows = torch.arange(9, device=device) == 4
-    torch.testing.assert_close(loss.isnan(), rows)
-    torch.testing.assert_close(logits.grad.isnan(), rows[:, None].expand(9, 27))
-
-
-def test_two_runs_are_bitwise_equal(implementation, device) -> None:
-    logits, target = example(70, 129, torch.float32, device)
-    gradients = []
-    for _ in range(2):
-        x = logits.clone().requires_grad_()
-        fused.cross_entropy(x, target).backward()
-        gradients.append(x.grad)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=0)
-
-
-def test_gradcheck(implementation, device) -> None:
-    logits, target = example(3, 5, torch.float64, device)
-    logits.requires_grad_()
-    for reduction in REDUCTIONS:
-        torch.autograd.gradcheck(
-            lambda x, r=reduction: fused.cross_entropy(x, target, reduction=r), logits
-        )
+def test_inplace_without_gradient_changes_nothing(implementation, device) -> None:
+    logits, target, _ = example((9, 27), torch.float32, device)
+    before, version = logits.clone(), logits._version
+    fused.cross_entropy(logits, target, inplace=True)
+    with torch.no_grad():
+        fused.cross_entropy(logits.requires_grad_(), target, inplace=True)
+    torch.testing.assert_close(logits.detach(), before, rtol=0, atol=0)
+    assert logits._version == version
 
 
 def test_module(implementation, device) -> None:
-    logits, target = example(9, 27, torch.float32, device)
-    module = fused.CrossEntropyLoss(ignore_index=3, reduction="sum")
-    assert isinstance(module, torch.nn.CrossEntropyLoss)
-    target = target.clamp_min(0)
-    expected = F.cross_entropy(logits, target, ignore_index=3, reduction="sum")
-    torch.testing.assert_close(module(logits, target), expected)
+    logits, target, weight = example((9, 27), torch.float32, device, weighted=True, ignored=0)
+    ours = fused.CrossEntropyLoss(weight, ignore_index=3, reduction="sum", label_smoothing=0.1)
+    theirs = torch.nn.CrossEntropyLoss(weight, ignore_index=3, reduction="sum", label_smoothing=0.1)
+    assert isinstance(ours, torch.nn.CrossEntropyLoss)
+    torch.testing.assert_close(ours(logits, target), theirs(logits, target))
+    ours.load_state_dict(theirs.state_dict())
+    capped = fused.CrossEntropyLoss(softcap=3.0, z_loss=0.1, logit_scale=0.5)
+    expected = fused.cross_entropy(logits, target, softcap=3.0, z_loss=0.1, logit_scale=0.5)
+    torch.testing.assert_close(capped(logits, target), expected)
 
 
 X, Y = torch.zeros(4, 27), torch.zeros(4, dtype=torch.int64)
+P, W = torch.full((4, 27), 1 / 27), torch.ones(27)
+# (error, call, message): the error is the one that torch raises for the same mistake.
 REFUSED = {
-    "reduction": (ValueError, lambda: fused.cross_entropy(X, Y, reduction="avg"), "got 'avg'"),
-    "1-D input": (ValueError, lambda: fused.cross_entropy(X[0], Y), r"shape \(N, C\), got \(27,\)"),
-    "rows": (ValueError, lambda: fused.cross_entropy(X, Y[:3]), r"shape \(4,\) .*got \(3,\)"),
-    "2-D target": (ValueError, lambda: fused.cross_entropy(X, Y[:, None]), r"got \(4, 1\)"),
-    "integer input": (TypeError, lambda: fused.cross_entropy(X.long(), Y), "got torch.int64"),
-    "float target": (TypeError, lambda: fused.cross_entropy(X, Y.float()), "got torch.float32"),
-    "device": (ValueError, lambda: fused.cross_entropy(X, Y.to("meta")), "on cpu.* got meta"),
+    "reduction": (ValueError, {"input": X, "target": Y, "reduction": "avg"}, "got 'avg'"),
+    "rows": (ValueError, {"input": X, "target": Y[:3]}, r"shape \(4,\).* got \(3,\)"),
+    "no rows": (RuntimeError, {"input": X[0, 0], "target": Y[0]}, r"got \(\)"),
+    "2-D target": (RuntimeError, {"input": X, "target": Y[:, None]}, r"got \(4, 1\)"),
+    "inner": (RuntimeError, {"input": X[..., None], "target": Y[:, None, None]}, r"\(4, 1, 1\)"),
+    "integers": (NotImplementedError, {"input": X.long(), "target": Y}, "got torch.int64"),
+    "float target": (RuntimeError, {"input": X, "target": Y.float()}, "got torch.float32"),
+    "int16 target": (RuntimeError, {"input": X, "target": Y.short()}, "got torch.int16"),
+    "whole numbers": (RuntimeError, {"input": X, "target": P.long()}, "holds probabilities"),
+    "ignored probabilities": (
+        RuntimeError,
+        {"input": X, "target": P, "ignore_index": 2},
+        "no ignore_index",
+    ),
+    "weight": (RuntimeError, {"input": X, "target": Y, "weight": W[:5]}, r"\(27,\).* got \(5,\)"),
+    "weight dtype": (
+        RuntimeError,
+        {"input": X, "target": Y, "weight": W.double()},
+        "weight of dtype torch.float32.* got torch.float64",
+    ),
+    "weight gradient": (
+        RuntimeError,
+        {"input": X, "target": Y, "weight": W.clone().requires_grad_()},
+        "needs no gradient for class indices",
+    ),
+    "smoothing": (RuntimeError, {"input": X, "target": Y, "label_smoothing": 1.1}, "got 1.1"),
+    "device": (RuntimeError, {"input": X, "target": Y.to("meta")}, "on cpu.* got meta"),
 }
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
-def test_refuses(mistake) -> None:
-    error, call, message = REFUSED[mistake]
+def test_refuses_what_torch_refuses(mistake) -> None:
+    error, arguments, message = REFUSED[mistake]
     with pytest.raises(error, match=message):
-        call()
+        fused.cross_entropy(**arguments)
+    with pytest.raises(error):
+        F.cross_entropy(**arguments)
+
+
+def test_refuses_a_negative_cap() -> None:
+    with pytest.raises(RuntimeError, match="softcap above 0, or None, got -1"):
+        fused.cross_entropy(X, Y, softcap=-1.0)
+
+
+@st.composite
+def calls(draw) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
+    """Shapes, strides, dtypes and options of a call that torch accepts."""
+    dims = draw(st.integers(1, 4))
+    shape = tuple(draw(st.integers(1, 40 if i == 1 else 4)) for i in range(dims))
+    dtype = draw(st.sampled_from(DTYPES))
+    kind = draw(st.sampled_from(["indices", "probabilities"]))
+    logits, target, weight = example(shape, dtype, "cpu", kind, draw(st.booleans()))
+    order = draw(st.permutations(range(dims)))
+    back = [order.index(i) for i in range(dims)]
+    logits = logits.permute(order).contiguous().permute(back)
+    options: dict[str, Any] = {"reduction": draw(st.sampled_from(REDUCTIONS))}
+    if draw(st.booleans()):
+        options["label_smoothing"] = draw(st.sampled_from([0.0, 0.1, 0.9]))
+    if draw(st.booleans()):
+        options["z_loss"] = draw(st.sampled_from([1e-4, 1e-1]))
+    if draw(st.booleans()):
+        options["softcap"] = draw(st.sampled_from([2.0, 30.0]))
+    if draw(st.booleans()):
+        options["logit_scale"] = draw(st.sampled_from([0.3, 2.0]))
+    return logits, target, weight, options
+
+
+@settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(call=calls())
+def test_any_call(call, implementation, device) -> None:
+    logits, target, weight, options = call
+    weight = None if weight is None else weight.to(device)
+    check_against_torch(logits.to(device), target.to(device), weight, implementation, **options)

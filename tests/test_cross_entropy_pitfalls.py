@@ -1,0 +1,339 @@
+"""Where widely used cross-entropies were found wrong: one test, or a few, for each failure."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fused
+from tests.test_cross_entropy import REDUCTIONS, check_against_torch, example
+
+INF = float("inf")
+
+
+def both(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Two leaves with the same numbers, for us and for torch."""
+    return logits.clone().requires_grad_(), logits.clone().requires_grad_()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_upstream_gradient_other_than_1(reduction, implementation, device) -> None:
+    """A random number for mean and sum, a random vector for none: not grad_output[0] for all."""
+    logits, target, _ = example((9, 27), torch.float32, device)
+    check_against_torch(logits, target, None, implementation, reduction=reduction)
+
+
+@pytest.mark.parametrize("shape", [(9, 27), (3, 27, 4)], ids=str)
+def test_upstream_gradient_of_stride_0(shape, implementation, device) -> None:
+    """`.sum()` sends back an expanded one."""
+    logits, target, _ = example(shape, torch.float32, device)
+    ours, theirs = both(logits)
+    (fused.cross_entropy(ours, target, reduction="none").sum() * 3).backward()
+    (F.cross_entropy(theirs, target, reduction="none").sum() * 3).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_upstream_gradient_that_is_not_contiguous(implementation, device) -> None:
+    logits, target, _ = example((3, 27, 4), torch.float32, device)
+    upstream = torch.randn(4, 3, device=device).t()
+    ours, theirs = both(logits)
+    fused.cross_entropy(ours, target, reduction="none").backward(upstream)
+    F.cross_entropy(theirs, target, reduction="none").backward(upstream)
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_logits_are_never_changed(implementation, device) -> None:
+    logits, target, _ = example((9, 27), torch.float32, device)
+    before = logits.clone()
+    with torch.no_grad():
+        fused.cross_entropy(logits, target)
+    fused.cross_entropy(logits.requires_grad_(), target).backward()
+    torch.testing.assert_close(logits.detach(), before, rtol=0, atol=0)
+
+
+def test_second_backward_gives_the_same_gradient(implementation, device) -> None:
+    logits, target, _ = example((9, 27), torch.float32, device)
+    loss = fused.cross_entropy(logits.requires_grad_(), target)
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def test_logits_changed_after_forward_raise_in_backward(implementation, device) -> None:
+    logits, target, _ = example((9, 27), torch.float32, device)
+    scaled = logits.requires_grad_() * 2
+    loss = fused.cross_entropy(scaled, target)
+    scaled.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+MASKED = {
+    "one": lambda x, y: x.index_fill(1, torch.tensor([5]), -INF),
+    "first block": lambda x, y: torch.cat((torch.full_like(x[:, :4200], -INF), x[:, 4200:]), 1),
+    "last block": lambda x, y: torch.cat((x[:, :7000], torch.full_like(x[:, 7000:], -INF)), 1),
+    "all but the target": lambda x, y: torch.full_like(x, -INF).scatter(1, y[:, None], 1.0),
+    "target": lambda x, y: x.scatter(1, y[:1, None], -INF),
+    "a whole row": lambda x, y: x.index_fill(0, torch.tensor([1]), -INF),
+    "plus infinity": lambda x, y: x.index_fill(1, torch.tensor([7]), INF),
+    "nan": lambda x, y: x.index_fill(1, torch.tensor([7]), float("nan")),
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("masked", MASKED)
+def test_masked_logits(masked, label_smoothing, reduction, implementation, device) -> None:
+    """NaN and infinity exactly where torch has them."""
+    logits, _, _ = example((3, 8200), torch.float32, "cpu")
+    target = torch.tensor([5000, 6000, 6999])
+    logits = MASKED[masked](logits, target).to(device)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    check_against_torch(logits, target.to(device), None, implementation, **options)
+
+
+EXTREME = {
+    "all near -110": lambda x: x - 110,
+    "all near 3e4": lambda x: x + 3e4,
+    "one 1e4 above": lambda x: x + 1e4 * (torch.arange(x.shape[1], device=x.device) == 3),
+}
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("extreme", EXTREME)
+def test_extreme_logits(extreme, kind, implementation, device) -> None:
+    logits, target, _ = example((9, 668), torch.float32, device, kind)
+    logits = EXTREME[extreme](logits)
+    assert fused.cross_entropy(logits, target).isfinite()
+    check_against_torch(logits, target, None, implementation)
+
+
+@pytest.mark.parametrize("classes", [27, 668, 1128, 50257, 32003, 128256, 151936])
+def test_classes_that_are_no_multiple_of_a_block(classes, implementation, device) -> None:
+    """Behind the cap a masked -inf would be -cap, and count: negative logits would show it."""
+    logits, target, _ = example((1, classes), torch.float32, device, ignored=0)
+    check_against_torch(logits - 20, target, None, implementation, softcap=5.0)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ignored_rows_have_loss_and_gradient_0(
+    reduction, label_smoothing, implementation, device
+) -> None:
+    """Written as 0: memory that torch.empty leaves is NaN in these tests."""
+    logits, target, _ = example((9, 27), torch.float32, device, ignored=0)
+    target[::2] = -100
+    logits[::4] = float("nan")  # nor does what is in them matter
+    ours, theirs = both(logits)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    loss = fused.cross_entropy(ours, target, **options)
+    torch.testing.assert_close(
+        loss, F.cross_entropy(torch.nan_to_num(theirs), target, **options).detach()
+    )
+    loss.backward(torch.ones_like(loss))
+    torch.testing.assert_close(ours.grad[::2], torch.zeros(5, 27, device=device), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_all_rows_ignored(reduction, label_smoothing, implementation, device) -> None:
+    """The mean is NaN, the sum 0, and the gradient 0 in every case."""
+    logits = torch.randn(4, 27, device=device, requires_grad=True)
+    target = torch.full((4,), -100, device=device)
+    options = {"reduction": reduction, "label_smoothing": label_smoothing}
+    loss = fused.cross_entropy(logits, target, **options)
+    expected = F.cross_entropy(logits, target, **options)
+    torch.testing.assert_close(loss, expected, equal_nan=True, rtol=0, atol=0)
+    loss.backward(torch.ones_like(loss))
+    torch.testing.assert_close(logits.grad, torch.zeros_like(logits), rtol=0, atol=0)
+
+
+def test_total_weight_0(implementation, device) -> None:
+    logits, target, _ = example((9, 27), torch.float32, device, ignored=0)
+    weight = torch.zeros(27, device=device)
+    ours, theirs = both(logits)
+    loss = fused.cross_entropy(ours, target, weight)
+    expected = F.cross_entropy(theirs, target, weight)
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 27), (0, 27, 3), (2, 27, 0)], ids=str)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_empty_batch(reduction, kind, shape, implementation, device) -> None:
+    logits, target, weight = example(shape, torch.float32, device, kind, weighted=True)
+    logits.requires_grad_()
+    loss = fused.cross_entropy(logits, target, weight, reduction=reduction)
+    expected = F.cross_entropy(logits, target, weight, reduction=reduction)
+    torch.testing.assert_close(loss, expected, equal_nan=True, rtol=0, atol=0)
+    loss.backward(torch.ones_like(loss))
+    assert logits.grad.shape == shape
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_host_synchronisation(reduction) -> None:
+    """The whole step is captured in a CUDA graph, which forbids them, and replayed."""
+    logits, target, weight = example((64, 1000), torch.float32, "cuda", weighted=True)
+    logits.requires_grad_()
+
+    def step() -> Tensor:
+        loss = fused.cross_entropy(logits, target, weight, reduction=reduction, label_smoothing=0.1)
+        return torch.autograd.grad(loss, logits, torch.ones_like(loss))[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+
+
+def test_float16_gradients_do_not_flush_to_zero(implementation, device) -> None:
+    """1/N is not rounded to float16 before a loss scale arrives: no gradient is lost."""
+    n, c = 512, 256
+    logits = torch.zeros(n, c, dtype=torch.float16, device=device, requires_grad=True)
+    target = torch.arange(n, device=device) % c
+    (fused.cross_entropy(logits, target) * 2.0**15).backward()
+    smallest = logits.grad.abs().min().item()
+    assert smallest == pytest.approx(2.0**15 / n / c, rel=1e-2)
+
+
+def test_confident_predictions_keep_their_gradient(implementation, device) -> None:
+    """p - 1 is formed before rounding: a bfloat16 p of 1 would leave a gradient of 0."""
+    logits = torch.zeros(2, 27, dtype=torch.bfloat16, device=device)
+    logits[:, 3] = 12.0
+    logits.requires_grad_()
+    target = torch.full((2,), 3, device=device)
+    fused.cross_entropy(logits, target, reduction="sum").backward()
+    exact = torch.softmax(logits.double(), 1)[:, 3] - 1
+    torch.testing.assert_close(logits.grad[:, 3].double(), exact, rtol=1e-2, atol=0)
+
+
+def test_log_sum_exp_is_kept_in_float32(implementation, device) -> None:
+    """One rounded to bfloat16 made softmax sums of 1.004 to 1.021."""
+    logits, target, _ = example((9, 4096), torch.bfloat16, device)
+    target.clamp_(min=0)
+    lse = fused.cross_entropy_with_stats(logits, target).lse
+    sums = (logits.double() - lse.double()[:, None]).exp().sum(1)
+    torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
+
+
+def test_offsets_beyond_2_to_the_31(implementation, device) -> None:
+    """Rows 2**30 elements apart: the third begins at element 2**31. The memory is never touched."""
+    if implementation == "eager":
+        pytest.skip("torch's own indexing")
+    values, target, _ = example((3, 27), torch.float16, device, ignored=0)
+    try:
+        memory = torch.UntypedStorage(2 * (2**31 + 64), device=device)
+    except RuntimeError:
+        pytest.skip("4 GiB of memory are not to be had")
+    logits = torch.tensor([], dtype=torch.float16, device=device)
+    logits.set_(memory, 0, (3, 27), (2**30, 1))
+    logits.copy_(values)
+    loss = fused.cross_entropy(logits, target)
+    torch.testing.assert_close(loss, fused.cross_entropy(values, target), rtol=0, atol=0)
+    logits.set_(memory, 0, (3, 27), (1, 2**26))  # and classes far apart
+    logits.copy_(values)
+    loss = fused.cross_entropy(logits, target)
+    torch.testing.assert_close(loss, fused.cross_entropy(values, target), rtol=0, atol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements() -> None:
+    logits = torch.randn(65536, 40000, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+    target = torch.randint(40000, (65536,), device="cuda")
+    fused.cross_entropy(logits, target, reduction="sum").backward()
+    tail = logits.detach()[-8:].clone().requires_grad_()
+    F.cross_entropy(tail.float(), target[-8:], reduction="sum").backward()
+    torch.testing.assert_close(logits.grad[-8:], tail.grad, rtol=1e-2, atol=1e-5)
+
+
+STRIDES = {
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "classes last in memory": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "sliced classes": lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
+    "every other class": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+    "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "one row expanded": lambda x: x[:1].expand_as(x),
+    "one class expanded": lambda x: x[:, :1].expand_as(x),
+    "pointer off by one": lambda x: torch.cat((x.flatten()[:1], x.flatten()))[1:].view_as(x),
+}
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("shape", [(9, 27), (2, 27, 3), (2, 27, 3, 2)], ids=str)
+@pytest.mark.parametrize("strides", STRIDES)
+def test_non_contiguous_logits(strides, shape, kind, implementation, device) -> None:
+    logits, target, weight = example(shape, torch.float32, device, kind, weighted=True)
+    check_against_torch(STRIDES[strides](logits), target, weight, implementation)
+
+
+def test_inner_dimensions_that_do_not_collapse(implementation, device) -> None:
+    logits, target, _ = example((2, 27, 3, 4), torch.float32, device)
+    for order in ((0, 1, 3, 2), (0, 3, 1, 2), (3, 0, 2, 1)):
+        back = [order.index(i) for i in range(4)]
+        shuffled = logits.permute(order).contiguous().permute(back)
+        check_against_torch(shuffled, target, None, implementation)
+    check_against_torch(logits, target.transpose(1, 2).contiguous().transpose(1, 2), None,
+                        implementation)  # fmt: skip
+
+
+def test_target_out_of_range_on_the_closed_form() -> None:
+    logits, target, weight = example((9, 27), torch.float32, "cpu", weighted=True)
+    target[4] = 31
+    message = r"expected target in \[0, 27\) or ignore_index=-100, got 31 at row 4"
+    with fused.backend.use("eager"):
+        with pytest.raises(IndexError, match=message):
+            fused.cross_entropy(logits, target)
+        with pytest.raises(IndexError, match=message):
+            fused.cross_entropy(logits, target, weight, label_smoothing=0.1)
+        with pytest.raises(IndexError, match=r"got -1 at row \(0, 2\)"):
+            fused.cross_entropy(logits[None].mT, torch.tensor([[0, 1, -1] + [0] * 6]))
+
+
+@pytest.mark.parametrize("outside", [27, 31, -1, 2**40, -(2**40)])
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_target_out_of_range_on_the_kernels(outside, label_smoothing, device) -> None:
+    """No look on the host, no read out of bounds: the row's loss and gradient are NaN."""
+    logits, target, weight = example((9, 27), torch.float32, device, weighted=True, ignored=0)
+    target[4] = outside
+    with fused.backend.use("triton"):
+        loss = fused.cross_entropy(
+            logits.requires_grad_(), target, weight, reduction="none",
+            label_smoothing=label_smoothing,
+        )  # fmt: skip
+        loss.backward(torch.ones_like(loss))
+        mean = fused.cross_entropy(logits, target, weight)
+    rows = torch.arange(9, device=device) == 4
+    torch.testing.assert_close(loss.isnan(), rows)
+    torch.testing.assert_close(logits.grad.isnan(), rows[:, None].expand(9, 27))
+    assert mean.isnan()
+
+
+def test_labels_and_logits_that_are_not_16_byte_aligned(implementation, device) -> None:
+    logits, target, _ = example((9, 32), torch.bfloat16, device)
+    for shift in (1, 3, 7):
+        moved = torch.cat((logits.flatten()[:shift], logits.flatten()))[shift:].view_as(logits)
+        labels = torch.cat((target[:1], target))[1:]
+        check_against_torch(moved, labels, None, implementation)
+    check_against_torch(logits, target.repeat_interleave(3)[::3], None, implementation)
+    check_against_torch(logits, target[:1].expand(9), None, implementation)
+
+
+def test_two_runs_are_bitwise_equal(implementation, device) -> None:
+    logits, target, weight = example((70, 129), torch.float32, device, weighted=True)
+    results = []
+    for _ in range(2):
+        x = logits.clone().requires_grad_()
+        loss = fused.cross_entropy(x, target, weight, label_smoothing=0.1)
+        loss.backward()
+        results.append((loss, x.grad))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)

@@ -1,0 +1,213 @@
+"""Derivatives of every kind, torch.compile, and PyTorch's own samples for cross-entropy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fused
+from tests.test_cross_entropy import DTYPES, REDUCTIONS, check_against_torch, example
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "extras": {"z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.7},
+}
+
+
+def differentiable(kind: str, device: torch.device) -> tuple[list[Tensor], Any]:
+    """Float64 leaves, and cross_entropy as a function of them and its options."""
+    logits, target, weight = example((2, 3, 2), torch.float64, device, kind, weighted=True)
+    assert weight is not None
+    function: Any
+    if kind == "indices":
+        leaves = [logits]
+        function = lambda x, **o: fused.cross_entropy(x, target, weight, **o)  # noqa: E731
+    else:
+        leaves = [logits, target, weight]
+        function = fused.cross_entropy
+    return [t.requires_grad_() for t in leaves], function
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradcheck_and_gradgradcheck(reduction, kind, options, implementation, device) -> None:
+    leaves, function = differentiable(kind, device)
+    call = lambda *t: function(*t, reduction=reduction, **OPTIONS[options])  # noqa: E731
+    torch.autograd.gradcheck(call, leaves)
+    torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_hessian_is_torchs(implementation, device) -> None:
+    logits, target, _ = example((2, 5), torch.float64, device, ignored=0)
+    ours = torch.autograd.functional.hessian(lambda x: fused.cross_entropy(x, target), logits)
+    theirs = torch.autograd.functional.hessian(lambda x: F.cross_entropy(x, target), logits)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_functional_derivatives(kind, options, implementation, device) -> None:
+    """torch.func.grad, vmap and jacrev agree with autograd's gradients, row by row."""
+    logits, target, weight = example((5, 9), torch.float64, device, kind, weighted=True, ignored=0)
+    chosen = OPTIONS[options]
+
+    def loss(x: Tensor, t: Tensor) -> Tensor:
+        return fused.cross_entropy(x, t, weight, reduction="sum", **chosen)
+
+    leaf = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf, target), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(logits, target), expected)
+    by_row = torch.func.vmap(torch.func.grad(loss))(logits, target)
+    torch.testing.assert_close(by_row, expected)
+    rows = lambda x: fused.cross_entropy(x, target, weight, reduction="none", **chosen)  # noqa: E731
+    jacobian = torch.func.jacrev(rows)(logits)
+    torch.testing.assert_close(jacobian.sum(0), expected)
+    losses = torch.func.vmap(loss)(logits, target)
+    torch.testing.assert_close(losses, rows(logits))
+
+
+def test_functional_stats(implementation, device) -> None:
+    logits, target, _ = example((5, 9), torch.float64, device)
+
+    def loss(x: Tensor) -> tuple[Tensor, Tensor]:
+        output = fused.cross_entropy_with_stats(x, target)
+        return output.loss, output.correct
+
+    gradient, correct = torch.func.grad(loss, has_aux=True)(logits)
+    assert correct == fused.cross_entropy_with_stats(logits, target).correct
+    assert gradient.shape == logits.shape
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A compiler without a past, in memory or on disk."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
+    "mean": ("indices", {}),
+    "none": ("indices", {"reduction": "none", "ignore_index": 3}),
+    "everything": ("probabilities", {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_without_a_break_and_with_the_bits_of_eager(
+    case, compiler, implementation, device
+) -> None:
+    kind, options = COMPILED[case]
+    weighted = kind == "probabilities"
+    tensors = example((9, 27), torch.float32, device, kind, weighted, ignored=0)
+    leaves = [t.requires_grad_() for t in tensors if t is not None and t.is_floating_point()]
+
+    def step(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        return fused.cross_entropy(logits, target, weight, **options)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss = function(*tensors)
+        gradients = torch.autograd.grad(loss, leaves, torch.full_like(loss, 0.3))
+        results.append((loss, *gradients))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_by_inductor_with_dynamic_shapes(compiler, implementation, device) -> None:
+    def step(logits: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        return tuple(fused.cross_entropy_with_stats(logits * 2, target))
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    for n in (4, 9, 17):
+        logits, target, _ = example((n, 27), torch.float32, device)
+        ours, theirs = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+        outputs, expected = compiled(ours, target), step(theirs, target)
+        torch.testing.assert_close(outputs, expected, rtol=0, atol=0)
+        outputs[0].backward()
+        expected[0].backward()
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("want_extras", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_opcheck(kind, reduction, want_extras, implementation, device) -> None:
+    logits, target, weight = example((3, 5, 2), torch.float32, device, kind, weighted=True)
+    logits = logits.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+    numbers = (-100, reduction, 0.1, 0.1, 3.0, 0.7)
+    arguments = (logits, target, weight, *numbers, torch.float32, want_extras)
+    torch.library.opcheck(torch.ops.fused.cross_entropy_fwd, arguments)
+    with torch.no_grad():
+        loss, stats, scale, *_ = torch.ops.fused.cross_entropy_fwd(*arguments)
+    logits = logits.detach()
+    soft = kind == "probabilities"
+    backward = (loss, logits, target, weight, stats, scale, *numbers, True, soft, soft)
+    torch.library.opcheck(torch.ops.fused.cross_entropy_bwd, backward)
+
+
+def samples_of_torch(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:
+    """(input, target, keywords) of PyTorch's own test samples, functional and module."""
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import module_db
+
+    (info,) = (op for op in op_db if op.name == "nn.functional.cross_entropy")
+    for sample in info.sample_inputs(device, dtype, requires_grad=True):
+        yield sample.input, *sample.args, sample.kwargs
+    (module,) = (m for m in module_db if m.module_cls is torch.nn.CrossEntropyLoss)
+    for case in module.module_inputs_func(module, device, dtype, requires_grad=True, training=True):
+        assert not case.constructor_input.args and not case.forward_input.kwargs
+        yield *case.forward_input.args, case.constructor_input.kwargs
+
+
+# Ignored: what torch warns of when its test tools are imported.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pytorchs_own_samples(dtype, implementation, device) -> None:
+    count = 0
+    for input, target, keywords in samples_of_torch(dtype, device):
+        module = fused.CrossEntropyLoss(**keywords)
+        loss = fused.cross_entropy(input, target, **keywords)
+        torch.testing.assert_close(module(input, target), loss, rtol=0, atol=0, equal_nan=True)
+        options = {name: value for name, value in keywords.items() if name != "weight"}
+        weight = keywords.get("weight")
+        check_against_torch(input.detach(), target.detach(), weight, implementation, **options)
+        count += 1
+    assert count >= 100
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pytorchs_own_error_inputs(implementation, device) -> None:
+    from torch.testing._internal.common_methods_invocations import op_db
+    from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+
+    (info,) = (op for op in op_db if op.name == "nn.functional.cross_entropy")
+    assert info.error_inputs_func is None, "PyTorch has error inputs now: try them here"
+    (module,) = (m for m in module_db if m.module_cls is torch.nn.CrossEntropyLoss)
+    errors = module.module_error_inputs_func(
+        module, device, torch.float32, requires_grad=False, training=True
+    )
+    count = 0
+    for case in errors:
+        count += 1
+        inputs = case.module_error_input
+        if case.error_on == ModuleErrorEnum.CONSTRUCTION_ERROR:
+            with pytest.raises(case.error_type):
+                fused.CrossEntropyLoss(*inputs.constructor_input.args)
+            continue
+        loss = fused.CrossEntropyLoss(
+            *inputs.constructor_input.args, **inputs.constructor_input.kwargs
+        )
+        with pytest.raises(case.error_type):
+            loss(*inputs.forward_input.args, **inputs.forward_input.kwargs)
+    assert count > 0
