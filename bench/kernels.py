@@ -135,6 +135,21 @@ def cross_entropy_launches(n: int, c: int, dtype: torch.dtype) -> None:
     )
 
 
+def cross_entropy_options_launches(n: int, c: int, dtype: torch.dtype) -> None:
+    """Every option at once: probabilities, then weighted class indices of an (N, C, S) input."""
+    weight, numbers = torch.ones(c, dtype=dtype), (0.1, 1e-4, 30.0, 0.5)
+    rows = torch.empty(n, c, dtype=dtype)
+    inner = torch.empty(n // 16, c, 16, dtype=dtype)
+    indices = torch.zeros(n // 16, 16, dtype=torch.int64)
+    for x, target in ((rows, rows), (inner, indices)):
+        loss, stats, scale, _ = cross_entropy.cross_entropy_fwd(
+            x, target, weight, -100, "mean", *numbers, dtype, True
+        )
+        cross_entropy.cross_entropy_bwd(
+            loss, x, target, weight, stats, scale, -100, *numbers, True, target is rows, False
+        )
+
+
 def batch_norm_launches(n: int, c: int, dtype: torch.dtype) -> None:
     """Training forward and backward and evaluation, with float32 parameters and statistics."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
@@ -153,6 +168,8 @@ GRID: list[tuple[str, Callable[[int, int, torch.dtype], None], int, int]] = [
     ("cross_entropy", cross_entropy_launches, 4096, 1000),
     ("cross_entropy", cross_entropy_launches, 4096, 32000),
     ("cross_entropy", cross_entropy_launches, 4096, 50257),
+    ("cross_entropy", cross_entropy_options_launches, 32, 27),
+    ("cross_entropy", cross_entropy_options_launches, 4096, 32000),
     ("batch_norm", batch_norm_launches, 32, 64),
     ("batch_norm", batch_norm_launches, 32, 200),
     ("batch_norm", batch_norm_launches, 65536, 1024),
