@@ -153,14 +153,27 @@ def cross_entropy_options_launches(n: int, c: int, dtype: torch.dtype) -> None:
 def batch_norm_launches(n: int, c: int, dtype: torch.dtype) -> None:
     """Training forward and backward and evaluation, with float32 parameters and statistics."""
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    x, vector = torch.empty(n, c, dtype=dtype), torch.ones(c, dtype=acc)
-    for correction in (0, 1):
-        y, mean, rstd = batch_norm.batch_norm_fwd(
-            x, vector, vector, vector, vector, 0.1, 1e-5, correction
-        )
-        batch_norm.batch_norm_bwd(y, x, vector, mean, rstd, correction, True)
-    y, mean, rstd = batch_norm.batch_norm_eval(x, vector, vector, vector, vector, 1e-5)
-    batch_norm.batch_norm_bwd(y, x, vector, mean, rstd, 0, False)
+    x, v = torch.empty(n, c, dtype=dtype), torch.ones(c, dtype=acc)
+    tracked = torch.zeros((), dtype=torch.int64)
+    y, mean, rstd = batch_norm.batch_norm_fwd(
+        x, v, v, None, v, v, tracked, 0.1, 1e-5, 0, None, False
+    )
+    batch_norm.batch_norm_bwd(y, x, v, v, None, mean, rstd, 0, None, True, False)
+    y, mean, rstd = batch_norm.batch_norm_eval(x, v, v, None, v, v, 1e-5, None)
+    batch_norm.batch_norm_bwd(y, x, v, v, None, mean, rstd, 0, None, False, False)
+
+
+def batch_norm_options_launches(n: int, c: int, dtype: torch.dtype) -> None:
+    """Contiguous (N, C, S) and channels_last, with every activation and a residual."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    inner = torch.empty(n // 16, c, 4, 4, dtype=dtype)
+    v, tracked = torch.ones(c, dtype=acc), torch.zeros((), dtype=torch.int64)
+    for x in (inner, inner.contiguous(memory_format=torch.channels_last)):
+        for activation in ("tanh", "relu", "gelu", "silu"):
+            y, mean, rstd = batch_norm.batch_norm_fwd(
+                x, v, v, x, v, v, tracked, None, 1e-5, 1, activation, True
+            )
+            batch_norm.batch_norm_bwd(y, x, v, v, x, mean, rstd, 1, activation, True, True)
 
 
 GRID: list[tuple[str, Callable[[int, int, torch.dtype], None], int, int]] = [
@@ -173,6 +186,8 @@ GRID: list[tuple[str, Callable[[int, int, torch.dtype], None], int, int]] = [
     ("batch_norm", batch_norm_launches, 32, 64),
     ("batch_norm", batch_norm_launches, 32, 200),
     ("batch_norm", batch_norm_launches, 65536, 1024),
+    ("batch_norm", batch_norm_options_launches, 32, 200),
+    ("batch_norm", batch_norm_options_launches, 65536, 64),
 ]
 
 

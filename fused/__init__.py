@@ -4,20 +4,26 @@ Triton on the GPU, closed forms in plain PyTorch on the CPU; drop-ins for PyTorc
 """
 
 from fused import backend
-from fused.batch_norm import BatchNorm1d, batch_norm
+from fused.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, batch_norm
+from fused.convert import convert
 from fused.cross_entropy import (
     CrossEntropyLoss,
     CrossEntropyOutput,
     cross_entropy,
     cross_entropy_with_stats,
 )
+from fused.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
     "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "CrossEntropyLoss",
     "CrossEntropyOutput",
+    "SyncBatchNorm",
     "backend",
     "batch_norm",
+    "convert",
     "cross_entropy",
     "cross_entropy_with_stats",
 ]

@@ -1,220 +1,384 @@
-"""Batch normalisation: the checked function, its backward pass and its module."""
+"""Batch normalisation: the checked function, its backward pass and its modules."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from fused import backend
+from fused.eager import batch_norm as eager
+from fused.operators import batch_norm as operators
+
+ACTIVATIONS = (None, "tanh", "relu", "gelu", "silu")
+
+
+class _Options(NamedTuple):
+    """How a call normalises, besides its tensors."""
+
+    batch_statistics: bool
+    momentum: float | None
+    eps: float
+    correction: int
+    activation: str | None
+    skip_nonfinite: bool
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """dx = gamma*rstd/n * (n*dy - sum(dy) - n/(n-correction) * xhat * sum(dy*xhat))
+    """dx = gamma*rstd/n * (n*dz - sum(dz) - n/(n-correction) * xhat * sum(dz*xhat))
 
-    and, with frozen statistics, dx = gamma*rstd*dy.
+    and, with frozen statistics, dx = gamma*rstd*dz; dz = dy * f'(z) behind an activation f.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        input: torch.Tensor,
-        running_mean: torch.Tensor | None,
-        running_var: torch.Tensor | None,
-        weight: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        batch_statistics: bool,
-        momentum: float,
-        eps: float,
-        correction: int,
-    ) -> torch.Tensor:
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        tracked: Tensor | None,
+        options: _Options,
+    ) -> Tensor:
         kernels = backend.implementation("batch_norm", input)
-        if batch_statistics:
+        o = options
+        if o.batch_statistics:
             y, mean, rstd = kernels.batch_norm_fwd(
-                input, weight, bias, running_mean, running_var, momentum, eps, correction
-            )
-            updated = [t for t in (running_mean, running_var) if t is not None]
-            increment_version(updated)  # a kernel's write is not seen by autograd
+                input, weight, bias, residual, running_mean, running_var, tracked,
+                o.momentum, o.eps, o.correction, o.activation, o.skip_nonfinite,
+            )  # fmt: skip
+            # A kernel's write is not seen by autograd.
+            increment_version([t for t in (running_mean, running_var, tracked) if t is not None])
         else:
             y, mean, rstd = kernels.batch_norm_eval(
-                input, weight, bias, running_mean, running_var, eps
+                input, weight, bias, residual, running_mean, running_var, o.eps, o.activation
             )
-        ctx.save_for_backward(input, weight, mean, rstd)
-        ctx.kernels, ctx.correction, ctx.batch_statistics = kernels, correction, batch_statistics
-        ctx.bias_dtype = None if bias is None else bias.dtype
+        # Frozen statistics are copied: the backward must not follow a later update of them.
+        ctx.save_for_backward(input, weight, bias, residual, mean, rstd)
+        ctx.kernels, ctx.options = kernels, options
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input, weight, mean, rstd = ctx.saved_tensors
-        dx, dgamma, dbeta = ctx.kernels.batch_norm_bwd(
-            dy, input, weight, mean, rstd, ctx.correction, ctx.batch_statistics
-        )
-        dweight = None if weight is None else dgamma.to(weight.dtype)
-        dbias = None if ctx.bias_dtype is None else dbeta.to(ctx.bias_dtype)
-        return dx, None, None, dweight, dbias, None, None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight, bias, residual, mean, rstd = ctx.saved_tensors
+        wants = ctx.needs_input_grad[:4]
+        none = (None,) * 4
+        o = ctx.options
+        if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated
+            frozen = (None, None) if o.batch_statistics else (mean, rstd)
+            tensors = (input, weight, bias, residual)
+            return (*_composed_gradients(dy, tensors, wants, frozen, o), *none)
+        dx, dgamma, dbeta, dresidual = ctx.kernels.batch_norm_bwd(
+            dy, input, weight, bias, residual, mean, rstd, o.correction, o.activation,
+            o.batch_statistics, wants[3],
+        )  # fmt: skip
+        dweight = dgamma.to(weight.dtype) if wants[1] else None
+        dbias = dbeta.to(bias.dtype) if wants[2] else None
+        return (dx, dweight, dbias, dresidual, *none)
 
 
 def batch_norm(
-    input: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    weight: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
     *,
     correction: int = 0,
-) -> torch.Tensor:
-    """Batch normalisation, as torch's `F.batch_norm`, with Bessel's correction where wanted.
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    skip_nonfinite: bool = False,
+) -> Tensor:
+    """Batch normalisation: torch's `F.batch_norm`, with Bessel's correction and what follows it.
 
-    Training normalises with the statistics of the batch and updates the running ones in place;
-    evaluation normalises with the running ones. Each has its own backward in closed form; for the
-    batch of n rows, with c = correction and xhat the normalised input,
+    Training normalises each channel with the statistics of the batch and updates the running ones
+    in place; evaluation normalises with the running ones. Each has its own backward in closed form.
+    Over n rows (n = N * d1 * ... * dk), with c = correction, xhat the normalised input, f the
+    activation and y = f(z), z = weight * xhat + bias + residual:
 
-        dinput = weight*rstd/n * (n*dy - sum(dy) - n/(n-c) * xhat * sum(dy*xhat)).
+        dz      = dy * f'(z)
+        dinput  = weight*rstd/n * (n*dz - sum(dz) - n/(n-c) * xhat * sum(dz*xhat))    training
+        dinput  = weight*rstd * dz                                                  evaluation
+        dweight = sum(dz*xhat)           dbias = sum(dz)           dresidual = dz
+
+    z is never written to memory; backward recomputes it. Statistics are computed in float32
+    (float64 for float64), two-pass or merged in a fixed order, without float atomics: two runs on
+    one device are equal to the last bit. First and second derivatives, `torch.func`,
+    `torch.compile(fullgraph=True)` and CUDA graphs work; derivatives of higher order and functional
+    ones take torch's own operations instead of the kernels.
 
     Args:
-        input: shape (N, C), float16, bfloat16, float32 or float64, any strides.
-        running_mean, running_var: shape (C,), or None in training.
-        weight, bias: shape (C,), or None for 1 and 0.
+        input: shape (N, C) or (N, C, d1, ..., dk), float16, bfloat16, float32 or float64, any
+            strides; contiguous, channels_last and channels_last_3d are all at home.
+        running_mean, running_var: shape (C,), or None (both) in training.
+        weight, bias: shape (C,), or None for 1 and 0. They and the running statistics are in
+            input's dtype, or in float32 for half precision.
         training: whether to normalise with the statistics of the batch.
         momentum: running = (1 - momentum) * running + momentum * batch.
         eps: added to the variance before its square root.
         correction: what the batch's variance divides by: n - correction. 0 is the biased variance,
             which torch normalises with; 1 is Bessel's correction. running_var keeps the unbiased
             variance either way, as torch does.
+        activation: "tanh", "relu", "gelu" (with the error function), "silu", or None.
+        residual: added before the activation; shape and dtype of input, any strides.
+        skip_nonfinite: leaves the running statistics of a channel alone where the batch has an inf
+            or NaN in it; decided on the device.
 
     Returns:
-        Shape (N, C) in input's dtype. Statistics are computed in float32 (float64 for float64).
+        Shape, dtype and memory format of input.
 
     Raises:
-        ValueError: shapes that do not fit, one row in training (it has no variance), a correction
-            other than 0 and 1, or evaluation without running statistics.
-        TypeError: an input that is not floating point.
+        ValueError: one row in training (it has no variance), an unknown correction or activation,
+            or only one of the running statistics.
+        RuntimeError: shapes, dtypes or devices that do not fit, or evaluation without running
+            statistics.
+        NotImplementedError: an input that is not floating point.
 
     Source: Ioffe and Szegedy, "Batch Normalization" (2015); the backward pass is derived in
     docs/derivations.md.
     """
-    _check(input, running_mean, running_var, weight, bias, training, correction)
-    return BatchNormFunction.apply(
-        input, running_mean, running_var, weight, bias, training, momentum, eps, correction
-    )
+    options = _Options(training, momentum, eps, correction, activation, skip_nonfinite)
+    return run(input, weight, bias, residual, running_mean, running_var, None, options)
 
 
-class BatchNorm1d(nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` on (N, C), computed by `fused.batch_norm`.
+class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+    """What the modules share: torch's arguments, parameters and buffers, and our options."""
 
-    Parameters, buffers and `state_dict` are those of torch's. `correction` is `fused.batch_norm`'s.
-    """
+    # On the class, so that a module of torch's becomes one of ours by its class alone.
+    correction: int = 0
+    activation: str | None = None
+    skip_nonfinite: bool = False
 
     def __init__(
         self,
         num_features: int,
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        affine: bool = True,
-        track_running_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
+        *arguments: Any,
         correction: int = 0,
+        activation: str | None = None,
+        skip_nonfinite: bool = False,
+        **keywords: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        _check_correction(correction)
-        self.correction = correction
+        super().__init__(num_features, *arguments, **keywords)
+        check_options(correction, activation)
+        self.correction, self.activation = correction, activation
+        self.skip_nonfinite = skip_nonfinite
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        mean, var, count = self.running_mean, self.running_var, self.num_batches_tracked
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        self._check_input_dim(input)
+        return self._normalize(run, input, residual)
+
+    def _normalize(self, call: Any, input: Tensor, residual: Tensor | None) -> Tensor:
+        """Calls `call` with the statistics that torch's modules would use, and counts the batch."""
+        mean, var, tracked = self.running_mean, self.running_var, self.num_batches_tracked
         if self.training and not self.track_running_stats:
-            mean = var = count = None
-        batch_statistics = self.training or mean is None
-        if self.training and count is not None:
-            count.add_(1)
-        if not self.training or mean is None or var is None or self.momentum is not None:
-            return self._normalize(input, mean, var, batch_statistics, self.momentum or 0.0)
-        # Cumulative average: momentum is 1 / num_batches_tracked, which stays on the device.
-        assert count is not None
-        batch_mean, batch_var = torch.zeros_like(mean), torch.zeros_like(var)
-        y = self._normalize(input, batch_mean, batch_var, True, 1.0)
-        share = count.to(mean.dtype).reciprocal()
-        mean.lerp_(batch_mean, share)
-        var.lerp_(batch_var, share)
-        return y
-
-    def _normalize(
-        self,
-        input: torch.Tensor,
-        mean: torch.Tensor | None,
-        var: torch.Tensor | None,
-        batch_statistics: bool,
-        momentum: float,
-    ) -> torch.Tensor:
-        return batch_norm(
-            input,
-            mean,
-            var,
-            self.weight,
-            self.bias,
+            mean = var = tracked = None
+        batch_statistics = self.training or (mean is None and var is None)
+        momentum: float | None = 0.0
+        if not self.training:
+            tracked = None
+        elif tracked is None or self.momentum is not None:
+            momentum = self.momentum or 0.0
+        else:  # cumulative average: the momentum is 1 / tracked, which stays on the device
+            momentum = None
+            tracked.add_(1)
+        options = _Options(
             batch_statistics,
             momentum,
             self.eps,
-            correction=self.correction,
+            self.correction,
+            self.activation,
+            self.skip_nonfinite,
         )
+        return call(input, self.weight, self.bias, residual, mean, var, tracked, options)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, correction={self.correction}"
+        ours = {
+            "correction": (self.correction, 0),
+            "activation": (self.activation, None),
+            "skip_nonfinite": (self.skip_nonfinite, False),
+        }
+        changed = [f", {name}={value!r}" for name, (value, usual) in ours.items() if value != usual]
+        return super().extra_repr() + "".join(changed)
 
 
-def _check_correction(correction: int) -> None:
+class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d` on (N, C) or (N, C, L), computed by `fused.batch_norm`.
+
+    Takes what torch's takes, and `correction`, `activation` and `skip_nonfinite` of
+    `fused.batch_norm`. Called as `module(input)` or `module(input, residual)`. Parameters, buffers
+    and `state_dict` are torch's.
+    """
+
+
+class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d` on (N, C, H, W), by `fused.batch_norm`; see `BatchNorm1d`."""
+
+
+class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d` on (N, C, D, H, W), by `fused.batch_norm`; see `BatchNorm1d`."""
+
+
+def run(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    tracked: Tensor | None,
+    options: _Options,
+) -> Tensor:
+    """Checks, chooses, computes."""
+    o = options
+    check_options(o.correction, o.activation)
+    if input.dim() < 2 and residual is None and o.activation is None:  # no channels: torch's answer
+        return F.batch_norm(
+            input, running_mean, running_var, weight, bias, o.batch_statistics, o.momentum or 0.0
+        )
+    check(input, weight, bias, residual, running_mean, running_var, o.batch_statistics)
+    if o.batch_statistics:
+        check_rows(input)
+    tensors = (input, weight, bias, residual)
+    if torch.compiler.is_compiling():
+        return operators.call(*tensors, running_mean, running_var, tracked, **o._asdict())
+    if torch._C._are_functorch_transforms_active():
+        return _functional(*tensors, running_mean, running_var, tracked, o)
+    return BatchNormFunction.apply(*tensors, running_mean, running_var, tracked, o)
+
+
+def _functional(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    tracked: Tensor | None,
+    o: _Options,
+) -> Tensor:
+    """Under torch.func: composed of torch's operations."""
+    mean = rstd = None
+    if not o.batch_statistics:
+        assert running_mean is not None and running_var is not None
+        mean, rstd = running_mean, (running_var + o.eps).rsqrt()
+    y, mean, m2 = eager.batch_norm_composed(
+        input, weight, bias, residual, mean, rstd, o.eps, o.correction, o.activation
+    )
+    if m2 is not None:
+        var = m2.detach() / (input.numel() // input.shape[1] - 1)
+        eager.update_running(
+            running_mean, running_var, tracked, o.momentum, mean.detach(), var, o.skip_nonfinite
+        )
+    return y
+
+
+def _composed_gradients(
+    dy: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    wants: tuple[bool, ...],
+    frozen: tuple[Tensor | None, Tensor | None],
+    o: _Options,
+) -> list[Tensor | None]:
+    """Gradients of input, weight, bias and residual that can be differentiated again."""
+    input, weight, bias, residual = tensors
+    assert input is not None
+    y, _, _ = eager.batch_norm_composed(
+        input, weight, bias, residual, *frozen, o.eps, o.correction, o.activation
+    )
+    pairs = zip(tensors, wants, strict=True)
+    wanted = [t for t, want in pairs if want and t is not None]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+    return [next(found) if want else None for want in wants]
+
+
+def check_options(correction: int, activation: str | None) -> None:
+    """Refuses what is no option of ours."""
     if correction not in (0, 1):
         raise ValueError(
             "batch_norm: expected correction 0 (biased variance) or 1 (Bessel's), "
             f"got {correction!r}"
         )
-
-
-def _check(
-    input: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    training: bool,
-    correction: int,
-) -> None:
-    _check_correction(correction)
-    if input.dim() != 2:
-        raise ValueError(f"batch_norm: expected input of shape (N, C), got {tuple(input.shape)}")
-    if not input.is_floating_point():
-        raise TypeError(f"batch_norm: expected floating-point input, got {input.dtype}")
-    n, channels = input.shape
-    if training and n == 1:
+    if activation not in ACTIVATIONS:
         raise ValueError(
-            "batch_norm: expected more than 1 row per channel in training, got input of shape "
-            f"{tuple(input.shape)}; one row has no variance"
+            f"batch_norm: expected activation to be one of {ACTIVATIONS}, got {activation!r}"
         )
-    if not training and (running_mean is None or running_var is None):
+
+
+def check_rows(input: Tensor) -> None:
+    """Refuses a batch of one row, which has no variance."""
+    if input.shape[1] and input.numel() == input.shape[1]:
         raise ValueError(
+            "batch_norm: expected more than 1 value per channel in training, got input of shape "
+            f"{tuple(input.shape)}; one value has no variance"
+        )
+
+
+def check(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    batch_statistics: bool,
+) -> None:
+    """Refuses what torch refuses, with the same kind of error."""
+    if not input.is_floating_point():
+        raise NotImplementedError(f"batch_norm: expected floating-point input, got {input.dtype}")
+    shape = tuple(input.shape)
+    if input.dim() < 2:
+        raise RuntimeError(f"batch_norm: expected input of shape (N, C, ...), got {shape}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(
+            "batch_norm: expected running_mean and running_var, or neither, got only one of them"
+        )
+    if not batch_statistics and running_mean is None:
+        raise RuntimeError(
             "batch_norm: expected running_mean and running_var in evaluation, got None; "
             "pass them, or training=True"
         )
+    channels = input.shape[1]
+    dtype = None
     for name, tensor in (
         ("running_mean", running_mean),
         ("running_var", running_var),
         ("weight", weight),
         ("bias", bias),
     ):
-        if tensor is not None and tensor.shape != (channels,):
-            raise ValueError(
-                f"batch_norm: expected {name} of shape ({channels},) for input of shape "
-                f"{tuple(input.shape)}, got {tuple(tensor.shape)}"
+        if tensor is None:
+            continue
+        if tensor.shape != (channels,):
+            raise RuntimeError(
+                f"batch_norm: expected {name} of shape ({channels},) for input of shape {shape}, "
+                f"got {tuple(tensor.shape)}"
             )
-        if tensor is not None and tensor.device != input.device:
-            raise ValueError(
+        dtype = dtype or tensor.dtype
+        half = input.dtype.itemsize == 2
+        if tensor.dtype != dtype or not (dtype == input.dtype or (half and dtype == torch.float32)):
+            raise RuntimeError(
+                f"batch_norm: expected weight, bias and running statistics all of dtype "
+                f"{input.dtype}, as input{', or all of float32' if half else ''}, "
+                f"got {name} of {tensor.dtype}"
+            )
+        if tensor.device != input.device:
+            raise RuntimeError(
                 f"batch_norm: expected {name} on {input.device}, where input is, "
                 f"got {tensor.device}"
             )
+        if tensor.requires_grad and name.startswith("running") and torch.is_grad_enabled():
+            raise RuntimeError(f"batch_norm: expected {name} that does not require grad")
+    if residual is not None and (residual.shape, residual.dtype, residual.device) != (
+        input.shape,
+        input.dtype,
+        input.device,
+    ):
+        raise RuntimeError(
+            f"batch_norm: expected residual of input's shape {shape}, dtype {input.dtype} and "
+            f"device, got {tuple(residual.shape)}, {residual.dtype} on {residual.device}"
+        )

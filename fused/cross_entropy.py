@@ -194,6 +194,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     `inplace` of `fused.cross_entropy`.
     """
 
+    # On the class, so that a module of torch's becomes one of ours by its class alone.
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    inplace: bool = False
+
     def __init__(
         self,
         weight: Tensor | None = None,

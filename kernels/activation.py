@@ -1,4 +1,4 @@
-"""Device functions: activations that Triton itself does not have, or its interpreter does not."""
+"""Device functions: activations, their derivatives, and what the interpreter does not have."""
 
 import triton
 import triton.language as tl
@@ -16,3 +16,41 @@ def tanh(x):
     x2 = x * x
     tail = -1.0 / 3.0 + x2 * (2.0 / 15.0 + x2 * (-17.0 / 315.0 + x2 * (62.0 / 2835.0)))
     return tl.where(tl.abs(x) < near_0, x + x * x2 * tail, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)), with an exponent that is never positive"""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    """tanh, relu, gelu (z * Phi(z)) or silu (z * sigmoid(z)); None is the identity"""
+    if ACTIVATION == "tanh":
+        return tanh(z)
+    elif ACTIVATION == "relu":
+        return tl.where(z > 0.0, z, z * 0.0)  # z * 0 keeps a NaN
+    elif ACTIVATION == "gelu":
+        return z * 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == "silu":
+        return z * _sigmoid(z)
+    else:
+        return z
+
+
+@triton.jit
+def derivative(z, ACTIVATION: tl.constexpr):
+    """1 - tanh^2, [z > 0], Phi(z) + z * phi(z), or s * (1 + z * (1 - s)) with s = sigmoid(z)"""
+    if ACTIVATION == "tanh":
+        t = tanh(z)
+        return 1.0 - t * t
+    elif ACTIVATION == "relu":
+        return tl.where(z > 0.0, 1.0, 0.0).to(z.dtype)
+    elif ACTIVATION == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
+    else:
+        s = _sigmoid(z)
+        return s * (1.0 + z * (1.0 - s))

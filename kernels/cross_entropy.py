@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fused.kernels import tuning
+from fused.kernels import layout, tuning
 from fused.kernels.activation import tanh
 
 
@@ -351,7 +351,7 @@ def cross_entropy_fwd(
     a forward alone. With "mean" or "sum" a second launch of one program reads the rows' losses and
     targets.
     """
-    x3, target3, soft = _rows_of(x), _rows_of_target(x, target), target.shape == x.shape
+    x3, target3, soft = layout.inner(x), _rows_of_target(x, target), target.shape == x.shape
     n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
     wide = x.dtype == torch.float64 or (soft and target.dtype == torch.float64)
     acc = torch.float64 if wide else torch.float32
@@ -445,10 +445,10 @@ def cross_entropy_bwd(
     dtarget = torch.empty_like(target) if want_dtarget else None
     if x.numel() == 0:
         return dx, dtarget
-    x3, target3 = _rows_of(x), _rows_of_target(x, target)
+    x3, target3 = layout.inner(x), _rows_of_target(x, target)
     # Of a layout that no view collapses, the gradient is written contiguous and copied.
-    dx3 = None if dx is None else _rows_of(dx)
-    dt3 = None if dtarget is None else _rows_of(dtarget)
+    dx3 = None if dx is None else layout.inner(dx)
+    dt3 = None if dtarget is None else layout.inner(dtarget)
     n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
     tile = tuning.cross_entropy(n_rows, n_classes, x.dtype, x3.stride(1), n_inner)
     dloss = dloss.reshape(-1)
@@ -467,8 +467,8 @@ def cross_entropy_bwd(
         dloss.stride(0) if dloss.numel() == n_rows > 1 else 0,
         *x3.stride(),
         *_target_strides(target3, soft),
-        *((0, 0, 0) if dx3 is None else dx3.stride()),
-        *((0, 0, 0) if dt3 is None else dt3.stride()),
+        *layout.strides(dx3),
+        *layout.strides(dt3),
         ignore_index,
         label_smoothing,
         softcap,
@@ -481,20 +481,15 @@ def cross_entropy_bwd(
         BLOCK_C=tile.BLOCK_C,
         num_warps=tile.num_warps,
     )
-    _copy_back(dx, dx3)
-    _copy_back(dtarget, dt3)
+    layout.copy_back(dx, dx3)
+    layout.copy_back(dtarget, dt3)
     return dx, dtarget
-
-
-def _rows_of(x: torch.Tensor) -> torch.Tensor:
-    """x (N, C, *S) as (N, C, S); a view wherever one exists."""
-    return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
 
 
 def _rows_of_target(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Probabilities as (N, C, S), class indices as (N, S); a view wherever one exists."""
     if target.shape == x.shape:
-        return _rows_of(target)
+        return layout.inner(target)
     return target.unsqueeze(1) if target.dim() == 1 else target.flatten(1)
 
 
@@ -502,8 +497,3 @@ def _target_strides(target: torch.Tensor, soft: bool) -> tuple[int, int, int]:
     if soft:
         return target.stride(0), target.stride(1), target.stride(2)
     return target.stride(0), 0, target.stride(1)
-
-
-def _copy_back(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> None:
-    if tensor is not None and rows is not None and tensor.data_ptr() != rows.data_ptr():
-        tensor.copy_(rows.view(tensor.shape))

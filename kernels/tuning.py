@@ -43,13 +43,48 @@ def cross_entropy(
     return Tile(block_n, block_c, num_warps=4 if block_n * block_c <= 2048 else 8)
 
 
-def batch_norm(n_rows: int, n_channels: int, dtype: torch.dtype) -> Tile:
-    """A program owns BLOCK_C channels and walks over their rows, BLOCK_N at a time."""
-    # 64 bytes of adjacent channels a row: two full 32-byte sectors, and still many programs.
-    block_c = min(next_power_of_2(n_channels), max(16, 64 // dtype.itemsize))
-    # At most 32 values a thread and tensor at 8 warps: the backward holds two tensors.
-    block_n = min(next_power_of_2(n_rows), 8192 // block_c)
-    return Tile(block_n, block_c, num_warps=4 if block_n * block_c <= 2048 else 8)
+@dataclass(frozen=True)
+class BatchNormPlan:
+    """A tile of rows and channels, and how many of the rows each program walks over."""
+
+    tile: Tile
+    rows_per_program: int
+    n_programs: int  # that share a channel
+
+    def grid(self, n_channels: int) -> tuple[int, int]:
+        """Programs over rows and over channels."""
+        return (self.n_programs, *self.tile.columns_grid(n_channels))
+
+
+def batch_norm(
+    n_rows: int,
+    n_channels: int,
+    n_inner: int,
+    stride_c: int,
+    dtype: torch.dtype,
+    share_channels: bool = False,
+) -> BatchNormPlan:
+    """One program a column tile, or several where there would be too few (or `share_channels`)."""
+    if stride_c != 1 and n_inner > 1:
+        # (N, C, S): neighbours in memory are rows, so the tile is tall.
+        block_n = min(2048, next_power_of_2(n_rows))
+        block_c = min(next_power_of_2(n_channels), 2048 // block_n)
+    else:
+        # 64 bytes of adjacent channels a row: two full 32-byte sectors, and still many programs.
+        block_c = min(next_power_of_2(n_channels), max(16, 64 // dtype.itemsize))
+        # At most 32 values a thread and tensor at 8 warps: the backward holds two tensors.
+        block_n = min(next_power_of_2(n_rows), 8192 // block_c)
+    tile = Tile(block_n, block_c, num_warps=4 if block_n * block_c <= 2048 else 8)
+    tiles = max(1, (n_rows + block_n - 1) // block_n)
+    (columns,) = tile.columns_grid(n_channels)
+    # Two programs for each of an H100's 132 multiprocessors fill it. Up to 4 tiles are not worth a
+    # second launch, and more than 128 parts would be slow to merge.
+    n_programs = 1
+    if share_channels or tiles > 4:
+        n_programs = min(tiles, 128, (263 + columns) // max(1, columns))
+    rows_per_program = (tiles + n_programs - 1) // n_programs * block_n
+    n_programs = max(1, (n_rows + rows_per_program - 1) // rows_per_program)
+    return BatchNormPlan(tile, rows_per_program, n_programs)
 
 
 def scan(n: int) -> int:

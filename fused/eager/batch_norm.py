@@ -1,96 +1,263 @@
 """Batch normalisation in plain PyTorch, with the functions of fused.kernels.batch_norm.
 
-mu   = mean_i x_i              var = sum_i (x_i - mu)^2 / (N - k),  k the correction: 0 or 1
-rstd = (var + eps)^-1/2        xhat_i = (x_i - mu) * rstd           y_i = gamma * xhat_i + beta
-
-dgamma = sum_i dy_i * xhat_i   dbeta = sum_i dy_i
-dx_i = gamma * rstd / N * (N dy_i - dbeta - N/(N-k) * xhat_i * dgamma)     batch statistics
-dx_i = gamma * rstd * dy_i                                                 frozen statistics
+The mathematics is written there. The variance is the mean of the squared deviations from the mean,
+never E[x^2] - E[x]^2.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
 
 
 def batch_norm_fwd(
-    x: torch.Tensor,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    momentum: float,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    tracked: Tensor | None,
+    momentum: float | None,
     eps: float,
     correction: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalises x (N, C) with the statistics of the batch; updates the running ones in place.
+    activation: str | None,
+    skip_nonfinite: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalises x (N, C, *S) with the statistics of the batch; updates the running ones in place.
 
-    Returns (y, mean, rstd): y (N, C) in x's dtype, mean and rstd (C,) in float32, or float64 for
-    float64. The variance is the mean of the squared deviations, never E[x^2] - E[x]^2.
+    A momentum of None is 1 / tracked; otherwise tracked, if given, is counted up. Returns
+    (y, mean, rstd): y in x's dtype and memory format, mean and rstd (C,) in float32, or float64 for
+    float64.
     """
-    n = x.shape[0]
-    xc = x.to(_compute_dtype(x))
-    mean = xc.mean(0)
-    d = xc - mean
-    m2 = d.square().sum(0)
-    rstd = (m2 / (n - correction)).add_(eps).rsqrt_() if n else m2
-    if n and running_mean is not None:
-        running_mean.copy_((1 - momentum) * running_mean + momentum * mean)
-    if n and running_var is not None:
-        # Unbiased, whatever the correction: as torch.nn.BatchNorm keeps it.
-        running_var.copy_((1 - momentum) * running_var + momentum * (m2 / (n - 1)))
-    return _affine(d.mul_(rstd), gamma, beta).to(x.dtype), mean, rstd
+    n = x.numel() // max(1, x.shape[1])
+    mean, m2 = batch_norm_moments(x)
+    if n == 0:
+        if tracked is not None and momentum is not None:
+            tracked.add_(1)
+        return torch.empty_like(x), mean, m2
+    # The running variance is the unbiased one, whatever the correction: as torch.nn.BatchNorm's.
+    update_running(running_mean, running_var, tracked, momentum, mean, m2 / (n - 1), skip_nonfinite)
+    rstd = (m2 / (n - correction)).add_(eps).rsqrt_().to(mean.dtype)
+    y = _normalized(x, gamma, beta, residual, mean, rstd, activation)
+    return y, mean, rstd
 
 
 def batch_norm_eval(
-    x: torch.Tensor,
-    gamma: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    running_mean: torch.Tensor,
-    running_var: torch.Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
     eps: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalises x (N, C) with frozen statistics. Returns (y, mean, rstd) as `batch_norm_fwd`."""
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalises x (N, C, *S) with given statistics (C,). Returns (y, mean, rstd) as above."""
     acc = _compute_dtype(x)
-    mean = running_mean.to(acc, copy=True)  # what backward uses must not follow a later update
-    rstd = running_var.to(acc).add(eps).rsqrt_()
-    y = _affine((x.to(acc) - mean).mul_(rstd), gamma, beta)
-    return y.to(x.dtype), mean, rstd
+    mean = mean.to(acc, copy=True)  # what backward uses must not follow a later update
+    rstd = var.to(acc).add(eps).rsqrt_()
+    return _normalized(x, gamma, beta, residual, mean, rstd, activation), mean, rstd
+
+
+def batch_norm_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, m2) of x (N, C, *S): per-channel mean and sum of squared deviations, (C,) each."""
+    xc, dims = x.to(_compute_dtype(x)), _rows(x)
+    if x.numel() == 0:
+        return xc.new_zeros(x.shape[1]), xc.new_zeros(x.shape[1])
+    mean = xc.mean(dims)
+    d = xc - _per_channel(mean, x)
+    # Deviations near 1e30 have squares that only float64 holds; on the CPU, looking costs nothing.
+    m2 = d.square().sum(dims)
+    if x.device.type == "cpu" and not m2.isfinite().all():
+        return mean, d.double().square_().sum(dims)
+    return mean, m2
+
+
+def batch_norm_sums(
+    dy: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str | None,
+) -> Tensor:
+    """dgamma and dbeta as one tensor (2, C), in the dtype of mean."""
+    dz, xhat = _dz_and_xhat(dy, x, gamma, beta, residual, mean, rstd, activation)
+    return torch.stack(((dz * xhat).sum(_rows(x)), dz.sum(_rows(x))))
 
 
 def batch_norm_bwd(
-    dy: torch.Tensor,
-    x: torch.Tensor,
-    gamma: torch.Tensor | None,
-    mean: torch.Tensor,
-    rstd: torch.Tensor,
+    dy: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
     correction: int,
+    activation: str | None,
     batch_statistics: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The gradients (dx, dgamma, dbeta) of batch normalisation.
+    want_dresidual: bool,
+    sums: Tensor | None = None,
+    count: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients (dx, dgamma, dbeta, dresidual) of batch normalisation.
 
-    dx (N, C) is in x's dtype; dgamma and dbeta (C,) are in the dtype of mean. `batch_statistics`
-    says whether mean and rstd came from x (training) or were frozen.
+    dx is in x's dtype; dgamma and dbeta (C,) are in the dtype of mean; dresidual is None where it
+    is not wanted. `batch_statistics` says whether mean and rstd came from x (training) or were
+    frozen. sums (2, C) and count (one number) are dgamma, dbeta and the number of rows where more
+    rows than x's were normalised together.
     """
-    n = x.shape[0]
-    dyc = dy.to(mean.dtype)
-    xhat = (x.to(mean.dtype) - mean).mul_(rstd)
-    dbeta = dyc.sum(0)
-    dgamma = (dyc * xhat).sum(0)
-    slope = rstd if gamma is None else gamma * rstd
-    if not batch_statistics or n == 0:
-        return (dyc * slope).to(x.dtype), dgamma, dbeta
-    dx = torch.sub(dyc, dbeta, alpha=1 / n)
-    dx.addcmul_(xhat, dgamma, value=-1 / (n - correction)).mul_(slope)
-    return dx.to(x.dtype), dgamma, dbeta
+    dz, xhat = _dz_and_xhat(dy, x, gamma, beta, residual, mean, rstd, activation)
+    if sums is None:
+        dgamma, dbeta = (dz * xhat).sum(_rows(x)), dz.sum(_rows(x))
+    else:
+        dgamma, dbeta = sums.unbind()
+    dresidual = dz.to(x.dtype) if want_dresidual else None
+    slope = _per_channel(rstd if gamma is None else gamma * rstd, x)
+    n: Tensor | int = x.numel() // max(1, x.shape[1]) if count is None else count
+    if not batch_statistics or x.numel() == 0:
+        return (dz * slope).to(x.dtype), dgamma, dbeta, dresidual
+    dx = dz - _per_channel(dbeta / n, x)
+    dx.sub_(xhat.mul_(_per_channel(dgamma / (n - correction), x))).mul_(slope)
+    return dx.to(x.dtype), dgamma, dbeta, dresidual
 
 
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+def batch_norm_composed(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    eps: float,
+    correction: int,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same y from operations that torch can differentiate any number of times.
+
+    mean and rstd (C,) are frozen statistics, or None for the batch's. Returns (y, mean, m2), m2
+    being None for frozen statistics. For derivatives of higher order and for torch.func.
+    """
+    xc, m2 = x.to(_compute_dtype(x)), None
+    if mean is None or rstd is None:
+        n = x.numel() // max(1, x.shape[1])
+        mean = xc.mean(_rows(x))
+        m2 = (xc - _per_channel(mean, x)).square().sum(_rows(x))
+        rstd = (m2 / (n - correction) + eps).rsqrt()
+    z = (xc - _per_channel(mean, x)) * _per_channel(rstd, x)
+    if gamma is not None:
+        z = z * _per_channel(gamma, x)
+    if beta is not None:
+        z = z + _per_channel(beta, x)
+    if residual is not None:
+        z = z + residual
+    return (z if activation is None else _ACTIVATIONS[activation](z)).to(x.dtype), mean, m2
+
+
+def update_running(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    tracked: Tensor | None,
+    momentum: float | None,
+    mean: Tensor,
+    var: Tensor,
+    skip_nonfinite: bool,
+) -> None:
+    """running = (1 - momentum) * running + momentum * batch, in place.
+
+    var is the unbiased variance. A momentum of None is 1 / tracked; otherwise tracked, if given, is
+    counted up. `skip_nonfinite` leaves channels alone whose mean or var is inf or NaN.
+    """
+    if momentum is None:
+        assert tracked is not None
+        rate: Tensor | float = tracked.to(mean.dtype).reciprocal()
+    else:
+        rate = momentum
+        if tracked is not None:
+            tracked.add_(1)
+    finite = (mean * 0 + var).isfinite() if skip_nonfinite else None
+    for running, batch in ((running_mean, mean), (running_var, var)):
+        if running is not None:
+            new = (1 - rate) * running + rate * batch
+            running.copy_(new if finite is None else torch.where(finite, new, running))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _affine(
-    xhat: torch.Tensor, gamma: torch.Tensor | None, beta: torch.Tensor | None
-) -> torch.Tensor:
-    """gamma * xhat + beta, overwriting xhat."""
+def _rows(x: Tensor) -> list[int]:
+    return [d for d in range(x.dim()) if d != 1]
+
+
+def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
+    """vector (C,) in the shape (1, C, 1, ...) that broadcasts over x."""
+    return vector.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _normalized(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str | None,
+) -> Tensor:
+    """f(gamma * xhat + beta + residual)"""
+    z = (x.to(mean.dtype) - _per_channel(mean, x)).mul_(_per_channel(rstd, x))
     if gamma is not None:
-        xhat.mul_(gamma)
-    return xhat if beta is None else xhat.add_(beta)
+        z.mul_(_per_channel(gamma, x))
+    if beta is not None:
+        z.add_(_per_channel(beta, x))
+    if residual is not None:
+        z.add_(residual)
+    return (z if activation is None else _ACTIVATIONS[activation](z)).to(x.dtype)
+
+
+def _dz_and_xhat(
+    dy: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    """dz = dy * f'(z) with z recomputed, and xhat."""
+    dz = dy.to(mean.dtype)
+    xhat = (x.to(mean.dtype) - _per_channel(mean, x)).mul_(_per_channel(rstd, x))
+    if activation is None:
+        return dz, xhat
+    z = xhat if gamma is None else xhat * _per_channel(gamma, x)
+    if beta is not None:
+        z = z + _per_channel(beta, x)
+    if residual is not None:
+        z = z + residual
+    return dz * _derivative(z, activation), xhat
+
+
+def _derivative(z: Tensor, activation: str) -> Tensor:
+    """1 - tanh^2, [z > 0], Phi(z) + z * phi(z), or s * (1 + z * (1 - s)) with s = sigmoid(z)"""
+    if activation == "tanh":
+        return 1 - torch.tanh(z).square()
+    if activation == "relu":
+        return (z > 0).to(z.dtype)
+    if activation == "gelu":
+        density = torch.exp(-0.5 * z.square()) * 0.3989422804014327
+        return 0.5 * (1 + torch.erf(z * 0.7071067811865476)) + z * density
+    s = torch.sigmoid(z)
+    return s * (1 + z * (1 - s))

@@ -1,9 +1,4 @@
-"""Cross-entropy for torch.compile: two opaque operators with shapes known in advance.
-
-They run whatever implementation serves the tensor, so that a compiled graph gives the bits of eager
-mode. The override of `fused.backend.use` is looked at when the graph runs, forward and backward
-each. What an implementation does not return is an empty tensor here.
-"""
+"""Cross-entropy for torch.compile: two opaque operators with shapes known in advance."""
 
 from typing import Any
 
@@ -12,15 +7,15 @@ from torch import Tensor
 
 from fused import backend
 from fused.eager import cross_entropy as eager
+from fused.operators import laid_out_as, library
 
 _OPTIONS = "float label_smoothing, float z_loss, float softcap, float logit_scale"
-_library = torch.library.Library("fused", "FRAGMENT")
-_library.define(
+library.define(
     "cross_entropy_fwd(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
     f"str reduction, {_OPTIONS}, ScalarType loss_dtype, bool want_extras) "
     "-> (Tensor loss, Tensor stats, Tensor scale, Tensor row_loss, Tensor lse, Tensor correct)"
 )
-_library.define(
+library.define(
     "cross_entropy_bwd(Tensor dloss, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
     f"Tensor scale, int ignore_index, str reduction, {_OPTIONS}, bool want_dx, bool want_dtarget, "
     "bool want_dweight) -> (Tensor dx, Tensor dtarget, Tensor dweight)"
@@ -105,8 +100,8 @@ def _bwd_operator(
             dloss, input, target, weight, ignore_index, reduction, *numbers
         )
     return (
-        stats.new_empty(0) if dx is None else _laid_out_as(dx, input),
-        stats.new_empty(0) if dtarget is None else _laid_out_as(dtarget, target),
+        stats.new_empty(0) if dx is None else laid_out_as(dx, input),
+        stats.new_empty(0) if dtarget is None else laid_out_as(dtarget, target),
         stats.new_empty(0) if dweight is None else dweight,
     )
 
@@ -146,18 +141,12 @@ def _stats_like(input: Tensor, target: Tensor, want_extras: bool) -> Tensor:
     return input.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
 
 
-def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` with the strides of torch.empty_like(like), as the fake implementation promises."""
-    promised = torch.empty_like(like)
-    return tensor if tensor.stride() == promised.stride() else promised.copy_(tensor)
-
-
 for _name, _implementation, _fake in (
     ("cross_entropy_fwd", _fwd_operator, _fwd_fake),
     ("cross_entropy_bwd", _bwd_operator, _bwd_fake),
 ):
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused::{_name}", _fake, lib=_library)
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused::{_name}", _fake, lib=library)
 torch.library.register_autograd(
-    "fused::cross_entropy_fwd", _operator_backward, setup_context=_setup_context, lib=_library
+    "fused::cross_entropy_fwd", _operator_backward, setup_context=_setup_context, lib=library
 )

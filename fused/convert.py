@@ -1,0 +1,85 @@
+"""Swap torch.nn modules of an existing model for ours, in place."""
+
+from torch import nn
+
+from fused.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fused.cross_entropy import CrossEntropyLoss
+from fused.sync_batch_norm import SyncBatchNorm
+
+_OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
+    nn.CrossEntropyLoss: CrossEntropyLoss,
+}
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Tanh: "tanh",
+    nn.ReLU: "relu",
+    nn.GELU: "gelu",
+    nn.SiLU: "silu",
+}
+_BATCH_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
+
+
+def convert(model: nn.Module, activations: bool = True) -> list[str]:
+    """Makes the batch norms and cross-entropy losses of `model` ours, in place.
+
+    The modules stay the same objects: parameters, buffers, hooks, training mode and memory format
+    are kept, and `state_dict` keeps its names. Subclasses of torch's modules are left alone, for
+    what they override is not known.
+
+    Args:
+        model: any module; itself included.
+        activations: whether a Tanh, ReLU, GELU (with the error function) or SiLU that follows a
+            batch norm in a plain `nn.Sequential` is computed by the batch norm, and an
+            `nn.Identity` takes its place. Pairs with a forward hook on either, and batch norms or
+            sequences that occur in several places, are left as they are.
+
+    Returns:
+        What was changed, a line each: "features.1: BatchNorm2d with relu from features.2".
+    """
+    changes = {}
+    for name, module in model.named_modules():
+        ours = _OURS.get(type(module))
+        if ours is not None:
+            module.__class__ = ours
+            changes[name] = f"{name or 'the model itself'}: {ours.__name__}"
+    if activations:
+        for name, sequence in list(model.named_modules()):
+            if type(sequence) is nn.Sequential:
+                changes |= _absorb_activations(model, name, sequence, changes)
+    return list(changes.values())
+
+
+def _absorb_activations(
+    model: nn.Module, name: str, sequence: nn.Sequential, changes: dict[str, str]
+) -> dict[str, str]:
+    """Moves the activations of one sequence into its batch norms; returns the new lines."""
+    prefix = f"{name}." if name else ""
+    found = {}
+    children = list(sequence.named_children())
+    for (first, norm), (second, activation) in zip(children, children[1:], strict=False):
+        kind = _ACTIVATIONS.get(type(activation))
+        if kind is None or not isinstance(norm, _BATCH_NORMS) or norm.activation is not None:
+            continue
+        if isinstance(activation, nn.GELU) and activation.approximate != "none":
+            continue
+        if activation._forward_pre_hooks or _hooked(activation) or _hooked(norm):
+            continue
+        if _occurrences(model, norm) > 1 or _occurrences(model, sequence) > 1:
+            continue
+        norm.activation = kind
+        setattr(sequence, second, nn.Identity())
+        line = changes.get(prefix + first, f"{prefix}{first}: {type(norm).__name__}")
+        found[prefix + first] = f"{line} with {kind} from {prefix}{second}"
+    return found
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._backward_hooks)
+
+
+def _occurrences(model: nn.Module, module: nn.Module) -> int:
+    everywhere = model.named_modules(remove_duplicate=False)
+    return sum(candidate is module for _, candidate in everywhere)

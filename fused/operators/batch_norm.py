@@ -1,0 +1,161 @@
+"""Batch normalisation for torch.compile: opaque operators that change none of their arguments.
+
+The running statistics of a training step come back as new tensors and are copied into the buffers
+by the graph.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused import backend
+from fused.operators import laid_out_as, library
+
+_TENSORS = "Tensor input, Tensor? weight, Tensor? bias, Tensor? residual"
+library.define(
+    f"batch_norm_fwd({_TENSORS}, Tensor? running_mean, Tensor? running_var, Tensor? tracked, "
+    "float? momentum, float eps, int correction, str? activation, bool skip_nonfinite) "
+    "-> (Tensor y, Tensor mean, Tensor rstd, Tensor running_mean, Tensor running_var)"
+)
+library.define(
+    f"batch_norm_eval({_TENSORS}, Tensor mean, Tensor var, float eps, str? activation) "
+    "-> (Tensor y, Tensor mean, Tensor rstd)"
+)
+library.define(
+    f"batch_norm_bwd(Tensor dy, {_TENSORS}, Tensor mean, Tensor rstd, int correction, "
+    "str? activation, bool batch_statistics, bool want_dresidual) "
+    "-> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)"
+)
+
+
+def call(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    tracked: Tensor | None,
+    batch_statistics: bool,
+    momentum: float | None,
+    eps: float,
+    correction: int,
+    activation: str | None,
+    skip_nonfinite: bool,
+) -> Tensor:
+    """y; the running statistics are updated in place."""
+    if not batch_statistics:
+        return torch.ops.fused.batch_norm_eval(
+            input, weight, bias, residual, running_mean, running_var, eps, activation
+        )[0]
+    y, _, _, new_mean, new_var = torch.ops.fused.batch_norm_fwd(
+        input, weight, bias, residual, running_mean, running_var,
+        tracked if momentum is None else None, momentum, eps, correction, activation,
+        skip_nonfinite,
+    )  # fmt: skip
+    if running_mean is not None and running_var is not None:
+        running_mean.copy_(new_mean.detach())
+        running_var.copy_(new_var.detach())
+    if tracked is not None and momentum is not None:
+        tracked.add_(1)
+    return y
+
+
+def _fwd_operator(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    kernels = backend.implementation("batch_norm", input)
+    new = [None if t is None else t.clone() for t in (running_mean, running_var)]
+    y, mean, rstd = kernels.batch_norm_fwd(input, weight, bias, residual, *new, *arguments)
+    new = [mean.new_empty(0) if t is None else t for t in new]
+    return laid_out_as(y, input), mean, rstd, *new
+
+
+def _fwd_fake(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    mean = _channels(input)
+    new = (torch.empty_like(mean.new_empty(0) if t is None else t)
+           for t in (running_mean, running_var))  # fmt: skip
+    return torch.empty_like(input), mean, torch.empty_like(mean), *new
+
+
+def _eval_operator(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    kernels = backend.implementation("batch_norm", input)
+    y, mean, rstd = kernels.batch_norm_eval(input, *arguments)
+    return laid_out_as(y, input), mean, rstd
+
+
+def _eval_fake(input: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return torch.empty_like(input), _channels(input), _channels(input)
+
+
+def _bwd_operator(dy: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    kernels = backend.implementation("batch_norm", input)
+    dx, dgamma, dbeta, dresidual = kernels.batch_norm_bwd(dy, input, *arguments)
+    if dresidual is None:
+        return laid_out_as(dx, input), dgamma, dbeta, dgamma.new_empty(0)
+    return laid_out_as(dx, input), dgamma, dbeta, laid_out_as(dresidual, input)
+
+
+def _bwd_fake(dy: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    vector, want_dresidual = _channels(input), arguments[-1]
+    dresidual = torch.empty_like(input) if want_dresidual else vector.new_empty(0)
+    return torch.empty_like(input), vector, torch.empty_like(vector), dresidual
+
+
+def _channels(input: Tensor) -> Tensor:
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return input.new_empty(input.shape[1], dtype=dtype)
+
+
+def _setup_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4], output[1], output[2])
+    ctx.correction, ctx.activation, ctx.batch_statistics = inputs[9], inputs[10], True
+    ctx.rest = len(inputs) - 4
+
+
+def _setup_eval(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:4], output[1], output[2])
+    ctx.correction, ctx.activation, ctx.batch_statistics = 0, inputs[7], False
+    ctx.rest = len(inputs) - 4
+
+
+def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    _, weight, bias, *_ = ctx.saved_tensors
+    wants = ctx.needs_input_grad[:4]
+    want_dz = wants[3] and ctx.activation is not None  # without an activation dz is dy
+    dx, dgamma, dbeta, dz = torch.ops.fused.batch_norm_bwd(
+        dy, *ctx.saved_tensors, ctx.correction, ctx.activation, ctx.batch_statistics, want_dz
+    )
+    return (
+        dx,
+        dgamma.to(weight.dtype) if wants[1] else None,
+        dbeta.to(bias.dtype) if wants[2] else None,
+        (dz if want_dz else dy) if wants[3] else None,
+        *(None,) * ctx.rest,
+    )
+
+
+for _name, _implementation, _fake in (
+    ("batch_norm_fwd", _fwd_operator, _fwd_fake),
+    ("batch_norm_eval", _eval_operator, _eval_fake),
+    ("batch_norm_bwd", _bwd_operator, _bwd_fake),
+):
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused::{_name}", _fake, lib=library)
+for _name, _setup in (("batch_norm_fwd", _setup_fwd), ("batch_norm_eval", _setup_eval)):
+    torch.library.register_autograd(f"fused::{_name}", _backward, setup_context=_setup, lib=library)

@@ -1,0 +1,19 @@
+"""Tensors of shape (N, C, *S) as the kernels see them: (N, C, S), a row being one (n, s)."""
+
+import torch
+
+
+def inner(x: torch.Tensor) -> torch.Tensor:
+    """x (N, C, *S) as (N, C, S); a view wherever one exists."""
+    return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
+
+
+def copy_back(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> None:
+    """What a kernel wrote to rows = inner(tensor), where that had to be a copy."""
+    if tensor is not None and rows is not None and tensor.data_ptr() != rows.data_ptr():
+        tensor.copy_(rows.view(tensor.shape))
+
+
+def strides(x: torch.Tensor | None) -> tuple[int, int, int]:
+    """The strides of an (N, C, S) tensor, zeros for none."""
+    return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
