@@ -135,7 +135,7 @@ def batch_norm(
 
     Raises:
         ValueError: one row in training (it has no variance), an unknown correction or activation,
-            or only one of the running statistics.
+            an eps that is not positive, or only one of the running statistics.
         RuntimeError: shapes, dtypes or devices that do not fit, or evaluation without running
             statistics.
         NotImplementedError: an input that is not floating point.
@@ -236,7 +236,7 @@ def run(
 ) -> Tensor:
     """Checks, chooses, computes."""
     o = options
-    check_options(o.correction, o.activation)
+    check_options(o.correction, o.activation, o.eps)
     if input.dim() < 2 and residual is None and o.activation is None:  # no channels: torch's answer
         return F.batch_norm(
             input, running_mean, running_var, weight, bias, o.batch_statistics, o.momentum or 0.0
@@ -297,8 +297,10 @@ def _composed_gradients(
     return [next(found) if want else None for want in wants]
 
 
-def check_options(correction: int, activation: str | None) -> None:
-    """Refuses what is no option of ours."""
+def check_options(correction: int, activation: str | None, eps: float = 1e-5) -> None:
+    """Refuses what is no option of ours, and an eps that torch refuses."""
+    if eps <= 0:
+        raise ValueError(f"batch_norm: eps must be positive, got {eps}")
     if correction not in (0, 1):
         raise ValueError(
             "batch_norm: expected correction 0 (biased variance) or 1 (Bessel's), "

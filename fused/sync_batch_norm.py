@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused import backend
-from fused.batch_norm import _BatchNorm, check, run
+from fused.batch_norm import _BatchNorm, check, check_options, run
 from fused.eager.batch_norm import update_running
 
 
@@ -90,6 +90,7 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         tracked: Tensor | None,
         options: Any,
     ) -> Tensor:
+        check_options(options.correction, options.activation, options.eps)
         # One row here is no mistake: there are more elsewhere.
         check(input, weight, bias, residual, running_mean, running_var, True)
         return SyncBatchNormFunction.apply(

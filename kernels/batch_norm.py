@@ -81,7 +81,8 @@ def _moments(
         d = tl.where(mask, x - tile_mean[None, :], 0.0)
         delta = tile_mean - mean
         share = tile_count / (count + tile_count)
-        m2 += tl.sum(d * d, axis=0) + delta * delta * (count * share)
+        between = delta * delta * (count * share)  # of an overflow times 0, nothing
+        m2 += tl.sum(d * d, axis=0) + tl.where(start > begin, between, 0.0)
         mean += delta * share
     return mean, m2
 

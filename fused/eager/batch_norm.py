@@ -39,16 +39,16 @@ def batch_norm_fwd(
     float64.
     """
     n = x.numel() // max(1, x.shape[1])
-    mean, m2 = batch_norm_moments(x)
     if n == 0:
         if tracked is not None and momentum is not None:
             tracked.add_(1)
+        mean, m2 = batch_norm_moments(x)
         return torch.empty_like(x), mean, m2
+    d, mean, m2 = _centred(x)
     # The running variance is the unbiased one, whatever the correction: as torch.nn.BatchNorm's.
     update_running(running_mean, running_var, tracked, momentum, mean, m2 / (n - 1), skip_nonfinite)
     rstd = (m2 / (n - correction)).add_(eps).rsqrt_().to(mean.dtype)
-    y = _normalized(x, gamma, beta, residual, mean, rstd, activation)
-    return y, mean, rstd
+    return _affine(x, d, rstd, gamma, beta, residual, activation), mean, rstd
 
 
 def batch_norm_eval(
@@ -65,20 +65,16 @@ def batch_norm_eval(
     acc = _compute_dtype(x)
     mean = mean.to(acc, copy=True)  # what backward uses must not follow a later update
     rstd = var.to(acc).add(eps).rsqrt_()
-    return _normalized(x, gamma, beta, residual, mean, rstd, activation), mean, rstd
+    d = x.to(acc) - _per_channel(mean, x)
+    return _affine(x, d, rstd, gamma, beta, residual, activation), mean, rstd
 
 
 def batch_norm_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, m2) of x (N, C, *S): per-channel mean and sum of squared deviations, (C,) each."""
-    xc, dims = x.to(_compute_dtype(x)), _rows(x)
     if x.numel() == 0:
-        return xc.new_zeros(x.shape[1]), xc.new_zeros(x.shape[1])
-    mean = xc.mean(dims)
-    d = xc - _per_channel(mean, x)
-    # Deviations near 1e30 have squares that only float64 holds; on the CPU, looking costs nothing.
-    m2 = d.square().sum(dims)
-    if x.device.type == "cpu" and not m2.isfinite().all():
-        return mean, d.double().square_().sum(dims)
+        zeros = x.new_zeros(x.shape[1], dtype=_compute_dtype(x))
+        return zeros, zeros.clone()
+    _, mean, m2 = _centred(x)
     return mean, m2
 
 
@@ -207,17 +203,35 @@ def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
     return vector.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def _normalized(
+def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(d, mean, m2): the deviations x - mean (N, C, *S), and the moments (C,).
+
+    By way of the deviations from the first row: of values near 1e4 a float32 mean is off by 1e-3,
+    and the deviations from it would all be.
+    """
+    first = x[(slice(1), slice(None), *[slice(1)] * (x.dim() - 2))].to(_compute_dtype(x))
+    d, dims = x - first, _rows(x)
+    mean = d.mean(dims)
+    d.sub_(_per_channel(mean, x))
+    mean += first.flatten()
+    m2 = d.square().sum(dims)
+    # Deviations near 1e30 have squares that only float64 holds; on the CPU, looking costs nothing.
+    if x.device.type == "cpu" and not m2.isfinite().all():
+        m2 = d.double().square_().sum(dims)
+    return d, mean, m2
+
+
+def _affine(
     x: Tensor,
+    d: Tensor,
+    rstd: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
     residual: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
     activation: str | None,
 ) -> Tensor:
-    """f(gamma * xhat + beta + residual)"""
-    z = (x.to(mean.dtype) - _per_channel(mean, x)).mul_(_per_channel(rstd, x))
+    """f(gamma * d * rstd + beta + residual) in x's dtype, in the memory of d."""
+    z = d.mul_(_per_channel(rstd, x))
     if gamma is not None:
         z.mul_(_per_channel(gamma, x))
     if beta is not None:

@@ -1,0 +1,324 @@
+"""Where widely used batch norms were found wrong: one test, or a few, for each failure."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fused
+from tests.test_batch_norm import ACTIVATIONS, check_against_torch, example, run
+
+
+def test_one_value_per_channel_is_refused(implementation, device) -> None:
+    """A clear error in training, not NaN; evaluation takes it."""
+    for shape in ((1, 3), (1, 3, 1, 1)):
+        t = example(shape, torch.float32, device)
+        with pytest.raises(ValueError, match="one value has no variance"):
+            fused.batch_norm(**t, training=True)
+        assert fused.batch_norm(**t, training=False).isfinite().all()
+    t = example((1, 3, 2), torch.float32, device)
+    assert fused.batch_norm(**t, training=True).isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(2000, 3), (9000, 1), (8, 3, 25, 10)], ids=str)
+@pytest.mark.parametrize("correction", [0, 1])
+def test_large_offset(correction, shape, implementation, device) -> None:
+    """Mean 1e4, standard deviation 1, float32: the variance is right to 1e-3 and no worse than
+    torch's (E[x^2] - E[x]^2 would be off by all of it)."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e4
+    x = x.to(device, torch.float32)
+    dims = [0, *range(2, len(shape))]
+    exact = x.double().var(dims)
+    errors = []
+    for function in (fused.batch_norm, F.batch_norm):
+        mean, var = torch.zeros(2, shape[1], device=device).unbind()
+        extra = {"correction": correction} if function is fused.batch_norm else {}
+        y = function(x, mean, var, training=True, momentum=1.0, **extra)
+        errors.append(((var.double() - exact) / exact).abs().max().item())
+        if function is fused.batch_norm:
+            expected = x.double() - x.double().mean(dims, keepdim=True)
+            expected /= x.double().var(dims, correction=correction, keepdim=True).sqrt()
+            torch.testing.assert_close(y.double(), expected, rtol=0, atol=2e-3)
+    assert errors[0] <= 1e-3
+    assert errors[0] <= errors[1] + 1e-6
+
+
+def test_constant_channel(implementation, device) -> None:
+    x = torch.full((32, 3, 5), 7.0, device=device, requires_grad=True)
+    y = fused.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(y, torch.zeros_like(y), rtol=0, atol=0)
+    y.backward(torch.randn_like(y))
+    assert x.grad.isfinite().all()
+
+
+def test_values_near_1e30(implementation, device) -> None:
+    """The closed form keeps such a variance in float64. In the kernels it overflows in float32, as
+    in torch's: the output is the bias then, not NaN."""
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)).to(device) * 1e30
+    y = fused.batch_norm(x, None, None, training=True)
+    if implementation == "eager" and device.type == "cpu":
+        exact = F.batch_norm(x.double(), None, None, training=True)
+        torch.testing.assert_close(y.double(), exact, rtol=0, atol=2e-6)
+    else:
+        torch.testing.assert_close(y, torch.zeros_like(y), rtol=0, atol=0)
+
+
+def test_bessels_correction_has_its_own_gradient(implementation, device) -> None:
+    """n/(n-1) in the third term: against autograd through torch.var(correction=1)."""
+    t = example((5, 3, 2), torch.float64, device)
+    upstream = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0)).to(t["input"])
+
+    def composed(input, running_mean, running_var, weight, bias, **_) -> Tensor:
+        mean = input.mean((0, 2), keepdim=True)
+        var = input.var((0, 2), correction=1, keepdim=True)
+        shape = (1, -1, 1)
+        return (input - mean) / (var + 1e-5).sqrt() * weight.view(shape) + bias.view(shape)
+
+    ours = run(fused.batch_norm, t, upstream, training=True, correction=1)
+    theirs = run(composed, t, upstream)
+    for name in ("output", "dinput", "dweight", "dbias"):
+        torch.testing.assert_close(ours[name], theirs[name])
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 2)], ids=str)
+def test_evaluation_has_its_own_gradient(shape, correction, implementation, device) -> None:
+    """Frozen statistics do not depend on the input: dx = weight * rstd * dy, element by element."""
+    t = example(shape, torch.float32, device)
+    x = t["input"].requires_grad_()
+    y = fused.batch_norm(**t, training=False, correction=correction)
+    upstream = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, upstream)
+    slope = (t["weight"] * (t["running_var"] + 1e-5).rsqrt()).view(1, -1, *[1] * (x.dim() - 2))
+    torch.testing.assert_close(dx, upstream * slope)
+
+
+HUGE = [(65536, 2), (131071, 3), (100000, 4), (880802, 1), (1000003, 1)]
+
+
+@pytest.mark.parametrize("shape", HUGE, ids=str)
+def test_very_many_rows(shape, implementation, device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(device).requires_grad_()
+    y = fused.batch_norm(x, None, None, training=True)
+    upstream = torch.randn(shape, generator=generator).to(device)
+    (dx,) = torch.autograd.grad(y, x, upstream)
+    exact = x.detach().double().requires_grad_()
+    expected = F.batch_norm(exact, None, None, training=True)
+    (dexpected,) = torch.autograd.grad(expected, exact, upstream.double())
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=2e-6)
+    torch.testing.assert_close(dx.double(), dexpected, rtol=0, atol=5e-6)
+
+
+ODD = [(9, 1), (9, 3), (5, 65), (3, 1000), (2, 4097), (2, 3, 30, 30), (4, 5, 7, 7), (4, 5, 1)]
+
+
+@pytest.mark.parametrize("shape", ODD, ids=str)
+def test_channels_and_sizes_that_are_no_powers_of_two(shape, implementation, device) -> None:
+    check_against_torch(example(shape, torch.float32, device), implementation, training=True)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_few_channels_with_many_values(channels_last, implementation, device) -> None:
+    """Several programs share a channel; their results are merged in a fixed order: two runs are
+    equal to the last bit, and right."""
+    t = example((3, 2, 64, 96), torch.float32, device, residual=True)
+    if channels_last:
+        for name in ("input", "residual"):
+            t[name] = t[name].contiguous(memory_format=torch.channels_last)
+    upstream = torch.randn_like(t["input"])
+    results = [
+        run(fused.batch_norm, t, upstream, training=True, activation="tanh") for _ in range(2)
+    ]
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], rtol=0, atol=0)
+    check_against_torch(t, implementation, training=True, activation="tanh")
+
+
+def test_gain_gradient_with_a_large_offset(implementation, device) -> None:
+    """dgamma is the sum of xhat * dy, not of (x - mean) * dy times rstd: against float64, with a
+    mean of 100 and a standard deviation of 1e-2."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(512, 3, generator=generator) * 1e-2 + 100).to(device)
+    weight = torch.ones(3, device=device, requires_grad=True)
+    upstream = torch.randn(512, 3, generator=generator).to(device)
+    y = fused.batch_norm(x, None, None, weight, training=True)
+    (dweight,) = torch.autograd.grad(y, weight, upstream)
+    xhat = F.batch_norm(x.double(), None, None, training=True)
+    # The saved mean is rounded to float32, to within 2**-18 at 100: a shift of all of xhat.
+    bound = 2**-18 / 1e-2 * upstream.double().sum(0).abs() + 1e-3
+    assert ((dweight.double() - (xhat * upstream).sum(0)).abs() <= bound).all()
+
+
+def test_input_is_never_changed(implementation, device) -> None:
+    for activation in ACTIVATIONS:
+        t = example((33, 5), torch.float32, device, residual=True)
+        before = {name: t[name].clone() for name in ("input", "residual", "weight", "bias")}
+        t["input"].requires_grad_()
+        fused.batch_norm(**t, training=True, activation=activation).square().sum().backward()
+        for name, tensor in before.items():
+            torch.testing.assert_close(t[name].detach(), tensor, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("missing", [("weight",), ("bias",), ("weight", "bias")], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_without_weight_or_bias(missing, training, implementation, device) -> None:
+    t = example((9, 3, 2), torch.float32, device) | dict.fromkeys(missing)
+    check_against_torch(t, implementation, training=training, activation="silu")
+
+
+def test_without_running_statistics(implementation, device) -> None:
+    t = example((9, 3, 2), torch.float32, device) | {"running_mean": None, "running_var": None}
+    check_against_torch(t, implementation, training=True)
+
+
+def test_negative_momentum(implementation, device) -> None:
+    t = example((9, 3, 2), torch.float32, device)
+    check_against_torch(t, implementation, training=True, momentum=-1.2)
+
+
+def test_cumulative_average_does_not_look_at_the_counter(implementation, device) -> None:
+    """momentum=None divides by num_batches_tracked where it lies. (On a GPU a look would stall.)"""
+    module = fused.BatchNorm1d(3, momentum=None, device=device)
+    batches = torch.randn(4, 9, 3, device=device)
+    for batch in batches:
+        module(batch)
+    torch.testing.assert_close(module.running_mean, batches.mean((0, 1)))
+    assert module.num_batches_tracked == 4
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_no_host_synchronisation(momentum) -> None:
+    """The whole step is captured in a CUDA graph, which forbids them, and replayed."""
+    module = fused.BatchNorm2d(6, momentum=momentum, activation="relu", device="cuda")
+    x = torch.randn(20, 6, 64, 64, device="cuda", requires_grad=True)
+
+    def step() -> Tensor:
+        return torch.autograd.grad(module(x).sum(), x)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+
+
+STRIDES = {
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels last in memory": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "sliced channels": lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
+    "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "one channel expanded": lambda x: x[:, :1].expand_as(x),
+    "pointer off by one": lambda x: torch.cat((x.flatten()[:1], x.flatten()))[1:].view_as(x),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("shape", [(33, 5), (4, 5, 6), (3, 5, 2, 4)], ids=str)
+@pytest.mark.parametrize("strides", STRIDES)
+def test_any_strides_of_input_and_gradient(
+    strides, shape, training, implementation, device
+) -> None:
+    t = example(shape, torch.float32, device)
+    x = STRIDES[strides](t["input"])
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    ours = run(fused.batch_norm, t | {"input": x}, STRIDES[strides](upstream), training=training)
+    contiguous = STRIDES[strides](upstream).contiguous()
+    theirs = run(F.batch_norm, t | {"input": x.contiguous()}, contiguous, training=training)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=2e-5)
+    if strides in ("transposed", "channels last in memory"):
+        assert ours["output"].stride() == x.stride()
+
+
+def test_channels_last_input_with_a_contiguous_gradient(implementation, device) -> None:
+    """With a height of 1 the two formats look alike; PyTorch 2.13's CPU backward mixes them up and
+    is wrong by the size of the gradient."""
+    x = torch.randn(2, 2, 1, 2, device=device).permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1)
+    upstream = torch.randn(2, 2, 1, 2, device=device)
+    mean, var, weight = torch.zeros(2, device=device), torch.ones(2, device=device), None
+    weight = torch.tensor([2.0, 3.0], device=device)
+    y = fused.batch_norm(x.requires_grad_(), mean, var, weight, eps=1e-12)
+    (dx,) = torch.autograd.grad(y, x, upstream)
+    torch.testing.assert_close(dx, upstream * weight.view(1, 2, 1, 1))
+
+
+def test_gradient_of_stride_0(implementation, device) -> None:
+    """`.sum()` sends back one number with stride 0: the sum's gradient is 0 but for rounding."""
+    t = example((33, 5, 2), torch.float32, device)
+    x = t["input"].requires_grad_()
+    fused.batch_norm(**t, training=True).sum().backward()
+    torch.testing.assert_close(x.grad, torch.zeros_like(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")], ids=str)
+def test_batch_with_an_inf_or_nan(bad, implementation, device) -> None:
+    """Running statistics are poisoned for good, as torch's, unless such channels are skipped."""
+    t = example((9, 3, 2), torch.float32, device)
+    t["input"][4, 1, 0] = bad
+    before = {name: t[name].clone() for name in ("running_mean", "running_var")}
+    skipped = {k: v.clone() for k, v in t.items()}
+    fused.batch_norm(**t, training=True)
+    fused.batch_norm(**skipped, training=True, skip_nonfinite=True)
+    for name, old in before.items():
+        assert not t[name][1].isfinite()
+        assert skipped[name][1] == old[1]
+        torch.testing.assert_close(skipped[name][::2], t[name][::2], rtol=0, atol=0)
+        assert (skipped[name][::2] != old[::2]).all()
+
+
+@pytest.mark.parametrize("shape", [(9, 3), (3, 2, 40, 70)], ids=str)
+def test_batches_are_counted_by_the_same_kernel(shape, implementation, device) -> None:
+    module = fused.BatchNorm1d if len(shape) == 2 else fused.BatchNorm2d
+    norm = module(shape[1], device=device)
+    x = torch.randn(shape, device=device)
+    for _ in range(3):
+        norm(x)
+    norm.eval()(x)
+    assert norm.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4), (2, 3, 0)], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_empty_batch(training, shape, implementation, device) -> None:
+    t = example(shape, torch.float32, device, residual=True)
+    before = t["running_mean"].clone()
+    results = run(
+        fused.batch_norm, t, torch.zeros(shape, device=device), training=training, activation="relu"
+    )
+    assert results["output"].shape == results["dinput"].shape == shape
+    torch.testing.assert_close(results["dweight"], torch.zeros(3, device=device))
+    torch.testing.assert_close(results["running_mean"], before)
+
+
+def test_offsets_beyond_2_to_the_31(implementation, device) -> None:
+    """Rows 2**30 elements apart: the third begins at element 2**31. The memory is never touched."""
+    if implementation == "eager":
+        pytest.skip("torch's own indexing")
+    values = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).half().to(device)
+    try:
+        memory = torch.UntypedStorage(2 * (2**31 + 64), device=device)
+    except RuntimeError:
+        pytest.skip("4 GiB of memory are not to be had")
+    x = torch.tensor([], dtype=torch.float16, device=device)
+    for strides in ((2**30, 1), (1, 2**28)):
+        x.set_(memory, 0, (3, 5), strides)
+        x.copy_(values)
+        y = fused.batch_norm(x, None, None, training=True)
+        expected = fused.batch_norm(values, None, None, training=True)
+        torch.testing.assert_close(y, expected, rtol=0, atol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements() -> None:
+    x = torch.randn(2**22 + 3, 512, dtype=torch.bfloat16, device="cuda")
+    y = fused.batch_norm(x, None, None, training=True)
+    tail, mean, var = x[-8:].double(), x.double().mean(0), x.double().var(0, correction=0)
+    expected = (tail - mean) / (var + 1e-5).sqrt()
+    torch.testing.assert_close(y[-8:].double(), expected, rtol=1e-2, atol=1e-2)

@@ -1,0 +1,251 @@
+"""Derivatives of every kind, torch.compile, and PyTorch's own samples for batch norm."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused
+from tests.test_batch_norm import (
+    ACTIVATIONS,
+    DTYPES,
+    TWINS,
+    check_against_torch,
+    example,
+    run,
+    torchs,
+)
+
+
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "silu", None])
+@pytest.mark.parametrize("correction", [0, 1])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_gradcheck_and_gradgradcheck(
+    training, correction, activation, implementation, device
+) -> None:
+    t = example((2, 2, 2), torch.float64, device, residual=True)
+    mean, var = t["running_mean"], t["running_var"]
+    names = ("input", "weight", "bias", "residual")
+
+    def function(*leaves: Tensor) -> Tensor:
+        return fused.batch_norm(
+            **dict(zip(names, leaves, strict=True)), running_mean=mean.clone(),
+            running_var=var.clone(), training=training, correction=correction,
+            activation=activation,
+        )  # fmt: skip
+
+    leaves = [t[name].requires_grad_() for name in names]
+    torch.autograd.gradcheck(function, leaves)
+    torch.autograd.gradgradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_gradient_penalty_is_torchs(training, implementation, device) -> None:
+    """A second derivative as people take it, in float32, with the channel parameters' as well."""
+    results = []
+    for function in (fused.batch_norm, torchs):
+        t = example((6, 3, 4), torch.float32, device)
+        x, w = t["input"].requires_grad_(), t["weight"].requires_grad_()
+        y = function(**t, training=training, activation="tanh")
+        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(dx.square().sum(), (x, w)))
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("correction", [0, 1])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_functional_derivatives(training, correction, implementation, device) -> None:
+    t = example((4, 3, 2), torch.float64, device)
+    mean, var = t.pop("running_mean"), t.pop("running_var")
+    statistics = {} if training else {"running_mean": mean, "running_var": var}
+    options: dict[str, Any] = {"training": training, "correction": correction}
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        arguments = {"running_mean": None, "running_var": None, **statistics, "bias": t["bias"]}
+        return (
+            fused.batch_norm(x, weight=w, activation="silu", **arguments, **options).square().sum()
+        )
+
+    x, w = t["input"].requires_grad_(), t["weight"].requires_grad_()
+    expected = torch.autograd.grad(loss(x, w), (x, w))
+    x, w = x.detach(), w.detach()
+    torch.testing.assert_close(torch.func.grad(loss, argnums=(0, 1))(x, w), expected)
+    torch.testing.assert_close(torch.func.jacrev(loss)(x, w), expected[0])
+    several = torch.stack((x, x + 1, x * 2))
+    by_batch = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))(several, w)
+    torch.testing.assert_close(by_batch[0], expected[0])
+
+
+def test_functional_modules(implementation, device) -> None:
+    """torch.func refuses to write to captured buffers, ours as torch's; without them it works."""
+    x = torch.randn(9, 3, device=device)
+    for Module in (fused.BatchNorm1d, nn.BatchNorm1d):
+        norm = Module(3, device=device)
+        with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
+            torch.func.grad(lambda z, f=norm: f(z).square().sum())(x)
+    ours, theirs = (
+        Module(3, track_running_stats=False, device=device)
+        for Module in (fused.BatchNorm1d, nn.BatchNorm1d)
+    )
+    gradients = [torch.func.grad(lambda z, f=f: (f(z) ** 3).sum())(x) for f in (ours, theirs)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A compiler without a past, in memory or on disk."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("momentum", [0.1, None], ids=["momentum", "cumulative"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_compiled_without_a_break_and_with_the_bits_of_eager(
+    channels_last, training, momentum, compiler, implementation, device
+) -> None:
+    results = []
+    for compiled in (False, True):
+        norm = fused.BatchNorm2d(
+            3, momentum=momentum, activation="tanh", correction=1, device=device
+        ).train(training)
+        t = example((4, 3, 5, 2), torch.float32, device, residual=True)
+        x, residual = t["input"], t["residual"].requires_grad_()
+        if channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        x.requires_grad_()
+        function = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiled else norm
+        for _ in range(2):
+            y = function(x, residual)
+        leaves = [x, residual, *norm.parameters()]
+        results.append((y, *torch.autograd.grad(y.sum(), leaves), *norm.buffers()))
+        assert y.stride() == x.stride()
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("activation", ["relu", None])
+@pytest.mark.parametrize("kind", ["training", "cumulative", "no statistics", "evaluation"])
+def test_opcheck(kind, activation, implementation, device) -> None:
+    t = example((3, 2, 4, 2), torch.float32, device, residual=True)
+    tensors = [t[name] for name in ("input", "weight", "bias", "residual")]
+    tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    tensors = [tensor.requires_grad_() for tensor in tensors]
+    statistics = [t["running_mean"], t["running_var"]]
+    if kind == "evaluation":
+        operator = torch.ops.fused.batch_norm_eval
+        arguments = (*tensors, *statistics, 1e-5, activation)
+    else:
+        operator = torch.ops.fused.batch_norm_fwd
+        if kind == "no statistics":
+            statistics = [None, None]
+        tracked = torch.ones((), dtype=torch.int64, device=device)
+        momentum = None if kind == "cumulative" else 0.1
+        counter = tracked if kind == "cumulative" else None
+        arguments = (*tensors, *statistics, counter, momentum, 1e-5, 1, activation, True)
+    torch.library.opcheck(operator, arguments)
+    with torch.no_grad():
+        y, mean, rstd, *_ = operator(*arguments)
+    detached = [tensor.detach() for tensor in tensors]
+    backward = (
+        y,
+        *detached,
+        mean,
+        rstd,
+        1,
+        activation,
+        kind != "evaluation",
+        activation is not None,
+    )
+    torch.library.opcheck(torch.ops.fused.batch_norm_bwd, backward)
+
+
+def test_autocast_leaves_it_alone(implementation, device) -> None:
+    """As torch's: half-precision input keeps its dtype, parameters stay in float32."""
+    norm = fused.BatchNorm2d(3, activation="relu", device=device)
+    x = torch.randn(2, 3, 4, 4, device=device).bfloat16().requires_grad_()
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = norm(x)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad.dtype == torch.bfloat16 and norm.weight.grad.dtype == torch.float32
+
+
+# Ignored: what torch warns of when its test tools are imported.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pytorchs_own_samples(dtype, implementation, device) -> None:
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    infos = [op for op in op_db if op.name == "nn.functional.batch_norm"]
+    assert infos
+    count = 0
+    for info in infos:
+        for sample in info.sample_inputs(device, dtype, requires_grad=True):
+            names = ("running_mean", "running_var", "weight", "bias")
+            t = {"input": sample.input, **dict(zip(names, sample.args, strict=True))}
+            count += 1
+            if sample.input.dim() < 2:
+                ours = fused.batch_norm(**t, **sample.kwargs)
+                torch.testing.assert_close(ours, F.batch_norm(**t, **sample.kwargs))
+                continue
+            t = {k: v if v is None else v.detach() for k, v in t.items()}
+            check_against_torch(t, implementation, **sample.kwargs)
+    assert count >= 24
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("twin", ["1d", "2d", "3d"])
+def test_pytorchs_own_module_samples(twin, training, implementation, device) -> None:
+    from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+
+    Ours, Theirs, _ = TWINS[twin]
+    (info,) = (m for m in module_db if m.module_cls is Theirs)
+    for dtype in (torch.float32, torch.float64):
+        cases = info.module_inputs_func(info, device, dtype, requires_grad=True, training=training)
+        for case in cases:
+            results = []
+            for Module in (Ours, Theirs):
+                arguments = case.constructor_input
+                norm = Module(*arguments.args, **arguments.kwargs).to(device, dtype)
+                norm.train(training)
+                (x,) = case.forward_input.args
+                y = norm(x)
+                upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(0)).to(y)
+                gradients = torch.autograd.grad(y, [x, *norm.parameters()], upstream)
+                results.append((y, *gradients, *norm.buffers()))
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    errors = info.module_error_inputs_func(
+        info, device, torch.float32, requires_grad=False, training=training
+    )
+    count = 0
+    for case in errors:
+        inputs = case.module_error_input
+        assert case.error_on == ModuleErrorEnum.FORWARD_ERROR
+        norm = Ours(*inputs.constructor_input.args, **inputs.constructor_input.kwargs)
+        with pytest.raises(case.error_type):
+            norm(*inputs.forward_input.args, **inputs.forward_input.kwargs)
+        count += 1
+    assert count > 0
+
+
+@pytest.mark.parametrize("activation", [a for a in ACTIVATIONS if a])
+def test_derivative_of_the_activation_at_large_arguments(
+    activation, implementation, device
+) -> None:
+    """Neither NaN nor overflow at |z| of 100, and as exact as torch's."""
+    t = example((8, 2), torch.float32, device)
+    t["weight"] = t["weight"] * 0 + 60.0
+    upstream = torch.ones(8, 2, device=device)
+    ours = run(fused.batch_norm, t, upstream, activation=activation)
+    theirs = run(torchs, t, upstream, activation=activation)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)

@@ -1,0 +1,148 @@
+"""Models converted in place: the same numbers, the same state, and a word on what changed."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fused
+
+
+class Block(nn.Module):
+    """Two convolutions and a way around them, as in a residual network."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.around = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.body(x) + self.around(x))
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.SiLU(),
+        Block(8, 16, 2), Block(16, 16, 1),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 16), nn.BatchNorm1d(16), nn.GELU(),
+        nn.Linear(16, 10),
+    )  # fmt: skip
+
+
+def train(model: nn.Module, criterion: nn.Module, steps: int) -> list[float]:
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    losses = []
+    for _ in range(steps):
+        x = torch.randn(8, 3, 8, 8, generator=generator)
+        x = x.contiguous(memory_format=torch.channels_last)
+        loss = criterion(model(x), torch.randint(10, (8,), generator=generator))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.filterwarnings("ignore")  # importing an optimizer imports the compiler
+def test_resnet_trains_the_same_converted(implementation) -> None:
+    if implementation == "triton" and not torch.cuda.is_available():
+        steps = 5  # the interpreter is slow
+    else:
+        steps = 20
+    theirs, criterion = resnet(), nn.CrossEntropyLoss()
+    ours, our_criterion = copy.deepcopy(theirs), nn.CrossEntropyLoss()
+    assert len(fused.convert(ours)) == 8
+    assert fused.convert(our_criterion) == ["the model itself: CrossEntropyLoss"]
+    expected, losses = train(theirs, criterion, steps), train(ours, our_criterion, steps)
+    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
+    before = copy.deepcopy(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(before)
+    x = torch.randn(4, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-2, atol=1e-2)
+
+
+def test_says_what_changed() -> None:
+    model = nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Sequential(nn.BatchNorm1d(4))
+    )
+    assert fused.convert(model) == ["1: BatchNorm1d with tanh from 2", "3.0: BatchNorm1d"]
+    assert type(model[1]) is fused.BatchNorm1d and model[1].activation == "tanh"
+    assert type(model[2]) is nn.Identity
+    assert fused.convert(model) == []
+
+
+def test_without_activations() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.Tanh())
+    assert fused.convert(model, activations=False) == ["0: BatchNorm1d"]
+    assert type(model[1]) is nn.Tanh and model[0].activation is None
+
+
+def test_keeps_parameters_hooks_mode_and_format() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, eps=1e-3, momentum=0.3)).eval()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    seen: list[Any] = []
+    model[1].register_forward_hook(lambda *_: seen.append(1))
+    parameters, norm = list(model.parameters()), model[1]
+    fused.convert(model)
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert model[1] is norm and not norm.training
+    assert (norm.eps, norm.momentum) == (1e-3, 0.3)
+    x = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert model(x).is_contiguous(memory_format=torch.channels_last)
+    assert seen == [1]
+
+
+class OwnNorm(nn.BatchNorm1d):
+    pass
+
+
+class OwnSequence(nn.Sequential):
+    pass
+
+
+def test_leaves_alone_what_it_does_not_know() -> None:
+    shared = nn.BatchNorm1d(4)
+    hooked = nn.Tanh()
+    hooked.register_forward_hook(lambda *_: None)
+    cases = {
+        "a subclass": (OwnNorm(4), nn.Tanh()),
+        "approximate gelu": (nn.BatchNorm1d(4), nn.GELU(approximate="tanh")),
+        "a hook": (nn.BatchNorm1d(4), hooked),
+        "another activation": (nn.BatchNorm1d(4), nn.ELU()),
+    }
+    for name, (norm, activation) in cases.items():
+        model = nn.Sequential(norm, activation)
+        fused.convert(model)
+        assert model[1] is activation, name
+        assert getattr(norm, "activation", None) is None, name
+    twice = nn.Sequential(nn.Sequential(shared, nn.ReLU()), nn.Sequential(shared, nn.Tanh()))
+    fused.convert(twice)
+    assert type(shared) is fused.BatchNorm1d and shared.activation is None
+    own = OwnSequence(nn.BatchNorm1d(4), nn.ReLU())
+    fused.convert(own)
+    assert type(own[0]) is fused.BatchNorm1d and type(own[1]) is nn.ReLU
+    assert type(OwnNorm(4)) is OwnNorm
+
+
+def test_converted_modules_compute_what_they_did() -> None:
+    for activation in (nn.Tanh(), nn.ReLU(), nn.GELU(), nn.SiLU()):
+        theirs = nn.Sequential(nn.BatchNorm1d(4), activation)
+        ours = copy.deepcopy(theirs)
+        fused.convert(ours)
+        x = torch.randn(9, 4)
+        torch.testing.assert_close(ours(x), theirs(x))
+        torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
