@@ -388,11 +388,10 @@ def _batch_norm_bwd_kernel(
         )  # fmt: skip
     else:
         p = tl.arange(0, BLOCK_P)  # (BLOCK_P,)
-        mask = (p < n_partials)[:, None] & col_mask[None, :]
-        offsets = (p * 2 * n_channels)[:, None] + cols[None, :]
-        dgamma = tl.sum(tl.load(partial_ptr + offsets, mask=mask, other=0.0), axis=0)
-        offsets += n_channels
-        dbeta = tl.sum(tl.load(partial_ptr + offsets, mask=mask, other=0.0), axis=0)
+        parts = partial_ptr + (p * 2 * n_channels)[:, None] + cols[None, :]
+        parts_mask = (p < n_partials)[:, None] & col_mask[None, :]
+        dgamma = tl.sum(tl.load(parts, mask=parts_mask, other=0.0), axis=0)
+        dbeta = tl.sum(tl.load(parts + n_channels, mask=parts_mask, other=0.0), axis=0)
     if tl.program_id(0) == 0:
         tl.store(dgamma_ptr + cols, dgamma, mask=col_mask)
         tl.store(dbeta_ptr + cols, dbeta, mask=col_mask)
