@@ -176,9 +176,10 @@ def samples_of_torch(dtype: torch.dtype, device: torch.device) -> Iterator[tuple
 def test_pytorchs_own_samples(dtype, implementation, device) -> None:
     count = 0
     for input, target, keywords in samples_of_torch(dtype, device):
-        module = fused.CrossEntropyLoss(**keywords)
-        loss = fused.cross_entropy(input, target, **keywords)
-        torch.testing.assert_close(module(input, target), loss, rtol=0, atol=0, equal_nan=True)
+        if implementation == "eager":  # the module calls the function, whatever serves it
+            module = fused.CrossEntropyLoss(**keywords)
+            loss = fused.cross_entropy(input, target, **keywords)
+            torch.testing.assert_close(module(input, target), loss, rtol=0, atol=0, equal_nan=True)
         options = {name: value for name, value in keywords.items() if name != "weight"}
         weight = keywords.get("weight")
         check_against_torch(input.detach(), target.detach(), weight, implementation, **options)

@@ -41,7 +41,7 @@ def check_no_spills(rows: list[list]) -> None:
 
 
 def test_kernels_compile_for_every_target() -> None:
-    rows = compiled("c in (27, 200, 1024, 50257) and dtype is torch.bfloat16")
+    rows = compiled("c in (27, 200, 1024) and dtype is torch.bfloat16")
     assert {row[3] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     assert {row[0] for row in rows} == {
         "_cross_entropy_fwd_kernel",
