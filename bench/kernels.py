@@ -51,17 +51,25 @@ class Launch:
     def source(self) -> ASTSource:
         """The kernel specialised as Triton's launcher would: None and 1 are constants, and
         divisibility by 16 is known of pointers and of whole numbers that may be specialised."""
-        signature, constants, attributes = {}, {}, {}
-        for index, parameter in enumerate(self.kernel.params):
-            value = self.arguments[parameter.name]
+        signature: dict[str, Any] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], Any] = {}
+
+        def specialise(parameter: Any, value: Any, path: tuple[int, ...]) -> Any:
+            if isinstance(value, tuple):
+                return tuple(specialise(parameter, v, (*path, i)) for i, v in enumerate(value))
             kind = _kind(parameter, value)
-            signature[parameter.name] = kind
             if kind == "constexpr":
-                constants[(index,)] = value
+                constants[path] = value
             elif isinstance(value, torch.Tensor) or (
                 isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
             ):
-                attributes[(index,)] = [["tt.divisibility", 16]]
+                attributes[path] = [["tt.divisibility", 16]]
+            return kind
+
+        for index, parameter in enumerate(self.kernel.params):
+            value = self.arguments[parameter.name]
+            signature[parameter.name] = specialise(parameter, value, (index,))
         return ASTSource(self.kernel, signature, constants, attributes)
 
 

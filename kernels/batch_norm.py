@@ -29,17 +29,17 @@ from fused.kernels.activation import activate, derivative
 
 @triton.jit
 def _load(
-    ptr, rows, cols, mask, n_inner, stride_n, stride_c, stride_s, acc: tl.constexpr
+    ptr, rows, cols, mask, n_inner, stride, acc: tl.constexpr
 ):  # fmt: skip
     """A tile (BLOCK_N, BLOCK_C) in the dtype computed in; 0 behind the mask"""
-    offsets = _offsets(rows, cols, n_inner, stride_n, stride_c, stride_s)
+    offsets = _offsets(rows, cols, n_inner, stride)
     return tl.load(ptr + offsets, mask=mask, other=0.0).to(acc)
 
 
 @triton.jit
-def _offsets(rows, cols, n_inner, stride_n, stride_c, stride_s):
+def _offsets(rows, cols, n_inner, stride):
     n, s = (rows // n_inner).to(tl.int64), (rows % n_inner).to(tl.int64)
-    return (n * stride_n + s * stride_s)[:, None] + (cols.to(tl.int64) * stride_c)[None, :]
+    return (n * stride[0] + s * stride[2])[:, None] + (cols.to(tl.int64) * stride[1])[None, :]
 
 
 @triton.jit
@@ -60,7 +60,7 @@ def _rows_of_program(n_rows, rows_per_program):
 
 @triton.jit
 def _moments(
-    x_ptr, first, begin, end, cols, col_mask, n_inner, stride_n, stride_c, stride_s,
+    x_ptr, first, begin, end, cols, col_mask, n_inner, stride,
     acc: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """mean and sum of squared deviations of rows [begin, end), relative to `first`: (BLOCK_C,) each
@@ -73,7 +73,7 @@ def _moments(
     for start in range(begin, end, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
         mask = ((rows >= 0) & (rows < end))[:, None] & col_mask[None, :]
-        x = _load(x_ptr, rows, cols, mask, n_inner, stride_n, stride_c, stride_s, acc)
+        x = _load(x_ptr, rows, cols, mask, n_inner, stride, acc)
         x = tl.where(mask, x - first[None, :], 0.0)
         count = tl.cast(start - begin, acc)
         tile_count = tl.cast(tl.minimum(end - start, BLOCK_N), acc)
@@ -113,9 +113,7 @@ def _batch_norm_moments_kernel(
     n_rows,
     n_inner,
     n_channels,
-    stride_x_n,
-    stride_x_c,
-    stride_x_s,
+    stride_x,  # of n, c and s; so are the other strides
     rows_per_program,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -125,9 +123,9 @@ def _batch_norm_moments_kernel(
     cols = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
     col_mask = cols < n_channels
     begin, end = _rows_of_program(n_rows, rows_per_program)
-    first = tl.load(x_ptr + cols.to(tl.int64) * stride_x_c, mask=col_mask, other=0.0).to(acc)
+    first = tl.load(x_ptr + cols.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0).to(acc)
     mean, m2 = _moments(
-        x_ptr, first, begin, end, cols, col_mask, n_inner, stride_x_n, stride_x_c, stride_x_s,
+        x_ptr, first, begin, end, cols, col_mask, n_inner, stride_x,
         acc, BLOCK_N, BLOCK_C,
     )  # fmt: skip
     out = partial_ptr + tl.program_id(0) * 2 * n_channels + cols
@@ -151,15 +149,9 @@ def _batch_norm_fwd_kernel(
     n_rows,
     n_inner,
     n_channels,
-    stride_x_n,
-    stride_x_c,
-    stride_x_s,
-    stride_r_n,
-    stride_r_c,
-    stride_r_s,
-    stride_y_n,
-    stride_y_c,
-    stride_y_s,
+    stride_x,  # of n, c and s; so are the other strides
+    stride_r,
+    stride_y,
     rows_per_program,
     n_partials,
     momentum: tl.float64,
@@ -184,11 +176,10 @@ def _batch_norm_fwd_kernel(
         mean = tl.zeros((BLOCK_C,), acc)
         var = tl.load(running_var_ptr + cols, mask=col_mask, other=1.0).to(acc)
     else:
-        first = tl.load(x_ptr + cols.to(tl.int64) * stride_x_c, mask=col_mask, other=0.0).to(acc)
+        first = tl.load(x_ptr + cols.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0).to(acc)
         if STATISTICS == "own":
             mean, m2 = _moments(
-                x_ptr, first, begin, end, cols, col_mask, n_inner, stride_x_n, stride_x_c,
-                stride_x_s, acc, BLOCK_N, BLOCK_C,
+                x_ptr, first, begin, end, cols, col_mask, n_inner, stride_x, acc, BLOCK_N, BLOCK_C,
             )  # fmt: skip
         else:
             mean, m2 = _merged_moments(
@@ -228,33 +219,29 @@ def _batch_norm_fwd_kernel(
     for start in range(begin, end, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
         mask = ((rows >= 0) & (rows < end))[:, None] & col_mask[None, :]
-        x = _load(x_ptr, rows, cols, mask, n_inner, stride_x_n, stride_x_c, stride_x_s, acc)
+        x = _load(x_ptr, rows, cols, mask, n_inner, stride_x, acc)
         xhat = ((x - first[None, :]) - mean[None, :]) * rstd[None, :]
         z = gamma[None, :] * xhat + beta[None, :]
         if residual_ptr is not None:
-            z += _load(
-                residual_ptr, rows, cols, mask, n_inner, stride_r_n, stride_r_c, stride_r_s, acc
-            )
-        offsets = _offsets(rows, cols, n_inner, stride_y_n, stride_y_c, stride_y_s)
+            z += _load(residual_ptr, rows, cols, mask, n_inner, stride_r, acc)
+        offsets = _offsets(rows, cols, n_inner, stride_y)
         tl.store(y_ptr + offsets, activate(z, ACTIVATION), mask=mask)
 
 
 @triton.jit
 def _dz_and_xhat(
     dy_ptr, x_ptr, residual_ptr, rows, cols, mask, mean, rstd, gamma, beta, n_inner,
-    stride_dy_n, stride_dy_c, stride_dy_s, stride_x_n, stride_x_c, stride_x_s,
-    stride_r_n, stride_r_c, stride_r_s, acc: tl.constexpr, ACTIVATION: tl.constexpr,
+    stride_dy, stride_x,
+    stride_r, acc: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """dz = dy * f'(z) with z recomputed, and xhat; both (BLOCK_N, BLOCK_C), dz 0 behind the mask"""
-    dz = _load(dy_ptr, rows, cols, mask, n_inner, stride_dy_n, stride_dy_c, stride_dy_s, acc)
-    x = _load(x_ptr, rows, cols, mask, n_inner, stride_x_n, stride_x_c, stride_x_s, acc)
+    dz = _load(dy_ptr, rows, cols, mask, n_inner, stride_dy, acc)
+    x = _load(x_ptr, rows, cols, mask, n_inner, stride_x, acc)
     xhat = (x - mean[None, :]) * rstd[None, :]
     if ACTIVATION is not None:
         z = gamma[None, :] * xhat + beta[None, :]
         if residual_ptr is not None:
-            z += _load(
-                residual_ptr, rows, cols, mask, n_inner, stride_r_n, stride_r_c, stride_r_s, acc
-            )
+            z += _load(residual_ptr, rows, cols, mask, n_inner, stride_r, acc)
         dz = tl.where(mask, dz * derivative(z, ACTIVATION), 0.0)
     return dz, xhat
 
@@ -262,8 +249,8 @@ def _dz_and_xhat(
 @triton.jit
 def _sums(
     dy_ptr, x_ptr, residual_ptr, begin, end, cols, col_mask, mean, rstd, gamma, beta, n_inner,
-    stride_dy_n, stride_dy_c, stride_dy_s, stride_x_n, stride_x_c, stride_x_s,
-    stride_r_n, stride_r_c, stride_r_s,
+    stride_dy, stride_x,
+    stride_r,
     acc: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dgamma and dbeta of rows [begin, end): (BLOCK_C,) each"""
@@ -274,8 +261,8 @@ def _sums(
         mask = ((rows >= 0) & (rows < end))[:, None] & col_mask[None, :]
         dz, xhat = _dz_and_xhat(
             dy_ptr, x_ptr, residual_ptr, rows, cols, mask, mean, rstd, gamma, beta, n_inner,
-            stride_dy_n, stride_dy_c, stride_dy_s, stride_x_n, stride_x_c, stride_x_s,
-            stride_r_n, stride_r_c, stride_r_s, acc, ACTIVATION,
+            stride_dy, stride_x,
+            stride_r, acc, ACTIVATION,
         )  # fmt: skip
         dgamma += tl.sum(tl.where(mask, dz * xhat, 0.0), axis=0)
         dbeta += tl.sum(dz, axis=0)
@@ -295,15 +282,9 @@ def _batch_norm_sums_kernel(
     n_rows,
     n_inner,
     n_channels,
-    stride_dy_n,
-    stride_dy_c,
-    stride_dy_s,
-    stride_x_n,
-    stride_x_c,
-    stride_x_s,
-    stride_r_n,
-    stride_r_c,
-    stride_r_s,
+    stride_dy,
+    stride_x,  # of n, c and s; so are the other strides
+    stride_r,
     rows_per_program,
     ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -320,8 +301,8 @@ def _batch_norm_sums_kernel(
     beta = _load_channel(beta_ptr, cols, col_mask, 0.0, acc)
     dgamma, dbeta = _sums(
         dy_ptr, x_ptr, residual_ptr, begin, end, cols, col_mask, mean, rstd, gamma, beta, n_inner,
-        stride_dy_n, stride_dy_c, stride_dy_s, stride_x_n, stride_x_c, stride_x_s,
-        stride_r_n, stride_r_c, stride_r_s, acc, ACTIVATION, BLOCK_N, BLOCK_C,
+        stride_dy, stride_x,
+        stride_r, acc, ACTIVATION, BLOCK_N, BLOCK_C,
     )  # fmt: skip
     out = partial_ptr + tl.program_id(0) * 2 * n_channels + cols
     tl.store(out, dgamma, mask=col_mask)
@@ -346,21 +327,11 @@ def _batch_norm_bwd_kernel(
     n_rows,
     n_inner,
     n_channels,
-    stride_dy_n,
-    stride_dy_c,
-    stride_dy_s,
-    stride_x_n,
-    stride_x_c,
-    stride_x_s,
-    stride_r_n,
-    stride_r_c,
-    stride_r_s,
-    stride_dx_n,
-    stride_dx_c,
-    stride_dx_s,
-    stride_dr_n,
-    stride_dr_c,
-    stride_dr_s,
+    stride_dy,
+    stride_x,  # of n, c and s; so are the other strides
+    stride_r,
+    stride_dx,
+    stride_dr,
     rows_per_program,
     n_partials,
     correction: tl.constexpr,
@@ -383,8 +354,8 @@ def _batch_norm_bwd_kernel(
     if partial_ptr is None:
         dgamma, dbeta = _sums(
             dy_ptr, x_ptr, residual_ptr, begin, end, cols, col_mask, mean, rstd, gamma, beta,
-            n_inner, stride_dy_n, stride_dy_c, stride_dy_s, stride_x_n, stride_x_c, stride_x_s,
-            stride_r_n, stride_r_c, stride_r_s, acc, ACTIVATION, BLOCK_N, BLOCK_C,
+            n_inner, stride_dy, stride_x,
+            stride_r, acc, ACTIVATION, BLOCK_N, BLOCK_C,
         )  # fmt: skip
     else:
         p = tl.arange(0, BLOCK_P)  # (BLOCK_P,)
@@ -404,17 +375,17 @@ def _batch_norm_bwd_kernel(
         mask = ((rows >= 0) & (rows < end))[:, None] & col_mask[None, :]
         dz, xhat = _dz_and_xhat(
             dy_ptr, x_ptr, residual_ptr, rows, cols, mask, mean, rstd, gamma, beta, n_inner,
-            stride_dy_n, stride_dy_c, stride_dy_s, stride_x_n, stride_x_c, stride_x_s,
-            stride_r_n, stride_r_c, stride_r_s, acc, ACTIVATION,
+            stride_dy, stride_x,
+            stride_r, acc, ACTIVATION,
         )  # fmt: skip
         dx = dz
         if BATCH_STATISTICS:
             dx = dz - (dbeta / n)[None, :] - xhat * (dgamma / (n - correction))[None, :]
         dx = dx * (gamma * rstd)[None, :]
-        offsets = _offsets(rows, cols, n_inner, stride_dx_n, stride_dx_c, stride_dx_s)
+        offsets = _offsets(rows, cols, n_inner, stride_dx)
         tl.store(dx_ptr + offsets, dx, mask=mask)
         if dresidual_ptr is not None:
-            offsets = _offsets(rows, cols, n_inner, stride_dr_n, stride_dr_c, stride_dr_s)
+            offsets = _offsets(rows, cols, n_inner, stride_dr)
             tl.store(dresidual_ptr + offsets, dz, mask=mask)
 
 
@@ -578,11 +549,11 @@ def batch_norm_bwd(
         x3.shape[0] * x3.shape[2],
         x3.shape[2],
         x3.shape[1],
-        *layout.strides(dy3),
-        *layout.strides(x3),
-        *layout.strides(residual3),
-        *layout.strides(dx3),
-        *layout.strides(dr3),
+        layout.strides(dy3),
+        layout.strides(x3),
+        layout.strides(residual3),
+        layout.strides(dx3),
+        layout.strides(dr3),
         plan.rows_per_program,
         n_partials,
         correction=correction,
@@ -617,7 +588,7 @@ def _launch_moments(x3: torch.Tensor, partial: torch.Tensor, plan: tuning.BatchN
         x3.shape[0] * x3.shape[2],
         x3.shape[2],
         x3.shape[1],
-        *layout.strides(x3),
+        layout.strides(x3),
         plan.rows_per_program,
         BLOCK_N=plan.tile.BLOCK_N,
         BLOCK_C=plan.tile.BLOCK_C,
@@ -650,9 +621,9 @@ def _launch_sums(
         x3.shape[0] * x3.shape[2],
         x3.shape[2],
         x3.shape[1],
-        *layout.strides(dy3),
-        *layout.strides(x3),
-        *layout.strides(residual3),
+        layout.strides(dy3),
+        layout.strides(x3),
+        layout.strides(residual3),
         plan.rows_per_program,
         ACTIVATION=activation,
         BLOCK_N=plan.tile.BLOCK_N,
@@ -705,9 +676,9 @@ def _launch_fwd(
         x3.shape[0] * x3.shape[2],
         x3.shape[2],
         n_channels,
-        *layout.strides(x3),
-        *layout.strides(residual3),
-        *layout.strides(y3),
+        layout.strides(x3),
+        layout.strides(residual3),
+        layout.strides(y3),
         plan.rows_per_program,
         n_partials,
         momentum or 0.0,

@@ -35,8 +35,8 @@ def _safe_shift(m):
 
 
 @triton.jit
-def _row_offsets(rows, n_inner, stride_n, stride_s):
-    return (rows // n_inner) * stride_n + (rows % n_inner) * stride_s
+def _row_offsets(rows, n_inner, stride):
+    return (rows // n_inner) * stride[0] + (rows % n_inner) * stride[2]
 
 
 @triton.jit
@@ -80,12 +80,8 @@ def _cross_entropy_fwd_kernel(
     n_rows,
     n_inner,
     n_classes,
-    stride_x_n,
-    stride_x_c,
-    stride_x_s,
-    stride_t_n,
-    stride_t_c,
-    stride_t_s,
+    stride_x,  # of n, c and s; so are the other strides
+    stride_t,
     ignore_index,
     label_smoothing: tl.float64,
     z_loss: tl.float64,
@@ -107,8 +103,8 @@ def _cross_entropy_fwd_kernel(
     keep = 1.0 - smoothing
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     row_mask = rows < n_rows
-    x_rows = _row_offsets(rows, n_inner, stride_x_n, stride_x_s)
-    t_rows = _row_offsets(rows, n_inner, stride_t_n, stride_t_s)
+    x_rows = _row_offsets(rows, n_inner, stride_x)
+    t_rows = _row_offsets(rows, n_inner, stride_t)
     valid = row_mask
     if not SOFT:
         target = tl.load(target_ptr + t_rows, mask=row_mask, other=0).to(tl.int64)
@@ -124,7 +120,7 @@ def _cross_entropy_fwd_kernel(
     for start in range(0, n_classes, BLOCK_C):
         cols = (start + tl.arange(0, BLOCK_C)).to(tl.int64)  # (BLOCK_C,)
         mask = valid[:, None] & (cols < n_classes)[None, :]
-        x_offsets = x_rows[:, None] + cols[None, :] * stride_x_c
+        x_offsets = x_rows[:, None] + cols[None, :] * stride_x[1]
         x = tl.load(x_ptr + x_offsets, mask=mask, other=float("-inf")).to(acc)
         z = _scores(x, mask, scale, cap, SCALED, CAPPED)  # (BLOCK_N, BLOCK_C)
         if CORRECT:
@@ -134,7 +130,7 @@ def _cross_entropy_fwd_kernel(
         shift = _safe_shift(m_new)
         s = s * tl.exp(m - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
         if SOFT or SMOOTHED:
-            t_offsets = t_rows[:, None] + cols[None, :] * stride_t_c
+            t_offsets = t_rows[:, None] + cols[None, :] * stride_t[1]
             b = _dense_target(
                 target_ptr, t_offsets, weight_ptr, cols, mask, n_classes, keep, smoothing, acc,
                 SOFT, SMOOTHED,
@@ -158,7 +154,7 @@ def _cross_entropy_fwd_kernel(
         a += b_sum
     if not SOFT:
         inside = valid & (target >= 0) & (target < n_classes)
-        x_y = tl.load(x_ptr + x_rows + target * stride_x_c, mask=inside, other=float("nan"))
+        x_y = tl.load(x_ptr + x_rows + target * stride_x[1], mask=inside, other=float("nan"))
         z_y = _scores(x_y.to(acc), inside, scale, cap, SCALED, CAPPED)
         z_y = tl.where(inside, z_y, float("nan"))
         w_y = tl.full((BLOCK_N,), 1.0, acc)
@@ -191,8 +187,7 @@ def _cross_entropy_reduce_kernel(
     n_rows,
     n_inner,
     n_classes,
-    stride_t_n,
-    stride_t_s,
+    stride_t,
     ignore_index,
     MEAN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -206,7 +201,7 @@ def _cross_entropy_reduce_kernel(
         mask = rows < n_rows
         total += tl.load(loss_ptr + rows, mask=mask, other=0.0)
         if target_ptr is not None:
-            offsets = _row_offsets(rows, n_inner, stride_t_n, stride_t_s)
+            offsets = _row_offsets(rows, n_inner, stride_t)
             target = tl.load(target_ptr + offsets, mask=mask, other=0).to(tl.int64)
             mask = mask & (target != ignore_index)
             if weight_ptr is not None:
@@ -237,18 +232,10 @@ def _cross_entropy_bwd_kernel(
     n_inner,
     n_classes,
     stride_dloss,
-    stride_x_n,
-    stride_x_c,
-    stride_x_s,
-    stride_t_n,
-    stride_t_c,
-    stride_t_s,
-    stride_dx_n,
-    stride_dx_c,
-    stride_dx_s,
-    stride_dt_n,
-    stride_dt_c,
-    stride_dt_s,
+    stride_x,  # of n, c and s; so are the other strides
+    stride_t,
+    stride_dx,
+    stride_dt,
     ignore_index,
     label_smoothing: tl.float64,
     softcap: tl.float64,
@@ -267,10 +254,10 @@ def _cross_entropy_bwd_kernel(
     keep = 1.0 - smoothing
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     row_mask = rows < n_rows
-    x_rows = _row_offsets(rows, n_inner, stride_x_n, stride_x_s)
-    t_rows = _row_offsets(rows, n_inner, stride_t_n, stride_t_s)
-    dx_rows = _row_offsets(rows, n_inner, stride_dx_n, stride_dx_s)
-    dt_rows = _row_offsets(rows, n_inner, stride_dt_n, stride_dt_s)
+    x_rows = _row_offsets(rows, n_inner, stride_x)
+    t_rows = _row_offsets(rows, n_inner, stride_t)
+    dx_rows = _row_offsets(rows, n_inner, stride_dx)
+    dt_rows = _row_offsets(rows, n_inner, stride_dt)
     valid = row_mask
     if not SOFT:
         target = tl.load(target_ptr + t_rows, mask=row_mask, other=0).to(tl.int64)
@@ -295,7 +282,7 @@ def _cross_entropy_bwd_kernel(
         col_mask = cols < n_classes
         mask = valid[:, None] & col_mask[None, :]
         out_mask = row_mask[:, None] & col_mask[None, :]
-        x_offsets = x_rows[:, None] + cols[None, :] * stride_x_c
+        x_offsets = x_rows[:, None] + cols[None, :] * stride_x[1]
         x = tl.load(x_ptr + x_offsets, mask=mask, other=float("-inf")).to(acc)
         z = _scores(x, mask, scale, cap, SCALED, CAPPED)  # (BLOCK_N, BLOCK_C)
         log_p = z - m[:, None] - log_s[:, None]
@@ -304,7 +291,7 @@ def _cross_entropy_bwd_kernel(
             # prediction p rounds to 1 and the whole gradient would be lost.
             dz = a[:, None] * tl.exp(log_p)
             if SOFT or SMOOTHED:
-                t_offsets = t_rows[:, None] + cols[None, :] * stride_t_c
+                t_offsets = t_rows[:, None] + cols[None, :] * stride_t[1]
                 dz -= _dense_target(
                     target_ptr, t_offsets, weight_ptr, cols, mask, n_classes, keep, smoothing, acc,
                     SOFT, SMOOTHED,
@@ -316,13 +303,13 @@ def _cross_entropy_bwd_kernel(
                 dx = dx * scale
             if CAPPED:
                 dx = dx * (1.0 - (z / cap) * (z / cap))
-            dx_offsets = dx_rows[:, None] + cols[None, :] * stride_dx_c
+            dx_offsets = dx_rows[:, None] + cols[None, :] * stride_dx[1]
             tl.store(dx_ptr + dx_offsets, tl.where(valid[:, None], dx, 0.0), mask=out_mask)
         if dt_ptr is not None:
             dt = -factor[:, None] * keep * log_p
             if weight_ptr is not None:
                 dt *= tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(acc)[None, :]
-            dt_offsets = dt_rows[:, None] + cols[None, :] * stride_dt_c
+            dt_offsets = dt_rows[:, None] + cols[None, :] * stride_dt[1]
             tl.store(dt_ptr + dt_offsets, dt, mask=out_mask)
 
 
@@ -369,8 +356,8 @@ def cross_entropy_fwd(
             n_rows,
             n_inner,
             n_classes,
-            *x3.stride(),
-            *_target_strides(target3, soft),
+            layout.strides(x3),
+            _target_strides(target3, soft),
             ignore_index,
             label_smoothing,
             z_loss,
@@ -395,7 +382,6 @@ def cross_entropy_fwd(
         return loss.view(shape), stats, None, extras
     out = torch.empty((), dtype=loss_dtype, device=x.device)
     scale = torch.empty((), dtype=acc, device=x.device)
-    stride_t_n, _, stride_t_s = _target_strides(target3, soft)
     _cross_entropy_reduce_kernel[(1,)](
         loss,
         None if soft else target3,
@@ -405,8 +391,7 @@ def cross_entropy_fwd(
         n_rows,
         n_inner,
         n_classes,
-        stride_t_n,
-        stride_t_s,
+        _target_strides(target3, soft),
         ignore_index,
         MEAN=reduction == "mean",
         BLOCK=tuning.scan(n_rows),
@@ -465,10 +450,10 @@ def cross_entropy_bwd(
         n_inner,
         n_classes,
         dloss.stride(0) if dloss.numel() == n_rows > 1 else 0,
-        *x3.stride(),
-        *_target_strides(target3, soft),
-        *layout.strides(dx3),
-        *layout.strides(dt3),
+        layout.strides(x3),
+        _target_strides(target3, soft),
+        layout.strides(dx3),
+        layout.strides(dt3),
         ignore_index,
         label_smoothing,
         softcap,
