@@ -17,6 +17,7 @@ INTERPRETER_WARNINGS = [
     "ignore:invalid value encountered:RuntimeWarning",
     "ignore:divide by zero encountered:RuntimeWarning",
     "ignore:overflow encountered:RuntimeWarning",
+    "ignore:Conversion of an array with ndim:DeprecationWarning",  # before Triton 3.7
 ]
 
 
