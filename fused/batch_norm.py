@@ -57,7 +57,8 @@ class BatchNormFunction(torch.autograd.Function):
                 input, weight, bias, residual, running_mean, running_var, o.eps, o.activation
             )
         # Frozen statistics are copied: the backward must not follow a later update of them.
-        ctx.save_for_backward(input, weight, bias, residual, mean, rstd)
+        kept = residual if o.activation else None  # only the derivative of an activation asks for z
+        ctx.save_for_backward(input, weight, bias, kept, mean, rstd)
         ctx.kernels, ctx.options = kernels, options
         return y
 
@@ -126,7 +127,8 @@ def batch_norm(
             which torch normalises with; 1 is Bessel's correction. running_var keeps the unbiased
             variance either way, as torch does.
         activation: "tanh", "relu", "gelu" (with the error function), "silu", or None.
-        residual: added before the activation; shape and dtype of input, any strides.
+        residual: added before the activation; shape and dtype of input, any strides. Kept for the
+            backward only if there is an activation.
         skip_nonfinite: leaves the running statistics of a channel alone where the batch has an inf
             or NaN in it; decided on the device.
 
@@ -291,10 +293,13 @@ def _composed_gradients(
     y, _, _ = eager.batch_norm_composed(
         input, weight, bias, residual, *frozen, o.eps, o.correction, o.activation
     )
-    pairs = zip(tensors, wants, strict=True)
-    wanted = [t for t, want in pairs if want and t is not None]
+    wanted = [t for t, want in zip(tensors, wants, strict=True) if want and t is not None]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return [next(found) if want else None for want in wants]
+    gradients = [None if t is None or not want else next(found)
+                 for t, want in zip(tensors, wants, strict=True)]  # fmt: skip
+    if wants[3] and residual is None:  # not kept without an activation: its gradient is dy
+        gradients[3] = dy
+    return gradients
 
 
 def check_options(correction: int, activation: str | None, eps: float = 1e-5) -> None:

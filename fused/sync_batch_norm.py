@@ -36,7 +36,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         y, mean, rstd = kernels.batch_norm_eval(
             input, weight, bias, residual, mean, m2 / (count - o.correction), o.eps, o.activation
         )
-        ctx.save_for_backward(input, weight, bias, residual, mean, rstd, count)
+        kept = residual if o.activation else None
+        ctx.save_for_backward(input, weight, bias, kept, mean, rstd, count)
         ctx.kernels, ctx.options, ctx.group = kernels, options, group
         return y
 

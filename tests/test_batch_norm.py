@@ -1,6 +1,8 @@
 """fused.batch_norm on the closed forms and on the Triton kernels, against torch's."""
 
+import gc
 import itertools
+import weakref
 from typing import Any
 
 import pytest
@@ -223,6 +225,18 @@ def test_evaluation_backward_does_not_follow_later_statistics(implementation, de
     t["running_mean"].fill_(100.0)
     (dx,) = torch.autograd.grad(y.sum(), x)
     torch.testing.assert_close(dx, expected.expand_as(x))
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_residual_is_kept_only_for_an_activation(activation, implementation, device) -> None:
+    x = torch.randn(4, 3, device=device, requires_grad=True)
+    residual = torch.randn(4, 3, device=device)
+    alive = weakref.ref(residual)
+    y = fused.batch_norm(x, None, None, training=True, residual=residual, activation=activation)
+    del residual
+    gc.collect()
+    assert (alive() is None) == (activation is None)
+    y.sum().backward()
 
 
 MODULES: dict[str, dict[str, Any]] = {

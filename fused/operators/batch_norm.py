@@ -123,15 +123,26 @@ def _channels(input: Tensor) -> Tensor:
 
 
 def _setup_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4], output[1], output[2])
-    ctx.correction, ctx.activation, ctx.batch_statistics = inputs[9], inputs[10], True
-    ctx.rest = len(inputs) - 4
+    _setup(ctx, inputs, output, correction=inputs[9], activation=inputs[10])
+    ctx.batch_statistics = True
 
 
 def _setup_eval(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:4], output[1], output[2])
-    ctx.correction, ctx.activation, ctx.batch_statistics = 0, inputs[7], False
-    ctx.rest = len(inputs) - 4
+    _setup(ctx, inputs, output, correction=0, activation=inputs[7])
+    ctx.batch_statistics = False
+
+
+def _setup(
+    ctx: Any,
+    inputs: tuple[Any, ...],
+    output: tuple[Tensor, ...],
+    correction: int,
+    activation: str | None,
+) -> None:
+    input, weight, bias, residual, *rest = inputs
+    kept = residual if activation else None  # only the derivative of an activation asks for z
+    ctx.save_for_backward(input, weight, bias, kept, output[1], output[2])
+    ctx.correction, ctx.activation, ctx.rest = correction, activation, len(rest)
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -157,5 +168,7 @@ for _name, _implementation, _fake in (
 ):
     library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused::{_name}", _fake, lib=library)
-for _name, _setup in (("batch_norm_fwd", _setup_fwd), ("batch_norm_eval", _setup_eval)):
-    torch.library.register_autograd(f"fused::{_name}", _backward, setup_context=_setup, lib=library)
+for _name, _context in (("batch_norm_fwd", _setup_fwd), ("batch_norm_eval", _setup_eval)):
+    torch.library.register_autograd(
+        f"fused::{_name}", _backward, setup_context=_context, lib=library
+    )
