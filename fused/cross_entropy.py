@@ -156,9 +156,7 @@ def cross_entropy(
     The formulas are derived in docs/derivations.md. The z-loss is that of PaLM (Chowdhery et al.,
     2022), the cap that of Gemma 2 (2024).
     """
-    options = _Options(
-        ignore_index, reduction, label_smoothing, z_loss, softcap or 0.0, logit_scale
-    )
+    options = _options(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
     return _run(input, target, weight, options, inplace, False)[0]
 
 
@@ -181,9 +179,7 @@ def cross_entropy_with_stats(
     three carry no gradient. `correct` over the number of rows that are not ignored is the accuracy;
     of several largest logits the first counts. For probabilities the target's largest counts.
     """
-    options = _Options(
-        ignore_index, reduction, label_smoothing, z_loss, softcap or 0.0, logit_scale
-    )
+    options = _options(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
     return CrossEntropyOutput(*_run(input, target, weight, options, inplace, True))
 
 
@@ -231,6 +227,18 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             logit_scale=self.logit_scale,
             inplace=self.inplace,
         )
+
+
+def _options(
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> _Options:
+    smoothing = max(label_smoothing, 0.0)  # torch takes a negative one for none
+    return _Options(ignore_index, reduction, smoothing, z_loss, softcap or 0.0, logit_scale)
 
 
 def _run(

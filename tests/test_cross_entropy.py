@@ -148,6 +148,13 @@ def test_all_options_together(
     )
 
 
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_negative_smoothing_is_none(kind, implementation, device) -> None:
+    """As torch takes it."""
+    tensors = example((5, 9, 3), torch.float32, device, kind, True)
+    check_against_torch(*tensors, implementation, label_smoothing=-0.5)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_options_in_every_dtype(kind, dtype, implementation, device) -> None:

@@ -117,7 +117,7 @@ def cross_entropy_bwd(
         dz.mul_(a if lse is None else a + 2 * z_loss * lse).sub_(b)
     else:
         ignored, outside, index = _split_targets(target, x.shape[1], ignore_index)
-        a_y = z.new_full([1] * x.dim(), 1 - max(label_smoothing, 0.0))
+        a_y = z.new_full([1] * x.dim(), 1 - label_smoothing)
         if weight is not None:
             a_y = a_y * _pick(_per_class(weight, z), index, target, ignore_index).unsqueeze(1)
         a = a_y
