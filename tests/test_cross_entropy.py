@@ -224,6 +224,15 @@ def test_target_dtypes(dtype, implementation, device) -> None:
     check_against_torch(logits, target.to(dtype), None, implementation)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8], ids=str)
+def test_ignore_index_beyond_the_targets_dtype(dtype, implementation, device) -> None:
+    """-100 is not 156, though a uint8 cannot tell, nor 2**32 + 3 an int32's 3."""
+    logits, _, _ = example((3, 200), torch.float32, device)
+    target = torch.tensor([156, 3, 0], dtype=dtype, device=device)
+    for ignore_index in (-100, 2**32 + 3):
+        check_against_torch(logits, target, None, implementation, ignore_index=ignore_index)
+
+
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 26, 255])
 def test_ignore_index(ignore_index, implementation, device) -> None:
     logits, target, weight = example((9, 27), torch.float32, device, weighted=True, ignored=0)

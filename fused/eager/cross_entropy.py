@@ -253,8 +253,9 @@ def _split_targets(
 
     On the CPU gather itself refuses what is out of range, so nobody has to look: None.
     """
-    ignored = target == ignore_index
-    index = target.long().masked_fill(ignored, 0)
+    index = target.long()  # before the comparison: as a uint8, -100 would be 156
+    ignored = index == ignore_index
+    index = index.masked_fill(ignored, 0)
     if target.device.type == "cpu":
         return ignored, None, index.unsqueeze(1)
     outside = (index < 0) | (index >= n_classes)
@@ -262,7 +263,8 @@ def _split_targets(
 
 
 def _raise_if_outside(target: Tensor, n_classes: int, ignore_index: int) -> None:
-    outside = ((target < 0) | (target >= n_classes)) & (target != ignore_index)
+    index = target.long()
+    outside = ((index < 0) | (index >= n_classes)) & (index != ignore_index)
     if outside.any():
         row = outside.nonzero()[0].tolist()
         raise IndexError(
