@@ -72,9 +72,10 @@ def batch_norm(
     else:
         # 64 bytes of adjacent channels a row: two full 32-byte sectors, and still many programs.
         block_c = min(next_power_of_2(n_channels), max(16, 64 // dtype.itemsize))
-        # At most 32 values a thread and tensor at 8 warps: the backward holds two tensors.
-        block_n = min(next_power_of_2(n_rows), 8192 // block_c)
-    tile = Tile(block_n, block_c, num_warps=4 if block_n * block_c <= 2048 else 8)
+        block_n = min(next_power_of_2(n_rows), 4096 // block_c)
+    # At most 16 values a thread and tensor: with 32, and with 16 in a tall tile, whose activation's
+    # derivative holds more at once, kernels spilled on sm_100.
+    tile = Tile(block_n, block_c, num_warps=4 if block_n * block_c <= 1024 else 8)
     tiles = max(1, (n_rows + block_n - 1) // block_n)
     (columns,) = tile.columns_grid(n_channels)
     # Two programs for each of an H100's 132 multiprocessors fill it. Up to 4 tiles are not worth a
