@@ -1,0 +1,114 @@
+"""The training loop of the notebook's network: seconds a step, of every engine.
+
+pytest-benchmark: python -m pytest bench/bench_makemore.py
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.cases import Case, Contender, Phase, generator, require
+from fused.makemore.engines import ENGINES, AutogradEngine, Engine, torch_loss
+from fused.makemore.model import Settings, initial_parameters
+from fused.reference.mlp import EPS, Parameters
+
+OPERATION = "makemore"
+BYTES = {"step": "no bound by bytes: the parameters (49 KB) could stay on the chip"}
+_LR = 0.1
+
+
+def cases(suite: str) -> list[Case]:
+    """Batch, context, vocabulary: the notebook's network, whose other sizes are the defaults."""
+    return [Case(OPERATION, (32, 3, 27), torch.float32, headline=True)]
+
+
+def kernel_cases() -> list[Case]:
+    return []
+
+
+def traffic_case(case: Case) -> Case:
+    return case
+
+
+def least_bytes(case: Case) -> dict[str, int]:
+    return {}
+
+
+def launch(case: Case, device: torch.device) -> None:
+    raise NotImplementedError("no kernel of its own")
+
+
+def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:
+    batch, context, vocabulary = case.shape
+    settings = Settings(batch=batch, context=context)
+    start, _ = initial_parameters(settings, vocabulary, device)
+
+    def minibatches(steps: int) -> tuple[Tensor, Tensor]:
+        numbers = generator(device)
+        X = torch.randint(0, vocabulary, (steps, batch, context), device=device, generator=numbers)
+        Y = torch.randint(0, vocabulary, (steps, batch), device=device, generator=numbers)
+        return X, Y
+
+    def trained(make: Callable[[Parameters], Engine], steps: int = 200) -> Contender:
+        def outputs() -> dict[str, Tensor]:
+            parameters = Parameters(*(p.clone() for p in start))
+            make(parameters).run(*minibatches(10), _LR)
+            # b1 is cancelled by batch norm: its gradient is rounding.
+            return {k: p for k, p in parameters._asdict().items() if k != "b1"}
+
+        engine = make(Parameters(*(p.clone() for p in start)))
+        X, Y = minibatches(steps)
+        return Contender(outputs, {"step": Phase(lambda _: engine.run(X, Y, _LR), units=steps)})
+
+    def torch_compiled() -> Contender:
+        torch._dynamo.reset()
+        mode = "reduce-overhead" if device.type == "cuda" else None
+        loss = torch.compile(torch_loss, mode=mode, dynamic=False)
+        return trained(lambda parameters: AutogradEngine(parameters, loss))
+
+    def engine(name: str) -> Callable[[], Contender]:
+        return lambda: trained(ENGINES[name])
+
+    builders = {"torch": engine("autograd")}
+    builders |= {name: engine(name) for name in ENGINES if name != "autograd"}
+    return builders | {"compile": torch_compiled, "jax": lambda: trained(_JaxEngine)}
+
+
+class _JaxEngine:
+    """lax.scan over the minibatches, compiled as a whole."""
+
+    def __init__(self, parameters: Parameters) -> None:
+        require("jax")
+        import jax
+        import jax.numpy as jnp
+
+        def loss(p: Any, x: Any, y: Any) -> Any:
+            hprebn = p.C[x].reshape(x.shape[0], -1) @ p.W1 + p.b1
+            mean, var = hprebn.mean(0, keepdims=True), hprebn.var(0, keepdims=True, ddof=1)
+            hpreact = p.bngain * (hprebn - mean) * jax.lax.rsqrt(var + EPS) + p.bnbias
+            logits = jnp.tanh(hpreact) @ p.W2 + p.b2
+            picked = jnp.take_along_axis(logits, y[:, None], 1)[:, 0]
+            return jnp.mean(jax.nn.logsumexp(logits, axis=1) - picked)
+
+        def step(p: Any, batch: Any) -> Any:
+            value, gradients = jax.value_and_grad(loss)(p, *batch)
+            return jax.tree.map(lambda a, g: a - _LR * g, p, gradients), value
+
+        self._run = jax.jit(lambda p, X, Y: jax.lax.scan(step, p, (X, Y)))
+        self._parameters = parameters
+
+    def run(self, X: Tensor, Y: Tensor, lr: float) -> Tensor:
+        import jax
+
+        take = jax.dlpack.from_dlpack
+        p = Parameters(*(take(t.detach()) for t in self._parameters))
+        p, losses = self._run(p, take(X.int()), take(Y.int()))
+        for mine, new in zip(self._parameters, p, strict=True):
+            mine.copy_(torch.from_dlpack(new))
+        return torch.from_dlpack(losses)
+
+
+def test_makemore(benchmark: Any, phase: Phase) -> None:
+    benchmark.pedantic(phase.run, setup=lambda: ((phase.prepare(),), {}), rounds=5)
