@@ -50,7 +50,12 @@ def _speed(result: dict[str, Any], rows: list[dict[str, Any]], operation: str) -
         for name, group in _by_contender(rows, dtype).items():
             points = sorted((r["tensor_bytes"], _rate(r, metric)) for r in group)
             ax.plot(
-                *zip(*points, strict=True), "o-", ms=4, lw=1, color=_COLOURS.get(name), label=name
+                *zip(*points, strict=True),
+                "o-",
+                ms=4,
+                lw=1,
+                color=_COLOURS.get(name, "tab:brown"),
+                label=name,
             )
         copy = result["copy_bytes_per_second"] / 1e9
         ax.axhline(copy, color="black", ls="--", lw=1, label="copy")
@@ -73,7 +78,13 @@ def _memory(rows: list[dict[str, Any]], operation: str) -> Any:
             found = {r["case"]: r["peak_bytes"] / r["tensor_bytes"] for r in group}
             places = [cases.index(case) + i / (len(groups) + 1) for case in found]
             width = 1 / (len(groups) + 1)
-            ax.bar(places, list(found.values()), width, color=_COLOURS.get(name), label=name)
+            ax.bar(
+                places,
+                list(found.values()),
+                width,
+                color=_COLOURS.get(name, "tab:brown"),
+                label=name,
+            )
         ax.set_xticks(range(len(cases)), cases, rotation=30, ha="right", fontsize=7)
         ax.set(ylabel="peak memory above the inputs / tensor", title=f"{operation} {dtype}")
         ax.legend(fontsize=7)
@@ -84,7 +95,7 @@ def _rates(rows: list[dict[str, Any]], operation: str) -> Any:
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     names = [r["contender"] for r in rows]
     times = [r["times"]["wall"]["median"] * 1e6 for r in rows]
-    ax.barh(names, times, color=[_COLOURS.get(name) for name in names])
+    ax.barh(names, times, color=[_COLOURS.get(name, "tab:brown") for name in names])
     ax.set(xlabel="microseconds a step", title=operation, xscale="log")
     return figure
 

@@ -16,7 +16,7 @@ Written by `python -m bench report` from the JSON files in [bench/results](../be
 section names the command that made its file.
 
 - Contenders ran interleaved in one process, on the same inputs, after their outputs were compared
-  with PyTorch's (norm of the difference over the norm); what failed that is listed, not timed.
+  with PyTorch's (sum of the differences over the sum); what failed that is listed, not timed.
 - `fwd` runs without a graph, `bwd` is the backward alone, `fwd_bwd` both. `torch` is PyTorch's
   eager operation; every other contender is given as the ratio of its time to torch's, below 1 being
   faster: the median over the rounds. On a GPU that is device time with a cold L2 cache.
@@ -34,15 +34,26 @@ The least possible bytes:
 
 def write() -> Path:
     """Writes the page and the plots; returns the page's path."""
+    for path, result in _results():
+        if "rows" in result:
+            plot(result, path.stem)
+    PAGE.write_text(text())
+    return PAGE
+
+
+def text() -> str:
+    """The page."""
     parts = [_PREFACE.rstrip(), _least_bytes()]
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
+    for path, result in _results():
         if "rows" in result:
             parts.append(_section(path, result))
         elif "kernels" in result:
             parts.append(_kernel_section(path, result))
-    PAGE.write_text("\n\n".join(parts) + "\n")
-    return PAGE
+    return "\n\n".join(parts) + "\n"
+
+
+def _results() -> list[tuple[Path, dict[str, Any]]]:
+    return [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
 
 
 def plot(result: dict[str, Any], stem: str, folder: Path = RESULTS) -> list[Path]:
@@ -69,16 +80,14 @@ def _section(path: Path, result: dict[str, Any]) -> str:
         f"## {m['name']}, {result['suite']} suite, {result['date'][:10]}",
         f"`{result['command']}` ({path.name})\n\n{tables.heading(result)}",
     ]
-    pictures = plot(result, path.stem)
     for operation in tables.operations(result):
         parts += [f"### {operation}", tables.table(result, operation)]
         if m["type"] == "cuda":
             parts += ["Wall time of calls in a row:", tables.host(result, operation)]
         if any(r["least_bytes"] for r in result["rows"] if r["operation"] == operation):
             parts += ["Peak memory:", tables.memory(result, operation)]
-        for picture in pictures:
-            if f"-{operation}-" in picture.name:
-                parts.append(f"![{picture.stem}](../bench/results/{picture.name})")
+        for picture in sorted(RESULTS.glob(f"{path.stem}-{operation}-*.png")):
+            parts.append(f"![{picture.stem}](../bench/results/{picture.name})")
     if result["skipped"]:
         parts += ["Skipped:", tables.skipped(result)]
     return "\n\n".join(parts)

@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import importlib.util
 import pkgutil
 import sys
 import time
@@ -21,9 +22,11 @@ from bench.measure import Sampler, Times, interleave, on_device, peak_bytes, wal
 
 BUDGETS = {"quick": 170.0, "full": 530.0}  # seconds
 # Contenders that take seconds to build: with "quick" at headline shapes only, the second always.
-_SLOW_TO_BUILD = ("compile", "compile max")
-# Norm of the difference from torch's output over the norm of torch's. In half precision torch and
-# the others round at different places, the chunked form after each of its operations.
+SLOW_TO_BUILD = ("compile", "compile max")
+# Sum of the differences from torch's output over the sum of torch's, both absolute. In half
+# precision torch and the others round at different places, the chunked form after each operation.
+# (Not the Euclidean norm: there, the few elements that rounding takes to the other side of a relu
+# weigh a thousand times what they should.)
 _TOLERANCE = {"f32": 1e-4, "bf16": 3e-2}
 _TENSORS_AT_ONCE = 12  # of a case's size: what the greediest contender holds, and the inputs
 
@@ -99,7 +102,7 @@ class _Measurement:
         self.op, self.asked, self.device, self.suite = op, case, device, suite
         self.deadline = time.perf_counter() + share
         self.build_seconds, self.result = build_seconds, result
-        self.case = _fitted(op, case, device, share)
+        self.case = fitted(op, case, device, share)
 
     def run(self) -> None:
         contenders = self._built()
@@ -138,7 +141,7 @@ class _Measurement:
         return found
 
     def _check_build(self, name: str) -> None:
-        if name not in _SLOW_TO_BUILD:
+        if name not in SLOW_TO_BUILD:
             return
         if not self.case.headline and (self.suite == "quick" or name == "compile max"):
             raise Unavailable("only at some shapes: it takes long to compile")
@@ -192,7 +195,7 @@ class _Measurement:
         self.result["rows"] += rows.values()
 
 
-def _fitted(op: Operation, case: Case, device: torch.device, seconds: float) -> Case:
+def fitted(op: Operation, case: Case, device: torch.device, seconds: float) -> Case:
     """The case with as many of its rows as memory and the share of the budget allow."""
     rows, row_bytes = case.shape[0], case.bytes // case.shape[0]
     memory = 0.6 * machine.memory_bytes(device)
@@ -209,7 +212,7 @@ def _fitted(op: Operation, case: Case, device: torch.device, seconds: float) -> 
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float32))
+    return float(torch.linalg.vector_norm(tensor.detach(), ord=1, dtype=torch.float32))
 
 
 def _skip(case: Case, contender: str, reason: str) -> dict[str, str]:
@@ -223,10 +226,8 @@ def _skip(case: Case, contender: str, reason: str) -> dict[str, str]:
 
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar where tqdm is installed, a line a case where it is not."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
+    """A bar on a terminal where tqdm is installed, a line a case elsewhere."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
         done = 0
 
         def line(name: str) -> None:
@@ -236,6 +237,8 @@ def _progress(total: int) -> Iterator[Callable[[str], None]]:
 
         yield line
         return
+    from tqdm import tqdm
+
     with tqdm(total=total, unit=" cases", dynamic_ncols=True) as bar:
         started = False
 
