@@ -82,7 +82,7 @@ def _kernels(arguments: argparse.Namespace) -> None:
     if unknown:
         raise ValueError(f"expected --target of {', '.join(kernels.TARGETS)}, got {unknown.pop()}")
     rows = kernels.report(runner.operations(arguments.op), targets, arguments.case)
-    print(kernels.traffic_table(rows), kernels.LEGEND, kernels.table(rows), sep="\n\n")
+    print(tables.kernel_traffic(rows), tables.KERNELS, tables.kernels(rows), sep="\n\n")
     result = {"triton": triton.__version__, "kernels": rows}
     path = arguments.out
     if path is None and not (arguments.op or arguments.case or arguments.target):

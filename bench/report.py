@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bench import kernels, runner, tables
+from bench import runner, tables
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
@@ -99,8 +99,8 @@ def _kernel_section(path: Path, result: dict[str, Any]) -> str:
             "## What the compiler made of the kernels",
             f"`{result['command']}` ({path.name}), Triton {result['triton']}, without a GPU.",
             "What forward and backward ask memory for, in units of the case's one large tensor:",
-            kernels.traffic_table(result["kernels"]),
-            kernels.LEGEND,
-            kernels.table(result["kernels"]),
+            tables.kernel_traffic(result["kernels"]),
+            tables.KERNELS,
+            tables.kernels(result["kernels"]),
         ]
     )

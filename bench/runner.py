@@ -127,8 +127,8 @@ class _Measurement:
                 self.build_seconds[name] = time.perf_counter() - began
                 expected = expected or outputs
                 self._check_outputs(name, outputs, expected)
-            except Unavailable as reason:
-                self.result["skipped"].append(_skip(self.case, name, str(reason)))
+            except Unavailable as missing:
+                self.result["skipped"].append(_skip(self.case, name, str(missing)))
             except torch.OutOfMemoryError:
                 self.result["skipped"].append(_skip(self.case, name, "out of memory"))
             except Exception as error:

@@ -6,6 +6,17 @@ from typing import Any
 Row = dict[str, Any]
 
 
+KERNELS = """\
+A line a launch and target: registers a thread, bytes spilled (they should be 0), shared memory and
+warps of a program, warps that fit a multiprocessor at once, and of the kernel's loop that moves the
+most bytes (of the whole kernel where none does): instructions, barriers, and accesses to global
+memory as count x bytes a thread. `instr/byte` is the loop's instructions over the bytes that they
+move: an H100 issues 128 thread-instructions a clock and multiprocessor and reads or writes about 14
+bytes of memory, so that above 9 the instructions are what limits. `reads` and `writes` are what the
+launch asks memory for, caches included, counted in Triton's interpreter with fewer rows or
+channels, in units of the case's one large tensor."""
+
+
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
     """A table whose columns are aligned, so that it also reads where nothing renders it."""
     lines = [header, *rows]
@@ -150,6 +161,44 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> str:
     return markdown(["case", "phase", "contender", "metric", "A", "B", "B/A", ""], rows)
 
 
+def kernel_traffic(rows: list[dict[str, Any]]) -> str:
+    """A line a case: what forward and backward ask memory for, and the least possible."""
+    cases: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        cases.setdefault(f"{row['operation']} {row['case']}", []).append(row)
+    lines = []
+    for case, launches in cases.items():
+        known = all(row["reads"] is not None for row in launches)
+        totals = [sum(row[k] for row in launches) if known else None for k in ("reads", "writes")]
+        cells = ["" if total is None else f"{total:.2f}" for total in totals]
+        lines.append([case, f"{len(launches)}", *cells, f"{launches[0]['least']:.2f}"])
+    return markdown(["case", "launches", "reads", "writes", "least of both"], lines)
+
+
+def kernels(rows: list[dict[str, Any]]) -> str:
+    """A line a launch and target."""
+    lines = []
+    for row in rows:
+        for target, c in row["targets"].items():
+            main = max(c["loops"], key=_moved, default=c["code"])
+            lines.append(
+                [
+                    f"{row['kernel']} {row['case']}",
+                    *("" if row[k] is None else f"{row[k]:.2f}" for k in ("reads", "writes")),
+                    target,
+                    *(f"{c[k]}" for k in ("registers", "spilled", "shared", "warps")),
+                    f"{c['warps'] * c['programs']}",
+                    f"{main['instructions']}",
+                    f"{main['barriers']}",
+                    _accesses(main["loads"]),
+                    _accesses(main["stores"]),
+                    f"{main['instructions'] / _moved(main):.1f}" if _moved(main) else "",
+                ]
+            )
+    header = "kernel reads writes target regs spilled shared warps resident instr barriers loads"
+    return markdown([*header.split(), "stores", "instr/byte"], lines)
+
+
 def duration(seconds: float) -> str:
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if seconds * factor >= 1 or unit == "us":
@@ -180,3 +229,11 @@ def _contenders(result: dict[str, Any], operation: str) -> list[str]:
 def _padded(cells: list[str], widths: list[int]) -> list[str]:
     first, *rest = zip(cells, widths, strict=True)
     return [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in rest)]
+
+
+def _moved(code: dict[str, Any]) -> int:
+    return sum(int(w) * n for m in (code["loads"], code["stores"]) for w, n in m.items())
+
+
+def _accesses(widths: dict[Any, int]) -> str:
+    return " ".join(f"{n}x{width}" for width, n in widths.items())

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,12 @@ def test_times_are_the_median_and_the_outer_tenths() -> None:
 def test_rounds_are_interleaved_and_start_at_another_each_time() -> None:
     order: list[str] = []
 
-    def sampler(name: str):
-        return lambda: order.append(name) or 1.0
+    def sampler(name: str) -> Callable[[], float]:
+        def sample() -> float:
+            order.append(name)
+            return 1.0
+
+        return sample
 
     found = interleave({"a": sampler("a"), "b": sampler("b")}, seconds=0.0)
     assert found == {"a": [1.0] * 5, "b": [1.0] * 5}
@@ -47,7 +52,12 @@ def test_rounds_are_interleaved_and_start_at_another_each_time() -> None:
 
 def test_wall_time_is_per_unit_and_leaves_preparation_out() -> None:
     calls: list[str] = []
-    phase = Phase(lambda x: calls.append(x), lambda: calls.append("prepare") or "run", units=4)
+
+    def prepare() -> str:
+        calls.append("prepare")
+        return "run"
+
+    phase = Phase(calls.append, prepare, units=4)
     assert 0 < wall(phase, CPU)() < 1e-3
     assert calls.count("prepare") == calls.count("run") > 100
 
