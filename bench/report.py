@@ -101,6 +101,7 @@ def _kernel_section(path: Path, result: dict[str, Any]) -> str:
             "What forward and backward ask memory for, in units of the case's one large tensor:",
             tables.kernel_traffic(result["kernels"]),
             tables.KERNELS,
-            tables.kernels(result["kernels"]),
+            "For sm_90; the file has the other targets too.",
+            tables.kernels(result["kernels"], "sm_90"),
         ]
     )

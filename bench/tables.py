@@ -175,11 +175,13 @@ def kernel_traffic(rows: list[dict[str, Any]]) -> str:
     return markdown(["case", "launches", "reads", "writes", "least of both"], lines)
 
 
-def kernels(rows: list[dict[str, Any]]) -> str:
-    """A line a launch and target."""
+def kernels(rows: list[dict[str, Any]], only: str | None = None) -> str:
+    """A line a launch and target, or only those of one target."""
     lines = []
     for row in rows:
         for target, c in row["targets"].items():
+            if only not in (None, target):
+                continue
             main = max(c["loops"], key=_moved, default=c["code"])
             lines.append(
                 [
