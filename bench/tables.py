@@ -8,11 +8,11 @@ Row = dict[str, Any]
 
 KERNELS = """\
 A line a launch and target: registers a thread, bytes spilled (they should be 0), shared memory and
-warps of a program, warps that fit a multiprocessor at once, and of the kernel's loop that moves the
-most bytes (of the whole kernel where none does): instructions, barriers, and accesses to global
-memory as count x bytes a thread. `instr/byte` is the loop's instructions over the bytes that they
-move: an H100 issues 128 thread-instructions a clock and multiprocessor and reads or writes about 14
-bytes of memory, so that above 9 the instructions are what limits. `reads` and `writes` are what the
+warps of a program, warps that fit a multiprocessor at once; then, for each innermost loop that
+touches global memory (for the whole kernel where none does), in order: instructions, barriers,
+accesses to global memory as count x bytes a thread, and instructions over the bytes they move. An
+H100 issues 128 thread-instructions a clock and multiprocessor and reads or writes about 14 bytes of
+memory, so that a loop above 9 is limited by its instructions. `reads` and `writes` are what the
 launch asks memory for, caches included, counted in Triton's interpreter with fewer rows or
 channels, in units of the case's one large tensor."""
 
@@ -182,7 +182,7 @@ def kernels(rows: list[dict[str, Any]], only: str | None = None) -> str:
         for target, c in row["targets"].items():
             if only not in (None, target):
                 continue
-            main = max(c["loops"], key=_moved, default=c["code"])
+            parts = c["loops"] or [c["code"]]
             lines.append(
                 [
                     f"{row['kernel']} {row['case']}",
@@ -190,11 +190,13 @@ def kernels(rows: list[dict[str, Any]], only: str | None = None) -> str:
                     target,
                     *(f"{c[k]}" for k in ("registers", "spilled", "shared", "warps")),
                     f"{c['warps'] * c['programs']}",
-                    f"{main['instructions']}",
-                    f"{main['barriers']}",
-                    _accesses(main["loads"]),
-                    _accesses(main["stores"]),
-                    f"{main['instructions'] / _moved(main):.1f}" if _moved(main) else "",
+                    ", ".join(f"{part['instructions']}" for part in parts),
+                    ", ".join(f"{part['barriers']}" for part in parts),
+                    ", ".join(_accesses(part["loads"]) for part in parts),
+                    ", ".join(_accesses(part["stores"]) for part in parts),
+                    ", ".join(
+                        f"{part['instructions'] / max(1, _moved(part)):.1f}" for part in parts
+                    ),
                 ]
             )
     header = "kernel reads writes target regs spilled shared warps resident instr barriers loads"
@@ -238,4 +240,4 @@ def _moved(code: dict[str, Any]) -> int:
 
 
 def _accesses(widths: dict[Any, int]) -> str:
-    return " ".join(f"{n}x{width}" for width, n in widths.items())
+    return " ".join(f"{n}x{width}" for width, n in widths.items()) or "-"
