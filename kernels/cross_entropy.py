@@ -335,7 +335,7 @@ def _cross_entropy_bwd_kernel(
     factor = tl.load(dloss_ptr + rows * stride_dloss, mask=valid, other=0.0).to(ACC)
     if scale_ptr is not None:
         factor *= tl.load(scale_ptr)
-    factor = tl.where(valid & (inside == 0), float("nan"), factor)
+    factor = tl.where(valid, tl.where(inside, factor, float("nan")), 0.0)
     p_factor, log_s = a * factor / s, tl.log(s)
     x_main, head, n_main = row_parts(x_rows, n_classes, VEC, EDGES)
     dx_main, _, _ = row_parts(dx_rows, n_classes, VEC, EDGES)
@@ -646,9 +646,12 @@ def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
     Bytes: none where dloss is 1, which only the device looks at; else reads and writes dx once. One
     launch.
     """
-    if not torch._prims_common.is_non_overlapping_and_dense(dx):
-        return dx.mul_(dloss)  # a slice of larger memory: logits of a padded vocabulary, in place
-    if dx.numel() > 0:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(dx.shape, dx.stride(), strict=True))
+    if dx.numel() == 0:
+        return dx
+    if span != dx.numel():  # a slice of larger memory: logits of a padded vocabulary, in place
+        dx.mul_(dloss)
+    else:
         block, n_programs = tuning.scale(dx.numel(), dx.device)
         _cross_entropy_scale_kernel[(n_programs,)](
             dx, dloss, dx.numel(), ACC=_TRITON[_computed_in(dx, dx)], BLOCK=block, num_warps=8

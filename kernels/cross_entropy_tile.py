@@ -53,7 +53,7 @@ def row_parts(x_rows, n_classes, VEC: tl.constexpr, EDGES: tl.constexpr):
 def main_tile(
     start, head, n_main, BLOCK_C: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr
 ):  # fmt: skip
-    """Places in main (1, BLOCK_C), their classes, and which of them there are (BLOCK_N, BLOCK_C)."""
+    """Places in main (1, BLOCK_C), their classes, and which there are (BLOCK_N, BLOCK_C)."""
     places = start + tl.arange(0, BLOCK_C)[None, :]
     mask = places // VEC < (n_main // VEC)[:, None]
     if EDGES:
@@ -222,7 +222,7 @@ def gradient(
     z, b, m, p_factor, factor, logit_scale, softcap,
     DENSE: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """dx_c = (a * p_c - b_c) * factor * dz/dx, with p_factor = a * factor / s, p = exp(z - m) / s"""
+    """dx_c = (a * p_c - b_c) * factor * dz/dx; p_c = exp(z_c - m) / s, p_factor = a * factor / s"""
     dx = exp(z - m) * p_factor
     if DENSE:
         dx -= b * factor
