@@ -245,7 +245,7 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """Checks, chooses, computes: (loss,), or (loss, row_loss, lse, correct)."""
     _check(input, linear_weight, linear_bias, memory_budget_bytes)
-    if torch.is_autocast_enabled(input.device.type) and not input.is_meta:
+    if not input.is_meta and torch.is_autocast_enabled(input.device.type):
         input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
     rows_shape = (*input.shape[:-1], *linear_weight.shape[:-1])
     # It stands in for the logits: no memory, but their shape, dtype and device.

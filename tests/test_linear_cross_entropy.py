@@ -30,11 +30,12 @@ def example(
     device: torch.device | str,
     kind: str = "indices",
     ignored: float = 0.2,
+    features: int = D,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(input, linear_weight, linear_bias, target)."""
     generator = torch.Generator().manual_seed(n)
-    x = torch.randn(n, D, generator=generator)
-    w = torch.randn(*classes, D, generator=generator) / 2
+    x = torch.randn(n, features, generator=generator)
+    w = torch.randn(*classes, features, generator=generator) / 2
     b = torch.randn(classes, generator=generator)
     if kind == "indices":
         rows = (n, *classes[1:])
@@ -124,8 +125,6 @@ PITFALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "upstream, none": (pitfalls.test_upstream_gradient_other_than_1, {"reduction": "none"}),
     "upstream of stride 0": (pitfalls.test_upstream_gradient_of_stride_0, {"shape": (9, 27)}),
     "input unchanged": (pitfalls.test_logits_are_never_changed, {}),
-    "second backward": (pitfalls.test_second_backward_gives_the_same_gradient, {}),
-    "changed after forward": (pitfalls.test_logits_changed_after_forward_raise_in_backward, {}),
     "near -110": (pitfalls.test_extreme_logits, {"extreme": "all near -110", "kind": "indices"}),
     "near 3e4": (pitfalls.test_extreme_logits, {"extreme": "all near 3e4", "kind": "indices"}),
     "1128 classes": (pitfalls.test_classes_that_are_no_multiple_of_a_block, {"classes": 1128}),
@@ -257,21 +256,21 @@ def test_only_what_requires_a_gradient_is_computed(wants, implementation, device
 
 def test_float16_gradients_do_not_flush_to_zero(implementation, device) -> None:
     """p - onehot over the number of rows comes with the loss scale, not before."""
-    n, c = 512, 256
+    n, c = 128, 256
     x = torch.zeros(n, 1, dtype=torch.float16, device=device)
     w = torch.zeros(c, 1, dtype=torch.float16, device=device)
     b = torch.zeros(c, dtype=torch.float16, device=device, requires_grad=True)
     x[:, 0] = 1.0
     w.requires_grad_()
     target = torch.zeros(n, dtype=torch.int64, device=device)
-    (fused.linear_cross_entropy(x, w, target, linear_bias=b) * 2.0**-4).backward()
-    exact = 2.0**-4 / c
+    (fused.linear_cross_entropy(x, w, target, linear_bias=b) * 2.0**-10).backward()
+    exact = 2.0**-10 / c
     assert w.grad[1:].min().item() == pytest.approx(exact, rel=1e-2)
     assert b.grad[1:].min().item() == pytest.approx(exact, rel=1e-2)
 
 
-def test_weight_gradient_is_summed_in_float32_over_chunks(implementation, device) -> None:
-    """256 equal terms in chunks of 1: in bfloat16 the sum would stop at some 2**8 of them."""
+def test_weight_gradient_is_summed_in_float32_over_chunks(device) -> None:
+    """1,024 equal terms in chunks of 1: in bfloat16 the sum would stop at some 2**8 of them."""
     n = 1024
     x = torch.ones(n, 1, dtype=torch.bfloat16, device=device)
     w = torch.zeros(2, 1, dtype=torch.bfloat16, device=device, requires_grad=True)
@@ -302,7 +301,7 @@ def test_chunks(n, row_bytes, budget, saved, rows) -> None:
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_gradcheck_and_gradgradcheck(kind, reduction, implementation, device) -> None:
     """Target probabilities and class weights that require a gradient have one too."""
-    x, w, b, target = example(3, (4,), torch.float64, device, kind, ignored=0)
+    x, w, b, target = example(3, (4,), torch.float64, device, kind, ignored=0, features=2)
     leaves = [x, w, b]
     weight = torch.linspace(0.5, 1.5, 4, dtype=torch.float64, device=device)
     call: Any
@@ -486,21 +485,32 @@ needs_torchs_own = pytest.mark.skipif(
 )
 
 
-def samples_of_torch(dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
+def samples_of_torch(variant: str, dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
     from torch.testing._internal.common_methods_invocations import op_db
 
-    infos = [op for op in op_db if op.name == "nn.functional.linear_cross_entropy"]
-    assert len(infos) == 3  # unchunked, chunked, chunked without a reduction
-    for info in infos:
-        yield from info.sample_inputs(device, dtype, requires_grad=True)
+    (info,) = (
+        op
+        for op in op_db
+        if op.name == "nn.functional.linear_cross_entropy" and op.variant_test_name == variant
+    )
+    yield from info.sample_inputs(device, dtype, requires_grad=True)
 
 
 @needs_torchs_own
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_pytorchs_own_samples(dtype, implementation, device) -> None:
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(torch.float64, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("variant", ["", "chunked", "chunked_none"])
+def test_pytorchs_own_samples(variant, dtype, implementation, device) -> None:
     count = 0
-    for sample in samples_of_torch(dtype, device):
+    for sample in samples_of_torch(variant, dtype, device):
         leaves = [
             t for t in (sample.input, *sample.args, *sample.kwargs.values())
             if isinstance(t, Tensor) and t.requires_grad

@@ -436,13 +436,13 @@ def _checked(target: Tensor, n_classes: int, ignore_index: int) -> Callable[...,
         except (IndexError, RuntimeError):
             if target.dtype.is_floating_point:
                 raise
-            _raise_if_outside(target, n_classes, ignore_index)
+            raise_if_outside(target, n_classes, ignore_index)
             raise
 
     return call
 
 
-def _raise_if_outside(target: Tensor, n_classes: int, ignore_index: int) -> None:
+def raise_if_outside(target: Tensor, n_classes: int, ignore_index: int) -> None:
     index = target.long()
     outside = ((index < 0) | (index >= n_classes)) & (index != ignore_index)
     if outside.any():
