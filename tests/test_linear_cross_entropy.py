@@ -316,7 +316,8 @@ def test_gradcheck_and_gradgradcheck(kind, reduction, implementation, device) ->
         )
     leaves = [t.requires_grad_() for t in leaves]
     torch.autograd.gradcheck(call, leaves)
-    torch.autograd.gradgradcheck(call, leaves)
+    if implementation == "eager":  # second derivatives are torch's own operations on both
+        torch.autograd.gradgradcheck(call, leaves)
 
 
 def test_functional_derivatives(implementation, device) -> None:
@@ -507,7 +508,11 @@ def samples_of_torch(variant: str, dtype: torch.dtype, device: torch.device) -> 
     ],
     ids=str,
 )
-@pytest.mark.parametrize("variant", ["", "chunked", "chunked_none"])
+@pytest.mark.parametrize(
+    "variant",
+    # The second has the same calls as the first, but for the options that ours does not take.
+    ["", pytest.param("chunked", marks=pytest.mark.slow), "chunked_none"],
+)
 def test_pytorchs_own_samples(variant, dtype, implementation, device) -> None:
     count = 0
     for sample in samples_of_torch(variant, dtype, device):
