@@ -12,6 +12,11 @@ from fused.cross_entropy import (
     cross_entropy,
     cross_entropy_with_stats,
 )
+from fused.linear_cross_entropy import (
+    LinearCrossEntropyLoss,
+    linear_cross_entropy,
+    linear_cross_entropy_with_stats,
+)
 from fused.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
@@ -20,11 +25,14 @@ __all__ = [
     "BatchNorm3d",
     "CrossEntropyLoss",
     "CrossEntropyOutput",
+    "LinearCrossEntropyLoss",
     "SyncBatchNorm",
     "backend",
     "batch_norm",
     "convert",
     "cross_entropy",
     "cross_entropy_with_stats",
+    "linear_cross_entropy",
+    "linear_cross_entropy_with_stats",
 ]
 __version__ = "0.1.0"

@@ -4,6 +4,7 @@ from torch import nn
 
 from fused.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fused.cross_entropy import CrossEntropyLoss
+from fused.linear_cross_entropy import LinearCrossEntropyLoss
 from fused.sync_batch_norm import SyncBatchNorm
 
 _OURS: dict[type[nn.Module], type[nn.Module]] = {
@@ -13,6 +14,8 @@ _OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.SyncBatchNorm: SyncBatchNorm,
     nn.CrossEntropyLoss: CrossEntropyLoss,
 }
+if hasattr(nn, "LinearCrossEntropyLoss"):  # from torch 2.13 on
+    _OURS[nn.LinearCrossEntropyLoss] = LinearCrossEntropyLoss
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Tanh: "tanh",
     nn.ReLU: "relu",

@@ -48,15 +48,21 @@ class CrossEntropyFunction(torch.autograd.Function):
         weight: Tensor | None,
         options: _Options,
         loss_dtype: torch.dtype,
-        inplace: bool,
         want_extras: bool,
+        inplace: bool,
+        early: bool,
     ) -> tuple[Tensor, ...]:
         kernels = backend.implementation("cross_entropy", input)
-        loss, stats, scale, extras = kernels.cross_entropy_fwd(
-            input, target, weight, *options, loss_dtype, want_extras
-        )
+        arguments = (input, target, weight, *options, loss_dtype, want_extras)
+        ctx.dx = stats = scale = None
+        if early:
+            loss, extras, dx = kernels.cross_entropy_fwd_bwd(*arguments, inplace)
+            if not inplace:
+                ctx.dx = dx
+        else:
+            loss, stats, scale, extras = kernels.cross_entropy_fwd(*arguments)
         ctx.kernels, ctx.options = kernels, options
-        ctx.inplace = inplace
+        ctx.inplace, ctx.early = inplace, early
         if inplace:
             # The memory is the gradient's from here on: no graph that saved the logits may run.
             increment_version(input)
@@ -68,21 +74,62 @@ class CrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        input, target, weight, stats, scale = ctx.saved_tensors
-        wants = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated
-            gradients = _composed_gradients(dloss, input, target, weight, ctx.options, wants)
-            return (*gradients, None, None, None, None)
-        dweight = None
-        if wants[2]:  # before the logits' memory is written to
-            dweight = eager.cross_entropy_dweight(dloss, input, target, weight, *ctx.options)
-        dx, dtarget = ctx.kernels.cross_entropy_bwd(
-            dloss, input, target, weight, stats, scale, *ctx.options.of_backward(),
-            wants[0], wants[1], ctx.inplace,
-        )  # fmt: skip
+            gradients = _composed_gradients(ctx, dloss)
+        elif ctx.early:
+            gradients = [_early_gradient(ctx, dloss), None, None]
+        else:
+            gradients = _gradients(ctx, dloss)
         if ctx.inplace:
-            increment_version(input)
-        return (dx, dtarget, dweight, None, None, None, None)
+            increment_version(ctx.saved_tensors[0])
+        return (*gradients, None, None, None, None, None)
+
+
+def _early_gradient(ctx: Any, dloss: Tensor) -> Tensor:
+    """The gradient that the forward formed, times the upstream one."""
+    dx: Tensor
+    if ctx.inplace:
+        dx = ctx.saved_tensors[0].detach()
+    elif ctx.dx is not None:
+        # Given away: whoever receives it may write to it, and need not copy it.
+        dx, ctx.dx = ctx.dx, None
+    else:  # a second backward through a retained graph
+        input, target, weight, _, _ = ctx.saved_tensors
+        dx = ctx.kernels.cross_entropy_fwd_bwd(
+            input, target, weight, *ctx.options, dloss.dtype, False, False
+        )[-1]
+    return ctx.kernels.cross_entropy_scale(dx, dloss)
+
+
+def _gradients(ctx: Any, dloss: Tensor) -> list[Tensor | None]:
+    """The gradients of input, target and weight, as far as they are wanted."""
+    input, target, weight, stats, scale = ctx.saved_tensors
+    want_dx, want_dtarget, want_dweight = ctx.needs_input_grad[:3]
+    dweight = None
+    if want_dweight:  # before the logits' memory is written to
+        dweight = eager.cross_entropy_dweight(dloss, input, target, weight, *ctx.options)
+    dx, dtarget = ctx.kernels.cross_entropy_bwd(
+        dloss, input, target, weight, stats, scale, *ctx.options.of_backward(),
+        want_dx, want_dtarget, ctx.inplace,
+    )  # fmt: skip
+    return [dx, dtarget, dweight]
+
+
+def _composed_gradients(ctx: Any, dloss: Tensor) -> list[Tensor | None]:
+    """Gradients of input, target and weight that can be differentiated again."""
+    if ctx.early and ctx.inplace:
+        raise RuntimeError(
+            "cross_entropy: expected inplace=False for create_graph=True: the gradient stands "
+            "where the logits were"
+        )
+    input, target, weight, _, _ = ctx.saved_tensors
+    wants = ctx.needs_input_grad[:3]
+    options: _Options = ctx.options
+    (loss,) = eager.cross_entropy_composed(input, target, weight, *options, dloss.dtype, False)
+    tensors = zip((input, target, weight), wants, strict=True)
+    wanted = [t for t, want in tensors if want and t is not None]
+    found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))
+    return [next(found) if want else None for want in wants]
 
 
 def cross_entropy(
@@ -97,6 +144,7 @@ def cross_entropy(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     inplace: bool = False,
+    grad_in_forward: bool = True,
 ) -> Tensor:
     """Softmax cross-entropy of logits: torch's `F.cross_entropy`, with what large models want.
 
@@ -135,10 +183,17 @@ def cross_entropy(
             1 - (z / softcap)^2. None for no cap.
         logit_scale: factor of the logits, one over a temperature, applied before the cap: dinput is
             dz times logit_scale.
-        inplace: lets the backward write the gradient over the logits, which saves memory of their
-            size. The logits must not be used after the call; where autograd would, it raises. No
-            effect where input needs no gradient, nor under torch.compile, which plans memory
-            itself.
+        inplace: lets the gradient be written over the logits, which saves memory of their size. The
+            logits must not be used after the call; where autograd would, it raises. No effect where
+            input needs no gradient, nor under torch.compile, which plans memory itself.
+        grad_in_forward: forms the gradient of a mean or sum in the forward, while the logits are at
+            hand: they are read once, dinput is written once, and a backward whose upstream gradient
+            is 1 has nothing left to do. Another one costs a second read and write of dinput, and a
+            second rounding of a half-precision one (none if it is a power of two). False forms it
+            in the backward, as for "none": the logits are read twice, whatever comes from upstream.
+            Better where that is known not to be 1: a loss scale, or a weighted sum of losses. So
+            done in any case for float16, in which gradients would underflow before a loss scale
+            arrives, where target or weight wants a gradient too, and under torch.compile.
 
     Returns:
         The loss: a 0-d tensor, or for "none" the shape of class indices. Its dtype is input's, and
@@ -157,7 +212,7 @@ def cross_entropy(
     2022), the cap that of Gemma 2 (2024).
     """
     options = _options(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
-    return _run(input, target, weight, options, inplace, False)[0]
+    return _run(input, target, weight, options, inplace, grad_in_forward, False)[0]
 
 
 def cross_entropy_with_stats(
@@ -172,6 +227,7 @@ def cross_entropy_with_stats(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     inplace: bool = False,
+    grad_in_forward: bool = True,
 ) -> CrossEntropyOutput:
     """`cross_entropy`, and what the same pass over the logits knows besides.
 
@@ -180,14 +236,14 @@ def cross_entropy_with_stats(
     of several largest logits the first counts. For probabilities the target's largest counts.
     """
     options = _options(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
-    return CrossEntropyOutput(*_run(input, target, weight, options, inplace, True))
+    return CrossEntropyOutput(*_run(input, target, weight, options, inplace, grad_in_forward, True))
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
     """`torch.nn.CrossEntropyLoss`, computed by `fused.cross_entropy`.
 
-    Takes what torch's takes, in the same order, and `z_loss`, `softcap`, `logit_scale` and
-    `inplace` of `fused.cross_entropy`.
+    Takes what torch's takes, in the same order, and `z_loss`, `softcap`, `logit_scale`, `inplace`
+    and `grad_in_forward` of `fused.cross_entropy`.
     """
 
     # On the class, so that a module of torch's becomes one of ours by its class alone.
@@ -195,6 +251,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     softcap: float | None = None
     logit_scale: float = 1.0
     inplace: bool = False
+    grad_in_forward: bool = True
 
     def __init__(
         self,
@@ -209,10 +266,11 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         softcap: float | None = None,
         logit_scale: float = 1.0,
         inplace: bool = False,
+        grad_in_forward: bool = True,
     ) -> None:
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         self.z_loss, self.softcap, self.logit_scale = z_loss, softcap, logit_scale
-        self.inplace = inplace
+        self.inplace, self.grad_in_forward = inplace, grad_in_forward
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
         return cross_entropy(
@@ -226,6 +284,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             inplace=self.inplace,
+            grad_in_forward=self.grad_in_forward,
         )
 
 
@@ -247,6 +306,7 @@ def _run(
     weight: Tensor | None,
     options: _Options,
     inplace: bool,
+    grad_in_forward: bool,
     want_extras: bool,
 ) -> tuple[Tensor, ...]:
     """Checks, chooses, computes: (loss,), or (loss, row_loss, lse, correct)."""
@@ -263,11 +323,20 @@ def _run(
             input, target, weight, *options, loss_dtype, want_extras
         )
     else:
-        inplace = inplace and input.requires_grad and torch.is_grad_enabled()
+        wants_gradient = input.requires_grad and torch.is_grad_enabled()
+        inplace = inplace and wants_gradient
         if inplace:
             _check_inplace(input)
+        early = (
+            grad_in_forward
+            and wants_gradient
+            and options.reduction != "none"
+            and input.dtype != torch.float16
+            and not target.requires_grad
+            and not (weight is not None and weight.requires_grad)
+        )
         outputs = CrossEntropyFunction.apply(
-            input, target, weight, options, loss_dtype, inplace, want_extras
+            input, target, weight, options, loss_dtype, want_extras, inplace, early
         )
     if no_batch:
         outputs = tuple(t.squeeze(0) if t.dim() else t for t in outputs)
@@ -397,19 +466,3 @@ def _check_inplace(input: Tensor) -> None:
             "cross_entropy: expected inplace=False for an expanded input: several of its elements "
             "share one place in memory"
         )
-
-
-def _composed_gradients(
-    dloss: Tensor,
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    options: _Options,
-    wants: tuple[bool, ...],
-) -> list[Tensor | None]:
-    """Gradients of input, target and weight that can be differentiated again."""
-    (loss,) = eager.cross_entropy_composed(input, target, weight, *options, dloss.dtype, False)
-    tensors = zip((input, target, weight), wants, strict=True)
-    wanted = [t for t, want in tensors if want and t is not None]
-    found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))
-    return [next(found) if want else None for want in wants]

@@ -5,7 +5,7 @@
     b_c = w_c * ((1 - e) * t_c + e / C)                 t the probabilities, e the smoothing
     loss = sum_c b_c * (lse - z_c) + z_loss * lse^2                   0 where the row is ignored
 
-    a    = sum_c b_c + 2 * z_loss * lse                 the coefficient of p = exp(z - m - log s)
+    a    = sum_c b_c + 2 * z_loss * lse                 the coefficient of p = exp(z - m) / s
     dz_c = dloss * (a * p_c - b_c)                                    0 where the row is ignored
     dx_c = dz_c * scale * (1 - (z_c / cap)^2)
     dt_c = dloss * (1 - e) * w_c * (lse - z_c)
@@ -18,6 +18,10 @@ m and log s are kept apart: of logits near 3e4 their sum has an error of up to 1
 loss and gradient would inherit it. Everything is computed in float32 (float64 for float64 logits).
 A target outside [0, C) that is not `ignore_index` is never used as an address: its loss and
 gradient are NaN. Derivation: docs/derivations.md.
+
+The gradient takes either of two ways. Formed in the forward, for an upstream gradient of 1, it
+costs one read and one write of the logits' memory in all: the row is still on chip when its sum is
+known. Formed in the backward from m, s and a, it costs another read, and is rounded once.
 """
 
 import torch
@@ -25,63 +29,70 @@ import triton
 import triton.language as tl
 
 from fused.kernels import layout, tuning
-from fused.kernels.activation import tanh
+from fused.kernels.cross_entropy_tile import (
+    edge_tile,
+    main_tile,
+    merge_lanes,
+    put_dx,
+    put_dx_y,
+    read_and_put,
+    row_offsets,
+    row_parts,
+    row_targets,
+    spread,
+    take,
+)
 
 
 @triton.jit
-def _safe_shift(m):
-    # exp(-inf - -inf) is NaN where exp(-inf) = 0 is meant: a maximum of -inf shifts by 0 instead.
-    return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
-def _row_offsets(rows, n_inner, stride):
-    return (rows // n_inner) * stride[0] + (rows % n_inner) * stride[2]
-
-
-@triton.jit
-def _scores(x, mask, logit_scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
-    """z, and -inf behind the mask: after the cap, which would turn it into -cap."""
-    if SCALED:
-        x = x * logit_scale
-    if CAPPED:
-        x = softcap * tanh(x / softcap)
-    if SCALED or CAPPED:
-        x = tl.where(mask, x, float("-inf"))
-    return x
-
-
-@triton.jit
-def _dense_target(
-    target_ptr, offsets, weight_ptr, cols, mask, n_classes, keep, smoothing, acc: tl.constexpr,
-    SOFT: tl.constexpr, SMOOTHED: tl.constexpr,
+def _counted(
+    first, last, target_ptr, weight_ptr, n_inner, n_classes, stride_t, ignore_index,
+    ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """b, the part of the target that may be anywhere in the row: (BLOCK_N, BLOCK_C), masked."""
-    if SOFT:
-        b = keep * tl.load(target_ptr + offsets, mask=mask, other=0.0).to(acc)
-        if SMOOTHED:
-            b += smoothing / n_classes
-    else:
-        b = tl.zeros(mask.shape, acc) + smoothing / n_classes
-    if weight_ptr is not None:
-        w = tl.load(weight_ptr + cols, mask=cols < n_classes, other=0.0).to(acc)
-        b *= w[None, :]
-    return tl.where(mask, b, 0.0)
+    """What the mean divides by, of rows first to last: their number, or the sum of their w_y."""
+    total = tl.zeros((BLOCK,), ACC)
+    for start in range(first, last, BLOCK):
+        rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
+        offsets = row_offsets(rows, n_inner, stride_t)
+        target = tl.load(target_ptr + offsets, mask=rows < last, other=0).to(tl.int64)
+        mask = (rows < last) & (target != ignore_index)
+        if weight_ptr is not None:
+            mask = mask & (target >= 0) & (target < n_classes)
+            total += tl.load(weight_ptr + target, mask=mask, other=0.0).to(ACC)
+        else:
+            total += mask.to(ACC)
+    return tl.sum(total, axis=0)
 
 
-@triton.jit(do_not_specialize=["n_rows", "ignore_index"])
+@triton.jit
+def _summed(parts_ptr, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of n numbers, always in the same order."""
+    total = tl.zeros((BLOCK,), ACC)
+    for start in range(0, n, BLOCK):
+        places = start + tl.arange(0, BLOCK)
+        total += tl.load(parts_ptr + places, mask=places < n, other=0.0).to(ACC)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_counts", "ignore_index"])
 def _cross_entropy_fwd_kernel(
     x_ptr,  # logits, shape (n_rows / n_inner, n_classes, n_inner)
     target_ptr,  # class indices (n_rows / n_inner, n_inner), or probabilities shaped as x
     weight_ptr,  # class weights, shape (n_classes,), or None for 1
-    loss_ptr,  # out: loss of each row, shape (n_rows,)
-    stats_ptr,  # out: m, log s and a of each row, and whether its prediction is correct if
-    #             CORRECT; shape (3 or 4, n_rows); its dtype is the one computed in
+    counts_ptr,  # what the mean divides by, in n_counts parts; None: each program counts for itself
+    loss_ptr,  # out: loss of each row, shape (n_rows,), or None
+    sum_ptr,  # out: each program's part of the sum or mean, shape (programs,), or None
+    scale_ptr,  # out: what the mean multiplies a row by (1 for the sum), one number, or None
+    stats_ptr,  # out: m, s and a of each row, and whether its prediction is correct if CORRECT;
+    #             shape (3 or 4, n_rows), or None
+    dx_ptr,  # out: gradient of the logits, shaped as x, or None; may be x itself
     n_rows,
+    n_counts,
     n_inner,
     n_classes,
     stride_x,  # of n, c and s; so are the other strides
     stride_t,
+    stride_dx,
     ignore_index,
     label_smoothing: tl.float64,
     z_loss: tl.float64,
@@ -93,129 +104,182 @@ def _cross_entropy_fwd_kernel(
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
     CORRECT: tl.constexpr,
+    MEAN: tl.constexpr,
+    ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_COUNT: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    EDGES: tl.constexpr,
+    HELD: tl.constexpr,
 ):
-    """m and s with a running maximum; loss = sum_c b_c * (log s - (z_c - m)) + z_loss * lse^2"""
-    acc: tl.constexpr = stats_ptr.dtype.element_ty
-    cap, scale = tl.full((), softcap, acc), tl.full((), logit_scale, acc)
-    smoothing = tl.full((), label_smoothing, acc)
-    keep = 1.0 - smoothing
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
-    row_mask = rows < n_rows
-    x_rows = _row_offsets(rows, n_inner, stride_x)
-    t_rows = _row_offsets(rows, n_inner, stride_t)
-    valid = row_mask
-    if not SOFT:
-        target = tl.load(target_ptr + t_rows, mask=row_mask, other=0).to(tl.int64)
-        valid = row_mask & (target != ignore_index)
+    """loss = sum_c b_c * (log s - (z_c - m)) + z_loss * lse^2,  dx_c = scale * (a * p_c - b_c)
 
-    m = tl.full((BLOCK_N,), float("-inf"), acc)
-    s = tl.zeros((BLOCK_N,), acc)
-    b_sum = tl.zeros((BLOCK_N,), acc)  # sum of b_c
-    bz_sum = tl.zeros((BLOCK_N,), acc)  # sum of b_c * (z_c - m)
-    best = tl.zeros((BLOCK_N,), tl.int64)  # class of the largest logit
-    t_best = tl.zeros((BLOCK_N,), tl.int64)  # class of the largest probability
-    t_max = tl.full((BLOCK_N,), float("-inf"), acc)
-    for start in range(0, n_classes, BLOCK_C):
-        cols = (start + tl.arange(0, BLOCK_C)).to(tl.int64)  # (BLOCK_C,)
-        mask = valid[:, None] & (cols < n_classes)[None, :]
-        x_offsets = x_rows[:, None] + cols[None, :] * stride_x[1]
-        x = tl.load(x_ptr + x_offsets, mask=mask, other=float("-inf")).to(acc)
-        z = _scores(x, mask, scale, cap, SCALED, CAPPED)  # (BLOCK_N, BLOCK_C)
-        if CORRECT:
-            tile_max, tile_best = tl.max(z, axis=1, return_indices=True)
-            best = tl.where(tile_max > m, start + tile_best, best)
-        m_new = tl.maximum(m, tl.max(z, axis=1))
-        shift = _safe_shift(m_new)
-        s = s * tl.exp(m - shift) + tl.sum(tl.exp(z - shift[:, None]), axis=1)
-        if SOFT or SMOOTHED:
-            t_offsets = t_rows[:, None] + cols[None, :] * stride_t[1]
-            b = _dense_target(
-                target_ptr, t_offsets, weight_ptr, cols, mask, n_classes, keep, smoothing, acc,
-                SOFT, SMOOTHED,
+    m and s with a running maximum. HELD: main is one tile, which stays in registers until its
+    gradient is written; otherwise the gradient reads the row again, from L2 if it is still there.
+    """
+    cap, z_scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
+    smoothing = tl.full((), label_smoothing, ACC)
+    dense: tl.constexpr = SOFT or SMOOTHED
+    again: tl.constexpr = dx_ptr is not None and not HELD
+    first_read: tl.constexpr = "evict_last" if again else ""
+    scale = tl.full((), 1.0, ACC)
+    if MEAN:
+        if SOFT:
+            scale = 1.0 / tl.cast(n_rows, ACC)
+        elif counts_ptr is not None:
+            scale = 1.0 / _summed(counts_ptr, n_counts, ACC, BLOCK_COUNT)
+        else:
+            scale = 1.0 / _counted(
+                0, n_rows, target_ptr, weight_ptr, n_inner, n_classes, stride_t, ignore_index,
+                ACC, BLOCK_COUNT,
             )  # fmt: skip
-            bz_sum += b_sum * (_safe_shift(m) - shift)
-            bz_sum += tl.sum(tl.where(mask, b * (z - shift[:, None]), 0.0), axis=1)
-            b_sum += tl.sum(b, axis=1)
-            if SOFT and CORRECT:
-                t = tl.load(target_ptr + t_offsets, mask=mask, other=float("-inf")).to(acc)
-                tile_max, tile_best = tl.max(t, axis=1, return_indices=True)
-                t_best = tl.where(tile_max > t_max, start + tile_best, t_best)
-                t_max = tl.maximum(t_max, tile_max)
-        m = m_new
-    m = tl.where(valid, _safe_shift(m), 0.0)
-    log_s = tl.log(tl.where(valid, s, 1.0))
 
-    loss = tl.zeros((BLOCK_N,), acc)
-    a = tl.zeros((BLOCK_N,), acc)
-    if SOFT or SMOOTHED:
-        loss += b_sum * log_s - bz_sum
-        a += b_sum
-    if not SOFT:
-        inside = valid & (target >= 0) & (target < n_classes)
-        x_y = tl.load(x_ptr + x_rows + target * stride_x[1], mask=inside, other=float("nan"))
-        z_y = _scores(x_y.to(acc), inside, scale, cap, SCALED, CAPPED)
-        z_y = tl.where(inside, z_y, float("nan"))
-        w_y = tl.full((BLOCK_N,), 1.0, acc)
-        if weight_ptr is not None:
-            w_y = tl.load(weight_ptr + target, mask=inside, other=0.0).to(acc)
-        loss += keep * w_y * (log_s - (z_y - m))
-        a += keep * w_y
-    if Z_LOSS:
-        coefficient = tl.full((), z_loss, acc)
-        lse = m + log_s
-        loss += coefficient * lse * lse
-        a += 2.0 * coefficient * lse
-    tl.store(loss_ptr + rows, tl.where(valid, loss, 0.0), mask=row_mask)
-    stats_rows = stats_ptr + rows
-    tl.store(stats_rows, m, mask=row_mask)
-    tl.store(stats_rows + n_rows, log_s, mask=row_mask)
-    tl.store(stats_rows + 2 * tl.cast(n_rows, tl.int64), a, mask=row_mask)
-    if CORRECT:
-        correct = valid & (best == (t_best if SOFT else target))
-        tl.store(stats_rows + 3 * tl.cast(n_rows, tl.int64), correct.to(acc), mask=row_mask)
+    loss_sum = tl.zeros((BLOCK_N,), ACC)
+    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_N), tl.num_programs(0)):
+        rows = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
+        row_mask = rows < n_rows
+        x_rows = row_offsets(rows, n_inner, stride_x)
+        t_rows = row_offsets(rows, n_inner, stride_t)
+        y, valid, inside, z_y, b_y = row_targets(
+            x_ptr, x_rows, stride_x, target_ptr, t_rows, weight_ptr, row_mask, n_classes,
+            ignore_index, smoothing, z_scale, cap, ACC, SOFT, SCALED, CAPPED,
+        )  # fmt: skip
+        x_main, head, n_main = row_parts(x_rows, n_classes, VEC, EDGES)
+        m = tl.full((BLOCK_N,), float("-inf"), ACC)
+        s = tl.zeros((BLOCK_N,), ACC)
+        b_sum = tl.zeros((BLOCK_N,), ACC)  # sum of b_c
+        bz_sum = tl.zeros((BLOCK_N,), ACC)  # sum of b_c * (z_c - m)
+        best = tl.zeros((BLOCK_N,), tl.int32)  # class of the largest logit
+        z_best = tl.full((BLOCK_N,), float("-inf"), ACC)
+        t_best = tl.zeros((BLOCK_N,), tl.int32)  # class of the largest probability
+        t_max = tl.full((BLOCK_N,), float("-inf"), ACC)
+        if EDGES:
+            edge_classes, edge_mask = edge_tile(head, n_main, n_classes, VEC)
+            edge_z, edge_b, m, s, b_sum, bz_sum, best, z_best, t_best, t_max = take(
+                m, s, b_sum, bz_sum, best, z_best, t_best, t_max,
+                x_ptr, x_rows[:, None] + edge_classes, target_ptr, t_rows, stride_t, weight_ptr,
+                edge_classes, valid[:, None] & edge_mask, n_classes, smoothing, z_scale, cap,
+                ACC, SOFT, SMOOTHED, SCALED, CAPPED, CORRECT, 1, VEC, "",
+            )  # fmt: skip
+        if LANES > 1:
+            m, s, b_sum, bz_sum = spread(m, s, b_sum, bz_sum, LANES)
+        if HELD:
+            places, classes, mask = main_tile(0, head, n_main, BLOCK_C, VEC, EDGES)
+            z, b, m, s, b_sum, bz_sum, best, z_best, t_best, t_max = take(
+                m, s, b_sum, bz_sum, best, z_best, t_best, t_max,
+                x_ptr, x_main[:, None] + places * stride_x[1], target_ptr, t_rows, stride_t,
+                weight_ptr, classes, valid[:, None] & mask, n_classes, smoothing, z_scale, cap,
+                ACC, SOFT, SMOOTHED, SCALED, CAPPED, CORRECT, LANES, VEC, "",
+            )  # fmt: skip
+        else:
+            n_read = tl.max(valid.to(tl.int32), axis=0) * n_classes  # 0 where all are ignored
+            for start in range(0, n_read, BLOCK_C):
+                places, classes, mask = main_tile(start, head, n_main, BLOCK_C, VEC, EDGES)
+                z, b, m, s, b_sum, bz_sum, best, z_best, t_best, t_max = take(
+                    m, s, b_sum, bz_sum, best, z_best, t_best, t_max,
+                    x_ptr, x_main[:, None] + places * stride_x[1], target_ptr, t_rows, stride_t,
+                    weight_ptr, classes, valid[:, None] & mask, n_classes, smoothing, z_scale, cap,
+                    ACC, SOFT, SMOOTHED, SCALED, CAPPED, CORRECT, LANES, VEC, first_read,
+                )  # fmt: skip
+        m, s, b_sum, bz_sum = merge_lanes(m, s, b_sum, bz_sum, LANES)
+        log_s = tl.log(tl.where(valid, s, 1.0))
+
+        loss = tl.zeros((BLOCK_N,), ACC)
+        a = tl.zeros((BLOCK_N,), ACC)
+        if dense:
+            loss += b_sum * log_s - bz_sum
+            a += b_sum
+        if not SOFT:
+            loss += b_y * (log_s - (z_y - m))
+            a += b_y
+        if Z_LOSS:
+            coefficient = tl.full((), z_loss, ACC)
+            lse = m + log_s
+            loss += coefficient * lse * lse
+            a += 2.0 * coefficient * lse
+        loss = tl.where(valid, loss, 0.0)
+        loss_sum += loss
+        if loss_ptr is not None:
+            tl.store(loss_ptr + rows, loss, mask=row_mask)
+        if stats_ptr is not None:
+            stats_rows = stats_ptr + rows
+            tl.store(stats_rows, m, mask=row_mask)
+            tl.store(stats_rows + n_rows, tl.where(valid, s, 1.0), mask=row_mask)
+            tl.store(stats_rows + 2 * tl.cast(n_rows, tl.int64), a, mask=row_mask)
+            if CORRECT:
+                correct = valid & (best == (t_best if SOFT else y))
+                stats_rows += 3 * tl.cast(n_rows, tl.int64)
+                tl.store(stats_rows, correct.to(ACC), mask=row_mask)
+
+        if dx_ptr is not None:
+            # In place, a warp that is ahead must not write what another has not read: its z_y.
+            tl.debug_barrier()
+            factor = tl.where(valid, tl.where(inside, scale, float("nan")), 0.0)
+            p_factor = tl.where(valid, a * factor / s, 0.0)
+            dx_rows = row_offsets(rows, n_inner, stride_dx)
+            dx_main, _, _ = row_parts(dx_rows, n_classes, VEC, EDGES)
+            if EDGES:
+                put_dx(
+                    dx_ptr, dx_rows[:, None] + edge_classes, edge_z, edge_b, valid,
+                    row_mask[:, None] & edge_mask, m, p_factor, factor, z_scale, cap,
+                    dense, SCALED, CAPPED, "",
+                )  # fmt: skip
+            if HELD:
+                put_dx(
+                    dx_ptr, dx_main[:, None] + places * stride_dx[1], z, b, valid,
+                    row_mask[:, None] & mask, m, p_factor, factor, z_scale, cap,
+                    dense, SCALED, CAPPED, "",
+                )  # fmt: skip
+            else:
+                for start in range(0, n_classes, BLOCK_C):
+                    places, classes, mask = main_tile(start, head, n_main, BLOCK_C, VEC, EDGES)
+                    read_and_put(
+                        dx_ptr, dx_main[:, None] + places * stride_dx[1], None, t_rows, stride_t,
+                        x_ptr, x_main[:, None] + places * stride_x[1], target_ptr, t_rows, stride_t,
+                        weight_ptr, classes, mask, row_mask, n_classes, valid,
+                        m, log_s, p_factor, factor, smoothing, z_scale, cap,
+                        ACC, SOFT, SMOOTHED, SCALED, CAPPED, "evict_first",
+                    )  # fmt: skip
+            if not SOFT:
+                put_dx_y(
+                    dx_ptr, dx_rows + y * stride_dx[1], z_y, b_y, weight_ptr, y, inside, n_classes,
+                    m, p_factor, factor, smoothing, z_scale, cap, ACC, SMOOTHED, SCALED, CAPPED,
+                )  # fmt: skip
+    if sum_ptr is not None:
+        tl.store(sum_ptr + tl.program_id(0), tl.sum(loss_sum, axis=0) * scale)
+    if scale_ptr is not None and tl.program_id(0) == 0:
+        tl.store(scale_ptr, scale)
 
 
 @triton.jit(do_not_specialize=["n_rows", "ignore_index"])
-def _cross_entropy_reduce_kernel(
-    loss_ptr,  # loss of each row, shape (n_rows,)
-    target_ptr,  # class indices (n_rows / n_inner, n_inner), or None for probabilities
+def _cross_entropy_count_kernel(
+    target_ptr,  # class indices (n_rows / n_inner, n_inner)
     weight_ptr,  # class weights, shape (n_classes,), or None for 1
-    out_ptr,  # out: the sum or the mean, one number
-    scale_ptr,  # out: what the mean multiplies a row by (1 for the sum), one number
+    counts_ptr,  # out: what the mean divides by, each program's part
     n_rows,
     n_inner,
     n_classes,
     stride_t,
     ignore_index,
-    MEAN: tl.constexpr,
+    ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """out = scale * sum_i loss_i, added up by one program in a fixed order"""
-    acc: tl.constexpr = loss_ptr.dtype.element_ty
-    total = tl.zeros((BLOCK,), acc)
-    parts = tl.zeros((BLOCK,), acc)  # what the mean divides by
-    for start in range(0, n_rows, BLOCK):
-        rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK)
-        mask = rows < n_rows
-        total += tl.load(loss_ptr + rows, mask=mask, other=0.0)
-        if target_ptr is not None:
-            offsets = _row_offsets(rows, n_inner, stride_t)
-            target = tl.load(target_ptr + offsets, mask=mask, other=0).to(tl.int64)
-            mask = mask & (target != ignore_index)
-            if weight_ptr is not None:
-                mask = mask & (target >= 0) & (target < n_classes)
-                parts += tl.load(weight_ptr + target, mask=mask, other=0.0).to(acc)
-            else:
-                parts += mask.to(acc)
-        else:
-            parts += mask.to(acc)
-    scale = tl.full((), 1.0, acc)
-    if MEAN:
-        scale = 1.0 / tl.sum(parts, axis=0)
-    tl.store(out_ptr, tl.sum(total, axis=0) * scale)
-    tl.store(scale_ptr, scale)
+    """counts = the sum of the w_y of the rows that are not ignored"""
+    share = tl.cdiv(n_rows, tl.num_programs(0))
+    first = tl.program_id(0) * share
+    counts = _counted(
+        first, tl.minimum(first + share, n_rows), target_ptr, weight_ptr, n_inner, n_classes,
+        stride_t, ignore_index, ACC, BLOCK,
+    )  # fmt: skip
+    tl.store(counts_ptr + tl.program_id(0), counts)
+
+
+@triton.jit(do_not_specialize=["n"])
+def _cross_entropy_sum_kernel(parts_ptr, out_ptr, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
+    """out = the sum of n parts, added up by one program in a fixed order"""
+    tl.store(out_ptr, _summed(parts_ptr, n, ACC, BLOCK))
 
 
 @triton.jit(do_not_specialize=["n_rows", "ignore_index"])
@@ -224,7 +288,7 @@ def _cross_entropy_bwd_kernel(
     x_ptr,  # logits, shape (n_rows / n_inner, n_classes, n_inner)
     target_ptr,  # class indices (n_rows / n_inner, n_inner), or probabilities shaped as x
     weight_ptr,  # class weights, shape (n_classes,), or None for 1
-    stats_ptr,  # m, log s and a of each row, shape (3 or 4, n_rows); in the dtype computed in
+    stats_ptr,  # m, s and a of each row, shape (3 or 4, n_rows)
     scale_ptr,  # factor of every row, one number; None for 1
     dx_ptr,  # out: gradient of the logits, shaped as x; None where it is not wanted
     dt_ptr,  # out: gradient of the probabilities, shaped as x; None where it is not wanted
@@ -244,73 +308,79 @@ def _cross_entropy_bwd_kernel(
     SMOOTHED: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
+    ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    VEC: tl.constexpr,
+    EDGES: tl.constexpr,
 ):
     """dx_c = dloss * (a * p_c - b_c) * dz/dx,  dt_c = dloss * (1 - e) * w_c * (lse - z_c)"""
-    acc: tl.constexpr = stats_ptr.dtype.element_ty
-    cap, scale = tl.full((), softcap, acc), tl.full((), logit_scale, acc)
-    smoothing = tl.full((), label_smoothing, acc)
-    keep = 1.0 - smoothing
+    cap, z_scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
+    smoothing = tl.full((), label_smoothing, ACC)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     row_mask = rows < n_rows
-    x_rows = _row_offsets(rows, n_inner, stride_x)
-    t_rows = _row_offsets(rows, n_inner, stride_t)
-    dx_rows = _row_offsets(rows, n_inner, stride_dx)
-    dt_rows = _row_offsets(rows, n_inner, stride_dt)
-    valid = row_mask
-    if not SOFT:
-        target = tl.load(target_ptr + t_rows, mask=row_mask, other=0).to(tl.int64)
-        valid = row_mask & (target != ignore_index)
+    x_rows = row_offsets(rows, n_inner, stride_x)
+    t_rows = row_offsets(rows, n_inner, stride_t)
+    dx_rows = row_offsets(rows, n_inner, stride_dx)
+    dt_rows = row_offsets(rows, n_inner, stride_dt)
+    y, valid, inside, z_y, b_y = row_targets(
+        x_ptr, x_rows, stride_x, target_ptr, t_rows, weight_ptr, row_mask, n_classes,
+        ignore_index, smoothing, z_scale, cap, ACC, SOFT, SCALED, CAPPED,
+    )  # fmt: skip
+    tl.debug_barrier()  # in place, no warp may write before all have read their z_y
     stats_rows = stats_ptr + rows
     m = tl.load(stats_rows, mask=valid, other=0.0)
-    log_s = tl.load(stats_rows + n_rows, mask=valid, other=0.0)
+    s = tl.load(stats_rows + n_rows, mask=valid, other=1.0)
     a = tl.load(stats_rows + 2 * tl.cast(n_rows, tl.int64), mask=valid, other=0.0)
-    factor = tl.load(dloss_ptr + rows * stride_dloss, mask=valid, other=0.0).to(acc)
+    factor = tl.load(dloss_ptr + rows * stride_dloss, mask=valid, other=0.0).to(ACC)
     if scale_ptr is not None:
         factor *= tl.load(scale_ptr)
-    if not SOFT:
-        inside = (target >= 0) & (target < n_classes)
-        factor = tl.where(inside, factor, float("nan"))
-        b_y = tl.zeros((BLOCK_N,), acc) + keep
-        if weight_ptr is not None:
-            w_y = tl.load(weight_ptr + target, mask=valid & inside, other=0.0)
-            b_y *= w_y.to(acc)
-
+    factor = tl.where(valid, tl.where(inside, factor, float("nan")), 0.0)
+    p_factor, log_s = a * factor / s, tl.log(s)
+    x_main, head, n_main = row_parts(x_rows, n_classes, VEC, EDGES)
+    dx_main, _, _ = row_parts(dx_rows, n_classes, VEC, EDGES)
     for start in range(0, n_classes, BLOCK_C):
-        cols = (start + tl.arange(0, BLOCK_C)).to(tl.int64)  # (BLOCK_C,)
-        col_mask = cols < n_classes
-        mask = valid[:, None] & col_mask[None, :]
-        out_mask = row_mask[:, None] & col_mask[None, :]
-        x_offsets = x_rows[:, None] + cols[None, :] * stride_x[1]
-        x = tl.load(x_ptr + x_offsets, mask=mask, other=float("-inf")).to(acc)
-        z = _scores(x, mask, scale, cap, SCALED, CAPPED)  # (BLOCK_N, BLOCK_C)
-        log_p = z - m[:, None] - log_s[:, None]
-        if dx_ptr is not None:
-            # b is taken off in float32, before the rounding to a half-precision dx: for a confident
-            # prediction p rounds to 1 and the whole gradient would be lost.
-            dz = a[:, None] * tl.exp(log_p)
-            if SOFT or SMOOTHED:
-                t_offsets = t_rows[:, None] + cols[None, :] * stride_t[1]
-                dz -= _dense_target(
-                    target_ptr, t_offsets, weight_ptr, cols, mask, n_classes, keep, smoothing, acc,
-                    SOFT, SMOOTHED,
-                )  # fmt: skip
-            if not SOFT:
-                dz = tl.where(cols[None, :] == target[:, None], dz - b_y[:, None], dz)
-            dx = dz * factor[:, None]
-            if SCALED:
-                dx = dx * scale
-            if CAPPED:
-                dx = dx * (1.0 - (z / cap) * (z / cap))
-            dx_offsets = dx_rows[:, None] + cols[None, :] * stride_dx[1]
-            tl.store(dx_ptr + dx_offsets, tl.where(valid[:, None], dx, 0.0), mask=out_mask)
-        if dt_ptr is not None:
-            dt = -factor[:, None] * keep * log_p
-            if weight_ptr is not None:
-                dt *= tl.load(weight_ptr + cols, mask=col_mask, other=0.0).to(acc)[None, :]
-            dt_offsets = dt_rows[:, None] + cols[None, :] * stride_dt[1]
-            tl.store(dt_ptr + dt_offsets, dt, mask=out_mask)
+        places, classes, mask = main_tile(start, head, n_main, BLOCK_C, VEC, EDGES)
+        read_and_put(
+            dx_ptr, dx_main[:, None] + places * stride_dx[1], dt_ptr, dt_rows, stride_dt,
+            x_ptr, x_main[:, None] + places * stride_x[1], target_ptr, t_rows, stride_t,
+            weight_ptr, classes, mask, row_mask, n_classes, valid,
+            m, log_s, p_factor, factor, smoothing, z_scale, cap,
+            ACC, SOFT, SMOOTHED, SCALED, CAPPED, "",
+        )  # fmt: skip
+    if EDGES:
+        edge_classes, edge_mask = edge_tile(head, n_main, n_classes, VEC)
+        read_and_put(
+            dx_ptr, dx_rows[:, None] + edge_classes, dt_ptr, dt_rows, stride_dt,
+            x_ptr, x_rows[:, None] + edge_classes, target_ptr, t_rows, stride_t,
+            weight_ptr, edge_classes, edge_mask, row_mask, n_classes, valid,
+            m, log_s, p_factor, factor, smoothing, z_scale, cap,
+            ACC, SOFT, SMOOTHED, SCALED, CAPPED, "",
+        )  # fmt: skip
+    if dx_ptr is not None and not SOFT:
+        put_dx_y(
+            dx_ptr, dx_rows + y * stride_dx[1], z_y, b_y, weight_ptr, y, inside, n_classes,
+            m, p_factor, factor, smoothing, z_scale, cap, ACC, SMOOTHED, SCALED, CAPPED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _cross_entropy_scale_kernel(
+    dx_ptr,  # in and out: the gradient, n numbers
+    dloss_ptr,  # upstream gradient, one number
+    n,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """dx = dloss * dx; nothing at all where dloss is 1"""
+    dloss = tl.load(dloss_ptr).to(ACC)
+    if dloss != 1.0:
+        first = tl.program_id(0).to(tl.int64) * BLOCK
+        for start in range(first, n, tl.num_programs(0).to(tl.int64) * BLOCK):
+            places = start + tl.arange(0, BLOCK)
+            mask = places < n
+            dx = tl.load(dx_ptr + places, mask=mask, other=0.0).to(ACC)
+            tl.store(dx_ptr + places, dloss * dx, mask=mask)
 
 
 def cross_entropy_fwd(
@@ -330,34 +400,130 @@ def cross_entropy_fwd(
 
     target is (N, *S) class indices, or probabilities shaped as x; weight (C,); a softcap of 0 is
     none. Returns (loss, stats, scale, extras): loss as `reduction` says, in `loss_dtype`; stats
-    (3 or 4, rows), the m, log s and a of each row; scale, the factor of every row in the mean or
-    sum, one number, None for "none"; extras, if wanted, the loss and the lse of each row (N, *S)
-    and, one int64, how many rows have their largest logit at their target.
+    (3 or 4, rows), the m, s and a of each row; scale, the factor of every row in the mean or sum,
+    one number, None for "none"; extras, if wanted, the loss and the lse of each row (N, *S) and,
+    one int64, how many rows have their largest logit at their target.
 
-    Bytes: reads x once (and the probabilities once); writes 16 bytes a row. That is the least for
-    a forward alone. With "mean" or "sum" a second launch of one program reads the rows' losses and
-    targets.
+    Bytes: reads x once (and the probabilities once); writes 12 bytes a row, which is the least for
+    a forward alone. Launches: as `cross_entropy_fwd_bwd`; one for "none".
     """
-    x3, target3, soft = layout.inner(x), _rows_of_target(x, target), target.shape == x.shape
-    n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
-    wide = x.dtype == torch.float64 or (soft and target.dtype == torch.float64)
-    acc = torch.float64 if wide else torch.float32
+    numbers = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    acc = _computed_in(x, target)
+    n_rows = x.shape[0] * x.shape[2:].numel()
     stats = torch.empty((4 if want_extras else 3, n_rows), dtype=acc, device=x.device)
-    reduced = reduction != "none"
-    loss = torch.empty(n_rows, dtype=acc if reduced else loss_dtype, device=x.device)
-    tile = tuning.cross_entropy(n_rows, n_classes, x.dtype, x3.stride(1), n_inner)
-    if n_rows > 0:
-        _cross_entropy_fwd_kernel[tile.rows_grid(n_rows)](
-            x3,
+    scale = None if reduction == "none" else torch.empty((), dtype=acc, device=x.device)
+    loss, extras = _forward(
+        x, target, weight, numbers, reduction, loss_dtype, want_extras, scale, stats, None
+    )
+    return loss, stats, scale, extras
+
+
+def cross_entropy_fwd_bwd(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    loss_dtype: torch.dtype,
+    want_extras: bool,
+    inplace: bool,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, torch.Tensor]:
+    """The loss of `cross_entropy_fwd`, "mean" or "sum", and its gradient: (loss, extras, dx).
+
+    dx is in x's dtype and memory format, or in x's own memory if `inplace`.
+
+    Bytes: reads x once and writes dx once, the least possible: a row stays in registers, or beyond
+    `tuning`'s threshold is read a second time from L2, where it is kept until then. Launches: one
+    where one program does everything; otherwise a second, small one, adds up the programs' sums;
+    a mean over very many rows counts them in one before.
+    """
+    assert reduction != "none"
+    numbers = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    dx = x if inplace else torch.empty_like(x)
+    n_rows = x.shape[0] * x.shape[2:].numel()
+    stats = None
+    if want_extras:
+        stats = torch.empty((4, n_rows), dtype=_computed_in(x, target), device=x.device)
+    loss, extras = _forward(
+        x, target, weight, numbers, reduction, loss_dtype, want_extras, None, stats, dx
+    )
+    return loss, extras, dx
+
+
+def _forward(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    weight: torch.Tensor | None,
+    numbers: tuple[int, float, float, float, float],
+    reduction: str,
+    loss_dtype: torch.dtype,
+    want_extras: bool,
+    scale: torch.Tensor | None,
+    stats: torch.Tensor | None,
+    dx: torch.Tensor | None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
+    """(loss, extras); fills scale, stats and dx, where they are given."""
+    ignore_index, label_smoothing, z_loss, softcap, logit_scale = numbers
+    x3, target3, soft = layout.inner(x), _rows_of_target(x, target), target.shape == x.shape
+    dx3 = None if dx is None else x3 if dx is x else layout.inner(dx)
+    n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
+    acc, t_strides = _computed_in(x, target), _target_strides(target3, soft)
+    reduced, mean = reduction != "none", reduction == "mean"
+    plan = tuning.cross_entropy(x3)
+
+    def new(*shape: int, dtype: torch.dtype = acc) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    counts, n_counts = None, 0
+    if mean and not soft and n_rows > plan.max_rows_to_count:
+        n_counts = tuning.count_programs(n_rows)
+        counts = new(n_counts)
+        _cross_entropy_count_kernel[(n_counts,)](
             target3,
             weight,
-            loss,
-            stats,
+            counts,
             n_rows,
             n_inner,
             n_classes,
+            t_strides,
+            ignore_index,
+            ACC=_TRITON[acc],
+            BLOCK=plan.BLOCK_COUNT,
+            num_warps=plan.num_warps,
+        )
+    # One program's part is the whole.
+    parts = (
+        None
+        if not reduced
+        else new(dtype=loss_dtype)
+        if plan.n_programs == 1
+        else new(plan.n_programs)
+    )
+    rows_loss = (
+        None if reduced and not want_extras else new(n_rows, dtype=acc if reduced else loss_dtype)
+    )
+    if n_rows > 0 or reduced:
+        _cross_entropy_fwd_kernel[(plan.n_programs,)](
+            x3,
+            target3,
+            weight,
+            counts,
+            rows_loss,
+            parts,
+            scale,
+            stats,
+            dx3,
+            n_rows,
+            n_counts,
+            n_inner,
+            n_classes,
             layout.strides(x3),
-            _target_strides(target3, soft),
+            t_strides,
+            layout.strides(dx3),
             ignore_index,
             label_smoothing,
             z_loss,
@@ -369,34 +535,34 @@ def cross_entropy_fwd(
             CAPPED=softcap != 0,
             SCALED=logit_scale != 1,
             CORRECT=want_extras,
-            BLOCK_N=tile.BLOCK_N,
-            BLOCK_C=tile.BLOCK_C,
-            num_warps=tile.num_warps,
+            MEAN=mean,
+            ACC=_TRITON[acc],
+            BLOCK_N=plan.BLOCK_N,
+            BLOCK_C=plan.BLOCK_C,
+            BLOCK_COUNT=plan.BLOCK_COUNT,
+            LANES=plan.LANES,
+            VEC=plan.VEC,
+            EDGES=plan.EDGES,
+            HELD=plan.HELD,
+            num_warps=plan.num_warps,
         )
+    layout.copy_back(dx, dx3)
     shape = x.shape[:1] + x.shape[2:]
     extras = None
-    if want_extras:
+    if want_extras and stats is not None and rows_loss is not None:
+        rows = rows_loss if reduced else rows_loss.clone()
         correct = stats[3].sum(dtype=torch.int64)
-        extras = (loss.clone().view(shape), (stats[0] + stats[1]).view(shape), correct)
-    if not reduced:
-        return loss.view(shape), stats, None, extras
-    out = torch.empty((), dtype=loss_dtype, device=x.device)
-    scale = torch.empty((), dtype=acc, device=x.device)
-    _cross_entropy_reduce_kernel[(1,)](
-        loss,
-        None if soft else target3,
-        weight,
-        out,
-        scale,
-        n_rows,
-        n_inner,
-        n_classes,
-        _target_strides(target3, soft),
-        ignore_index,
-        MEAN=reduction == "mean",
-        BLOCK=tuning.scan(n_rows),
+        extras = (rows.view(shape), (stats[0] + stats[1].log()).view(shape), correct)
+    if parts is None and rows_loss is not None:
+        return rows_loss.view(shape), extras
+    assert parts is not None
+    if plan.n_programs == 1:
+        return parts, extras
+    loss = new(dtype=loss_dtype)
+    _cross_entropy_sum_kernel[(1,)](
+        parts, loss, plan.n_programs, ACC=_TRITON[acc], BLOCK=tuning.scan(plan.n_programs)
     )
-    return out, stats, scale, extras
+    return loss, extras
 
 
 def cross_entropy_bwd(
@@ -422,8 +588,8 @@ def cross_entropy_bwd(
     `inplace`; dtarget, of probabilities, in their dtype and memory format.
 
     Bytes: reads x once (and the probabilities once), writes dx once (and dtarget once). With the
-    forward 2 reads and 1 write of the logits; the least possible is 1 read and 1 write, by forming
-    the gradient in the forward.
+    forward 2 reads and 1 write of the logits; the least possible is 1 read and 1 write, which
+    `cross_entropy_fwd_bwd` takes.
     """
     soft = target.shape == x.shape
     dx = None if not want_dx else x if inplace else torch.empty_like(x)
@@ -432,12 +598,12 @@ def cross_entropy_bwd(
         return dx, dtarget
     x3, target3 = layout.inner(x), _rows_of_target(x, target)
     # Of a layout that no view collapses, the gradient is written contiguous and copied.
-    dx3 = None if dx is None else layout.inner(dx)
+    dx3 = None if dx is None else x3 if dx is x else layout.inner(dx)
     dt3 = None if dtarget is None else layout.inner(dtarget)
     n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
-    tile = tuning.cross_entropy(n_rows, n_classes, x.dtype, x3.stride(1), n_inner)
+    plan = tuning.cross_entropy(x3)
     dloss = dloss.reshape(-1)
-    _cross_entropy_bwd_kernel[tile.rows_grid(n_rows)](
+    _cross_entropy_bwd_kernel[(triton.cdiv(n_rows, plan.BLOCK_N),)](
         dloss,
         x3,
         target3,
@@ -462,13 +628,42 @@ def cross_entropy_bwd(
         SMOOTHED=label_smoothing > 0,
         CAPPED=softcap != 0,
         SCALED=logit_scale != 1,
-        BLOCK_N=tile.BLOCK_N,
-        BLOCK_C=tile.BLOCK_C,
-        num_warps=tile.num_warps,
+        ACC=_TRITON[_computed_in(x, target)],
+        BLOCK_N=plan.BLOCK_N,
+        BLOCK_C=plan.BLOCK_C,
+        VEC=plan.VEC,
+        EDGES=plan.EDGES,
+        num_warps=plan.num_warps,
     )
     layout.copy_back(dx, dx3)
     layout.copy_back(dtarget, dt3)
     return dx, dtarget
+
+
+def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
+    """dx, in its own memory, times dloss, one number on the device.
+
+    Bytes: none where dloss is 1, which only the device looks at; else reads and writes dx once. One
+    launch.
+    """
+    span = 1 + sum((size - 1) * stride for size, stride in zip(dx.shape, dx.stride(), strict=True))
+    if dx.numel() == 0:
+        return dx
+    if span != dx.numel():  # a slice of larger memory: logits of a padded vocabulary, in place
+        dx.mul_(dloss)
+    else:
+        block, n_programs = tuning.scale(dx.numel(), dx.device)
+        _cross_entropy_scale_kernel[(n_programs,)](
+            dx, dloss, dx.numel(), ACC=_TRITON[_computed_in(dx, dx)], BLOCK=block, num_warps=8
+        )
+    return dx
+
+
+_TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def _computed_in(x: torch.Tensor, target: torch.Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (x.dtype, target.dtype) else torch.float32
 
 
 def _rows_of_target(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

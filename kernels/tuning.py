@@ -1,5 +1,6 @@
 """Block sizes and warps of every kernel: the only place that makes them of a shape and a dtype."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -27,20 +28,107 @@ class Tile:
         return ((n_columns + self.BLOCK_C - 1) // self.BLOCK_C,)
 
 
-def cross_entropy(
-    n_rows: int, n_classes: int, dtype: torch.dtype, stride_c: int, n_inner: int
-) -> Tile:
-    """A program owns BLOCK_N whole rows and walks over their classes, BLOCK_C at a time."""
-    if stride_c != 1 and n_inner > 1:
+@dataclass(frozen=True)
+class CrossEntropyPlan:
+    """Tiles of BLOCK_N rows and BLOCK_C classes, and how many programs share them."""
+
+    BLOCK_N: int
+    BLOCK_C: int
+    LANES: int  # parts of a row that keep statistics of their own until it ends
+    VEC: int  # classes in one access
+    EDGES: bool  # whether rows begin and end anywhere, between the full accesses
+    HELD: bool  # whether a row is one tile, so that it is read once
+    num_warps: int
+    n_programs: int
+
+    @property
+    def BLOCK_COUNT(self) -> int:
+        """Targets counted at a time: 8 a thread, all in flight together."""
+        return 256 * self.num_warps
+
+    @property
+    def max_rows_to_count(self) -> int:
+        """Up to 4 such steps every program counts for itself: less than a launch would take."""
+        return 4 * self.BLOCK_COUNT
+
+
+def cross_entropy(x: torch.Tensor) -> CrossEntropyPlan:
+    """For logits x (N, C, S); a program owns whole rows.
+
+    Not for more than x: whichever kernels compute them, two sums are then equal to the last bit.
+    """
+    n_rows, n_classes, size = x.shape[0] * x.shape[2], x.shape[1], x.dtype.itemsize
+    processors, l2 = _device(x.device)
+    if x.stride(1) != 1 and x.shape[2] > 1:
         # (N, C, S): neighbours in memory are rows. 128 bytes of them are one full access of a warp.
-        block_n = min(128 // dtype.itemsize, next_power_of_2(n_rows))
+        block_n = min(128 // size, next_power_of_2(n_rows))
         block_c = min(next_power_of_2(n_classes), 2048 // block_n)
+        held, lanes, vec, edges, num_warps = block_c >= n_classes, 1, 1, False, 4
+        per_processor = 16
     else:
-        # 8 warps x 32 lanes x 16 bytes is one 4 KB access; 4 of them hide the latency.
-        block_c = min(next_power_of_2(n_classes), 16384 // dtype.itemsize)
-        # Few classes: several rows a program, so that its warps have 1,024 elements to share.
-        block_n = min(max(1, 1024 // block_c), next_power_of_2(n_rows))
-    return Tile(block_n, block_c, num_warps=4 if block_n * block_c <= 2048 else 8)
+        vec, edges = _accesses(x)
+        block_c = next_power_of_2(n_classes)
+        # 16 numbers a thread in up to 16 warps: about 48 registers in bfloat16, so that 40 warps
+        # are resident and some read while others compute. 32 a thread took 96 to 127.
+        held = block_c * max(size, 4) <= 32768
+        if held:
+            # Up to 8 rows a thread do not spill. What such a tile holds takes one launch.
+            block_n = next_power_of_2(n_rows)
+            if block_n > 32 or block_n * block_c > 2048:
+                block_n = max(1, 512 // block_c) if block_c <= 128 else 1
+            elements = block_n * block_c
+            num_warps = min(max(4, elements // 128) if block_n > 1 else max(1, elements // 512), 16)
+            lanes, per_processor = 1, 64 // num_warps
+        else:
+            # Two accesses of 16 bytes a thread in flight, four where one program is alone on its
+            # multiprocessor because the rows in flight, which are read twice, have to fit L2: two
+            # thirds of it, as the gradient passes through it too.
+            per_processor = 1 if 3 * processors * n_classes * size > l2 else 2
+            block_n, num_warps = 1, 16
+            block_c = (32768 if per_processor == 1 else 16384) // size
+            lanes = 32 * num_warps
+    tiles = max(1, (n_rows + block_n - 1) // block_n)
+    # In the interpreter two, so that a small grid has several tiles a program, too.
+    n_programs = min(tiles, 2 if x.is_cpu else processors * per_processor)
+    return CrossEntropyPlan(block_n, block_c, lanes, vec, edges, held, num_warps, n_programs)
+
+
+def _accesses(x: torch.Tensor) -> tuple[int, bool]:
+    """(VEC, EDGES): 16 bytes an access, if rows of x, and of torch.empty_like(x), allow for it."""
+    n_classes, vec = x.shape[1], 16 // x.dtype.itemsize
+    if x.stride(1) != 1 or x.data_ptr() % 16:
+        return 1, False
+    if (
+        n_classes % vec == 0
+        and x.stride(0) % vec == 0
+        and (x.shape[2] == 1 or x.stride(2) % vec == 0)
+    ):
+        return vec, False
+    # The edges are a tile of their own: little beside so many classes.
+    if n_classes >= 4096 and x.transpose(1, 2).is_contiguous():
+        return vec, True
+    return 1, False
+
+
+def count_programs(n_rows: int) -> int:
+    """Programs that count rows for the mean: 8,192 rows each, one step of its reader at most."""
+    return min((n_rows + 8191) // 8192, 512)
+
+
+def scale(n: int, device: torch.device) -> tuple[int, int]:
+    """Block and programs of a pass over `n` numbers that mostly has nothing to do."""
+    # Few programs: all that most calls cost is to start them.
+    block = 8192
+    return block, min((n + block - 1) // block, 4 * _device(device)[0])
+
+
+@functools.cache
+def _device(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, bytes of L2); an H100's where there is no device."""
+    if device.type != "cuda":
+        return 132, 50 * 2**20
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, properties.L2_cache_size
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,41 @@
 
 The mathematics is written there. Here lse - z_c is -log_softmax(z)_c and p is softmax(z): both are
 native and take one pass, so nothing but the arguments is kept between forward and backward.
+
+On the CPU the rows are taken in chunks that stay in its cache. The logits are read from memory once
+and their gradient is written once; what is in between never leaves the cache. On other devices
+(there are some without Triton) everything is one chunk.
 """
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# Elements of a chunk: 2 MB of float32. Of 0.25 to 4 MB, 1 to 2 were fastest; smaller ones are
+# Python's overhead, larger ones leave the cache.
+_CHUNK = 2**19
+# Below this the probability of a target has lost digits, or everything, to underflow.
+_TINY = 1e-30
+
+
+class _Rows(NamedTuple):
+    """A chunk of rows, and the numbers of a call that concern a row."""
+
+    x: Tensor
+    target: Tensor
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    logit_scale: float
+
+    @property
+    def soft(self) -> bool:
+        return self.target.shape == self.x.shape
 
 
 def cross_entropy_fwd(
@@ -31,44 +61,55 @@ def cross_entropy_fwd(
     their largest logit at their target. An index outside [0, C) that is not `ignore_index` raises
     IndexError on the CPU; elsewhere, where looking would stall the device, its loss is NaN.
     """
-    z = scores(x, target, softcap, logit_scale)
-    logp = torch.log_softmax(z, dim=1)
-    soft = target.shape == x.shape
-    if soft:
-        ignored = None
-        loss = -(_dense_target(target, z, weight, label_smoothing) * logp).sum(1)
-        parts: Tensor | int = loss.numel()
-    else:
-        ignored, outside, index = _split_targets(target, x.shape[1], ignore_index)
-        loss = _pick(logp, index, target, ignore_index).neg_()
-        if outside is not None:
-            loss.masked_fill_(outside, float("nan"))
-        w_y = None if weight is None else _pick(_per_class(weight, z), index, target, ignore_index)
-        if w_y is not None:
-            loss *= w_y
-        if label_smoothing > 0:
-            share = -label_smoothing / x.shape[1]
-            dense = logp if weight is None else logp * _per_class(weight, z)
-            loss = (1 - label_smoothing) * loss + share * dense.sum(1)
-        counted = ignored.logical_not()
-        parts = counted.sum() if w_y is None else (w_y * counted).sum(dtype=loss.dtype)
-    lse = torch.logsumexp(z, 1) if z_loss or want_extras else None
-    if z_loss and lse is not None:
-        loss = loss + z_loss * lse.square()
-    if ignored is not None:
-        loss = loss.masked_fill(ignored, 0.0)
-    extras = None
-    if want_extras and lse is not None:
-        hit = z.argmax(1) == (target.argmax(1) if soft else target)
-        if ignored is not None:
-            hit, lse = hit & ~ignored, lse.masked_fill(ignored, 0.0)
-        row_dtype = loss_dtype if reduction == "none" else loss.dtype
-        extras = (loss.to(row_dtype, copy=True), lse, hit.sum())
-    if reduction == "none":
-        return loss.to(loss_dtype), None, None, extras
-    total = loss.sum()
-    scale = torch.ones_like(total) if reduction == "sum" else total.new_ones(()).div_(parts)
-    return (total * scale).to(loss_dtype), None, scale, extras
+    numbers = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    with_errors = _checked(target, x.shape[1], ignore_index)
+    scale = with_errors(_scale, x, target, weight, ignore_index, reduction)
+    outputs = [
+        with_errors(_losses, _Rows(x[rows], target[rows], weight, *numbers), want_extras)
+        for rows in _chunks(x)
+    ]
+    loss, extras = _reduced(outputs, reduction, scale, loss_dtype)
+    return loss, None, scale, extras
+
+
+def cross_entropy_fwd_bwd(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    loss_dtype: torch.dtype,
+    want_extras: bool,
+    inplace: bool,
+) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor]:
+    """The loss of `cross_entropy_fwd`, "mean" or "sum", and its gradient: (loss, extras, dx).
+
+    dx is in x's dtype and memory format, or in x's own memory if `inplace`.
+    """
+    numbers = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    with_errors = _checked(target, x.shape[1], ignore_index)
+    scale = with_errors(_scale, x, target, weight, ignore_index, reduction)
+    assert scale is not None
+    dx = x if inplace else torch.empty_like(x)
+    # The loss is in what the gradient takes anyway: its softmax. Not where more is asked, nor where
+    # nobody may look whether a probability has underflowed.
+    plain = not (target.shape == x.shape or label_smoothing or z_loss or want_extras) and x.is_cpu
+    scratch, outputs = _Scratch(), []
+    for rows in _chunks(x):
+        chunk, out = _Rows(x[rows], target[rows], weight, *numbers), dx[rows]
+        losses = None if plain else with_errors(_losses, chunk, want_extras)
+        z = scores(chunk.x, target, softcap, logit_scale)
+        p = torch.softmax(z, dim=1, out=scratch.beside(out, z))
+        if losses is None:
+            losses = with_errors(_losses_from, p, z, chunk), None, None
+        outputs.append(losses)
+        _gradient_from(p, z, chunk, scale, out)
+    loss, extras = _reduced(outputs, reduction, scale, loss_dtype)
+    return loss, extras, dx
 
 
 def cross_entropy_bwd(
@@ -94,57 +135,185 @@ def cross_entropy_bwd(
     their dtype.
     """
     assert stats is None, "stats belong to the Triton kernels"
-    soft = target.shape == x.shape
-    z = scores(x, target, softcap, logit_scale)
-    factor = dloss.to(z.dtype) if scale is None else dloss.to(z.dtype) * scale
-    factor = factor.unsqueeze(1) if factor.dim() else factor.view([1] * x.dim())
-    dtarget = None
-    if want_dtarget:
-        dtarget = torch.log_softmax(z, dim=1).mul_((label_smoothing - 1) * factor)
-        if weight is not None:
-            dtarget *= _per_class(weight, z)
-        dtarget = dtarget.to(target.dtype)
-    if not want_dx:
-        return None, dtarget
+    numbers = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    factor = dloss.to(_computed_in(x, target))
+    factor = factor if scale is None else factor * scale
+    dx = None if not want_dx else x if inplace else torch.empty_like(x)
+    dtarget = torch.empty_like(target) if want_dtarget else None
+    scratch = _Scratch()
+    for rows in _chunks(x):
+        chunk = _Rows(x[rows], target[rows], weight, *numbers)
+        z = scores(chunk.x, target, softcap, logit_scale)
+        f = factor[rows].unsqueeze(1) if factor.dim() else factor
+        if dtarget is not None:
+            dt = torch.log_softmax(z, dim=1).mul_((label_smoothing - 1) * f)
+            dtarget[rows] = dt if weight is None else dt.mul_(_per_class(weight, z))
+        if dx is not None:
+            p = torch.softmax(z, dim=1, out=scratch.beside(dx[rows], z))
+            _gradient_from(p, z, chunk, f, dx[rows])
+    return dx, dtarget
 
-    # a * p - b, with the coefficient a = sum_c b_c + 2 * z_loss * lse
-    lse = torch.logsumexp(z, 1, keepdim=True) if z_loss else None
-    dz = torch.softmax(z, dim=1)
-    if soft:
-        ignored, outside = None, None
-        b = _dense_target(target, z, weight, label_smoothing)
-        a = b.sum(1, keepdim=True)
-        dz.mul_(a if lse is None else a + 2 * z_loss * lse).sub_(b)
+
+def cross_entropy_scale(dx: Tensor, dloss: Tensor) -> Tensor:
+    """dx, in its own memory, times dloss, one number."""
+    if dx.is_cpu and dloss.item() == 1:  # elsewhere nobody may look
+        return dx
+    return dx.mul_(dloss)
+
+
+def _chunks(x: Tensor) -> Iterator[slice]:
+    """Slices of rows: at least one, which is everything where x is not on the CPU."""
+    n = max(1, x.shape[0])
+    step = max(1, _CHUNK * x.shape[0] // max(1, x.numel())) if x.is_cpu else n
+    return (slice(i, i + step) for i in range(0, n, step))
+
+
+class _Scratch:
+    """Memory of a chunk's size for softmax, taken once a call."""
+
+    memory: Tensor | None = None
+
+    def beside(self, out: Tensor, z: Tensor) -> Tensor:
+        """Room for a result shaped as z: `out`, if it is contiguous, of z's dtype and not z itself;
+        what is not written for good at once must not go where z still is."""
+        if z.dtype == out.dtype and z.data_ptr() != out.data_ptr() and out.is_contiguous():
+            return out
+        if self.memory is None:
+            self.memory = torch.empty_like(z, memory_format=torch.contiguous_format)
+        return self.memory[: z.shape[0]]
+
+
+def _computed_in(x: Tensor, target: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (x.dtype, target.dtype) else torch.float32
+
+
+def _scale(
+    x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
+) -> Tensor | None:
+    """The factor of every row in the mean or sum, one number."""
+    if reduction == "none":
+        return None
+    one = torch.ones((), dtype=_computed_in(x, target), device=x.device)
+    if reduction == "sum":
+        return one
+    if target.shape == x.shape:
+        return one / (x.numel() // max(1, x.shape[1]))
+    ignored, _, index = _split_targets(target, x.shape[1], ignore_index)
+    counted = ignored.logical_not_()
+    if weight is None:
+        return one / counted.sum()
+    w_y = weight.to(one.dtype)[index.squeeze(1)]
+    return one / (w_y * counted).sum()
+
+
+def _losses(rows: _Rows, want_extras: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss and, if wanted, lse of each row (N, *S), and whether its prediction is right."""
+    x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale = rows
+    z = scores(x, target, softcap, logit_scale)
+    logp = torch.log_softmax(z, dim=1)
+    ignored = None
+    if rows.soft:
+        loss = -(_dense_target(target, z, weight, label_smoothing) * logp).sum(1)
     else:
         ignored, outside, index = _split_targets(target, x.shape[1], ignore_index)
-        a_y = z.new_full([1] * x.dim(), 1 - label_smoothing)
+        loss = _pick(logp, index).neg_()
+        if outside is not None:
+            loss.masked_fill_(outside, float("nan"))
         if weight is not None:
-            a_y = a_y * _pick(_per_class(weight, z), index, target, ignore_index).unsqueeze(1)
-        a = a_y
+            loss *= _pick(_per_class(weight, z), index)
         if label_smoothing > 0:
-            share = label_smoothing / x.shape[1]
-            b = z.new_full([1] * x.dim(), share)
-            b = (
-                b.expand(1, x.shape[1], *b.shape[2:])
-                if weight is None
-                else b * _per_class(weight, z)
-            )
-            a = a_y + b.sum(1, keepdim=True)
-        if lse is not None:
-            a = a + 2 * z_loss * lse
-        if label_smoothing > 0 or weight is not None or z_loss:
-            dz.mul_(a)
-        if label_smoothing > 0:
-            dz.sub_(b)
-        dz.scatter_add_(1, index, (-a_y).expand_as(index))
-    if outside is not None:
-        factor = factor.masked_fill(outside.unsqueeze(1), float("nan"))
-    dz.mul_(factor * logit_scale)
-    if softcap:
-        dz.mul_(1 - (z / softcap).square())
+            share = -label_smoothing / x.shape[1]
+            dense = logp if weight is None else logp * _per_class(weight, z)
+            loss = (1 - label_smoothing) * loss + share * dense.sum(1)
+    lse = torch.logsumexp(z, 1) if z_loss or want_extras else None
+    if z_loss and lse is not None:
+        loss = loss + z_loss * lse.square()
     if ignored is not None:
-        dz.masked_fill_(ignored.unsqueeze(1), 0.0)
-    return (x.copy_(dz) if inplace else dz.to(x.dtype)), dtarget
+        loss = loss.masked_fill_(ignored, 0.0)
+    if not want_extras or lse is None:
+        return loss, None, None
+    hit = z.argmax(1) == (target.argmax(1) if rows.soft else target)
+    if ignored is not None:
+        hit, lse = hit.logical_and_(~ignored), lse.masked_fill_(ignored, 0.0)
+    return loss, lse, hit
+
+
+def _losses_from(p: Tensor, z: Tensor, rows: _Rows) -> Tensor:
+    """Loss of each row (N, *S), of class indices on the CPU, from p = softmax(z)."""
+    ignored, _, index = _split_targets(rows.target, p.shape[1], rows.ignore_index)
+    p_y = _pick(p, index)
+    lost = p_y < _TINY
+    loss = p_y.log_().neg_()
+    if lost.any():
+        z_y = _pick(z, index)[lost]
+        loss[lost] = torch.logsumexp(z.movedim(1, -1)[lost], 1) - z_y
+    if rows.weight is not None:
+        loss *= _pick(_per_class(rows.weight, z), index)
+    return loss.masked_fill_(ignored, 0.0)
+
+
+def _gradient_from(p: Tensor, z: Tensor, rows: _Rows, factor: Tensor, out: Tensor) -> None:
+    """out = (a * p - b) * factor * dz/dx, of p = softmax(z), whose memory is used."""
+    x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale = rows
+    ignored = outside = None
+    a: Tensor | None = None  # sum_c b_c + 2 * z_loss * lse; None for 1
+    if rows.soft:
+        b = _dense_target(target, z, weight, label_smoothing)
+        a = b.sum(1, keepdim=True)
+    else:
+        ignored, outside, index = _split_targets(target, x.shape[1], ignore_index)
+        b_y = z.new_full([1] * z.dim(), 1 - label_smoothing)
+        if weight is not None:
+            b_y = b_y * _pick(_per_class(weight, z), index).unsqueeze(1)
+        if weight is not None or label_smoothing > 0:
+            a = b_y
+        if label_smoothing > 0:
+            share = torch.full_like(z[:1], label_smoothing / x.shape[1])
+            b = share if weight is None else share * _per_class(weight, z)
+            a = b_y + b.sum(1, keepdim=True)
+    if z_loss:
+        a = (1 if a is None else a) + 2 * z_loss * torch.logsumexp(z, 1, keepdim=True)
+    if a is not None:
+        p.mul_(a)
+    if rows.soft or label_smoothing > 0:
+        p.sub_(b)
+    if not rows.soft:
+        p.scatter_add_(1, index, (-b_y).expand_as(index))
+    if outside is not None:
+        factor = factor * torch.where(outside, float("nan"), 1.0).to(p.dtype).unsqueeze(1)
+    if logit_scale != 1:
+        factor = factor * logit_scale
+    if softcap:
+        p.mul_(1 - (z / softcap).square())
+    if ignored is not None and (not p.is_cpu or ignored.any()):
+        p.masked_fill_(ignored.unsqueeze(1), 0.0)
+        # A mean over no rows has the factor infinity.
+        factor = torch.where(ignored.unsqueeze(1), 0.0, factor)
+    if out.dtype == p.dtype:
+        torch.mul(p, factor, out=out)
+    else:
+        out.copy_(p.mul_(factor))
+
+
+def _reduced(
+    outputs: list[tuple[Tensor, Tensor | None, Tensor | None]],
+    reduction: str,
+    scale: Tensor | None,
+    loss_dtype: torch.dtype,
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """(loss, extras) of the chunks' losses, lse and hits."""
+
+    def joined(tensors: tuple[Any, ...]) -> Tensor:
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+    losses, lses, hits = zip(*outputs, strict=True)
+    rows, extras = joined(losses), None
+    if lses[0] is not None:
+        row_loss = rows if scale is not None else rows.to(loss_dtype, copy=True)
+        extras = (row_loss, joined(lses), joined(hits).sum())
+    if scale is None:
+        return rows.to(loss_dtype), extras
+    return (rows.sum() * scale).to(loss_dtype), extras
 
 
 def cross_entropy_dweight(
@@ -236,13 +405,9 @@ def _per_class(weight: Tensor, z: Tensor) -> Tensor:
     return weight.to(z.dtype).view(1, -1, *[1] * (z.dim() - 2))
 
 
-def _pick(values: Tensor, index: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def _pick(values: Tensor, index: Tensor) -> Tensor:
     """values (N or 1, C, ...) of each row's own class: (N, *S)."""
-    try:
-        return values.expand(*index.shape[:1], -1, *index.shape[2:]).gather(1, index).squeeze(1)
-    except (IndexError, RuntimeError):
-        _raise_if_outside(target, values.shape[1], ignore_index)
-        raise
+    return values.expand(*index.shape[:1], -1, *index.shape[2:]).gather(1, index).squeeze(1)
 
 
 def _split_targets(
@@ -262,7 +427,22 @@ def _split_targets(
     return ignored, outside, index.masked_fill_(outside, 0).unsqueeze(1)
 
 
-def _raise_if_outside(target: Tensor, n_classes: int, ignore_index: int) -> None:
+def _checked(target: Tensor, n_classes: int, ignore_index: int) -> Callable[..., Any]:
+    """Calls a function; where it fails because of a class index, says which one."""
+
+    def call(function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except (IndexError, RuntimeError):
+            if target.dtype.is_floating_point:
+                raise
+            raise_if_outside(target, n_classes, ignore_index)
+            raise
+
+    return call
+
+
+def raise_if_outside(target: Tensor, n_classes: int, ignore_index: int) -> None:
     index = target.long()
     outside = ((index < 0) | (index >= n_classes)) & (index != ignore_index)
     if outside.any():

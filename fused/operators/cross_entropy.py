@@ -1,4 +1,9 @@
-"""Cross-entropy for torch.compile: two opaque operators with shapes known in advance."""
+"""Cross-entropy for torch.compile: two opaque operators with shapes known in advance.
+
+The gradient is formed in the backward: 2 reads and 1 write of the logits. One formed in the forward
+would have to be multiplied by the upstream gradient into new memory, as an operator may not return
+what it was given: 2 reads and 2 writes, and a third tensor of their size.
+"""
 
 from typing import Any
 

@@ -1,0 +1,377 @@
+"""Linear layer and cross-entropy in one: the checked functions, the backward pass, the module."""
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.loss import _WeightedLoss
+
+from fused import backend
+from fused.cross_entropy import CrossEntropyOutput
+from fused.cross_entropy import _check as check
+from fused.cross_entropy import _loss_dtype as loss_dtype_of
+from fused.cross_entropy import _options as options_of
+from fused.eager import cross_entropy as eager
+from fused.eager import linear_cross_entropy as chunked
+from fused.eager.linear_cross_entropy import Problem
+from fused.operators import linear_cross_entropy as operators
+
+# What a chunk of logits may take. On a GPU its rows are what keeps the products efficient: 2048 of
+# 128k words in half precision; on a CPU it is to stay near the caches.
+_BUDGETS = {"cuda": 512 << 20, "cpu": 32 << 20}
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """Gradients of input, weight and bias, formed with the loss for "mean" and "sum"."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        b: Tensor | None,
+        target: Tensor,
+        weight: Tensor | None,
+        numbers: tuple[Any, ...],
+        want_extras: bool,
+    ) -> tuple[Tensor, ...]:
+        problem = Problem(x, w, b, target, weight, *numbers)
+        kernels = backend.implementation("cross_entropy", x)
+        with _without_autocast(x):
+            done = chunked.linear_cross_entropy_fwd(
+                kernels, problem, ctx.needs_input_grad[:3], want_extras
+            )
+        ctx.kernels, ctx.numbers, ctx.done = kernels, numbers, done
+        ctx.save_for_backward(x, w, b, target, weight)
+        if done.extras is None:
+            return (done.loss,)
+        ctx.mark_non_differentiable(*done.extras)
+        return (done.loss, *done.extras)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        problem = Problem(*ctx.saved_tensors, *ctx.numbers)
+        wants, kernels = ctx.needs_input_grad[:3], ctx.kernels
+        if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated
+            gradients = _composed_gradients(dloss, problem, wants)
+        elif problem.reduction == "none":
+            gradients = chunked.linear_cross_entropy_bwd(
+                kernels, dloss, problem, ctx.done.stats, wants
+            )
+        else:
+            done, ctx.done = ctx.done, None  # handed over: autograd may keep it as .grad
+            if done is None:  # a second backward through a retained graph
+                done = chunked.linear_cross_entropy_fwd(kernels, problem, wants, False)
+            factor = dloss.to(problem.computed_in)
+            factor = factor if done.scale is None else factor * done.scale
+            gradients = done.gradients.scaled(kernels, factor, problem)
+        return (*gradients, None, None, None, None)
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    memory_budget_bytes: int | None = None,
+) -> Tensor:
+    """Cross-entropy of `F.linear(input, linear_weight, linear_bias)`, without holding the logits.
+
+    Torch's `F.linear_cross_entropy`, with the extras of `fused.cross_entropy`. With z = x W^T + b
+    and dz the gradient that `fused.cross_entropy` derives,
+
+        dx = dz W        dW = dz^T x        db = sum over rows of dz
+
+    The rows are worked on in chunks whose logits take one buffer, in turn as z and as dz. For
+    "mean" and "sum" the gradients are formed in the forward: three matrix products, as without
+    fusion. For "none" the backward computes the logits a second time. Over several chunks dW is
+    summed in float32 (for half precision in a buffer of its own, unless one chunk of all rows
+    takes no more memory). Only what requires a gradient is computed. Rows with `ignore_index` are
+    left out of the products on the CPU; on a GPU their number is not known without stalling it, so
+    they are kept and their gradients are 0.
+
+    Derivatives of higher order, functional ones (`torch.func`), and calls whose target
+    probabilities or class weights require a gradient hold the logits as torch does. A second
+    backward through a retained graph computes the gradients again.
+
+    Args:
+        input: x, shape (D,) or (N, D), float16, bfloat16, float32 or float64.
+        linear_weight: W, shape (C, D), or (C, d1, ..., dk, D) for a loss of k dimensions.
+        target: class indices, shape (), (N,) or (N, d1, ..., dk), int64, int32 or uint8; or
+            probabilities, floating point, (C,), (N, C) or (N, C, d1, ..., dk).
+        linear_bias: b, shape (C,) or (C, d1, ..., dk), or None for 0.
+        weight: weight of each class, shape (C,).
+        reduction: "mean", "sum", or "none" for the losses of the rows.
+        ignore_index: rows with this class index have loss 0 and gradient 0 and do not count in the
+            mean; None for -100. Not for probabilities.
+        label_smoothing, z_loss, softcap, logit_scale: as in `fused.cross_entropy`.
+        memory_budget_bytes: what a chunk of logits may take: None for 512 MB on a GPU, 32 MB on a
+            CPU. At least one row is worked on.
+
+    Returns:
+        The loss: a 0-d tensor, or for "none" the shape of class indices; its dtype is that of
+        `fused.cross_entropy`. Under autocast the products are in autocast's dtype.
+
+    Raises:
+        What `F.linear_cross_entropy` and `fused.cross_entropy` raise; ValueError for a memory
+        budget that is not positive.
+    """
+    arguments = (input, linear_weight, target, linear_bias, weight, reduction, ignore_index)
+    numbers = (label_smoothing, z_loss, softcap, logit_scale)
+    return _run(*arguments, *numbers, memory_budget_bytes, False)[0]
+
+
+def linear_cross_entropy_with_stats(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    memory_budget_bytes: int | None = None,
+) -> CrossEntropyOutput:
+    """`linear_cross_entropy`, and what the same pass knows besides: see
+    `fused.cross_entropy_with_stats`.
+    """
+    arguments = (input, linear_weight, target, linear_bias, weight, reduction, ignore_index)
+    numbers = (label_smoothing, z_loss, softcap, logit_scale)
+    return CrossEntropyOutput(*_run(*arguments, *numbers, memory_budget_bytes, True))
+
+
+# torch has the module from 2.13 on; before, ours has the same parameters and buffers.
+_Twin: Any = getattr(nn, "LinearCrossEntropyLoss", _WeightedLoss)
+
+
+class LinearCrossEntropyLoss(_Twin):
+    """`torch.nn.LinearCrossEntropyLoss`, computed by `fused.linear_cross_entropy`.
+
+    Takes what torch's takes (but for `options`), and `z_loss`, `softcap`, `logit_scale` and
+    `memory_budget_bytes` of `fused.linear_cross_entropy`. The layer is `self.linear`.
+    """
+
+    # On the class, so that a module of torch's becomes one of ours by its class alone.
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    memory_budget_bytes: int | None = None
+    options: None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        memory_budget_bytes: int | None = None,
+    ) -> None:
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(
+                f"LinearCrossEntropyLoss: expected weight of shape ({num_classes},), one for each "
+                f"class, got {tuple(weight.shape)}"
+            )
+        if not 0 <= label_smoothing <= 1:
+            raise RuntimeError(
+                "LinearCrossEntropyLoss: expected label_smoothing between 0 and 1, "
+                f"got {label_smoothing}"
+            )
+        _WeightedLoss.__init__(self, weight, None, None, reduction)
+        self.num_classes, self.out_features = num_classes, out_features
+        self.ignore_index, self.label_smoothing = ignore_index, label_smoothing
+        self.z_loss, self.softcap, self.logit_scale = z_loss, softcap, logit_scale
+        self.memory_budget_bytes = memory_budget_bytes
+        columns = math.prod(out_features, start=num_classes)
+        self.linear = nn.Linear(in_features, columns, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        shape = (self.num_classes, *self.out_features)
+        bias = self.linear.bias
+        return linear_cross_entropy(
+            input,
+            self.linear.weight.reshape(*shape, self.linear.in_features),
+            target,
+            linear_bias=None if bias is None else bias.reshape(shape),
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            memory_budget_bytes=self.memory_budget_bytes,
+        )
+
+
+def _run(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    linear_bias: Tensor | None,
+    weight: Tensor | None,
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+    memory_budget_bytes: int | None,
+    want_extras: bool,
+) -> tuple[Tensor, ...]:
+    """Checks, chooses, computes: (loss,), or (loss, row_loss, lse, correct)."""
+    _check(input, linear_weight, linear_bias, memory_budget_bytes)
+    if not input.is_meta and torch.is_autocast_enabled(input.device.type):
+        input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
+    rows_shape = (*input.shape[:-1], *linear_weight.shape[:-1])
+    # It stands in for the logits: no memory, but their shape, dtype and device.
+    logits = input.detach().new_empty(()).expand(rows_shape)
+    soft = target.shape == logits.shape
+    if soft and ignore_index is not None:
+        raise RuntimeError(
+            "linear_cross_entropy: expected no ignore_index for a target of probabilities, "
+            f"got {ignore_index}"
+        )
+    options = options_of(
+        -100 if ignore_index is None else ignore_index,
+        reduction,
+        label_smoothing,
+        z_loss,
+        softcap,
+        logit_scale,
+    )
+    check(logits, target, weight, options)
+    loss_dtype = loss_dtype_of(logits, target, weight)
+    no_batch = input.dim() == 1
+    if no_batch:
+        input = input.unsqueeze(0)
+        target = target.reshape(logits.unsqueeze(0).shape if soft else 1)
+    budget = memory_budget_bytes or _BUDGETS.get(input.device.type, _BUDGETS["cpu"])
+    numbers: tuple[Any, ...] = (*options, loss_dtype, _chunk(input, linear_weight, budget))
+    tensors = (input, linear_weight, linear_bias, target, weight)
+    if torch.compiler.is_compiling():
+        outputs = operators.call(*tensors, *numbers, want_extras)
+    elif torch._C._are_functorch_transforms_active() or _wants_more(target, weight):
+        outputs = _composed(Problem(*tensors, *numbers), want_extras)
+    else:
+        outputs = LinearCrossEntropyFunction.apply(*tensors, numbers, want_extras)
+    if no_batch:
+        outputs = tuple(t.squeeze(0) if t.dim() else t for t in outputs)
+    return outputs
+
+
+def _chunk(input: Tensor, linear_weight: Tensor, budget: int) -> int:
+    columns = linear_weight.shape[:-1].numel()
+    wide_dw = linear_weight.requires_grad and linear_weight.dtype.itemsize == 2
+    saved = 4 * linear_weight.numel() if wide_dw else 0
+    row_bytes = max(1, columns) * input.dtype.itemsize
+    return chunked.chunk_rows(input.shape[0], row_bytes, budget, saved)
+
+
+def _check(
+    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, budget: int | None
+) -> None:
+    """Refuses what torch refuses before there are logits; `cross_entropy` checks the rest."""
+    if input.dim() not in (1, 2):
+        raise RuntimeError(
+            "linear_cross_entropy: expected input of shape (D,) or (N, D), "
+            f"got {tuple(input.shape)}"
+        )
+    if linear_weight.dim() < 2:
+        raise RuntimeError(
+            "linear_cross_entropy: expected linear_weight of shape (C, D) or (C, d1, ..., dk, D), "
+            f"got {tuple(linear_weight.shape)}"
+        )
+    if input.shape[-1] != linear_weight.shape[-1]:
+        raise RuntimeError(
+            "linear_cross_entropy: expected as many features in input and linear_weight (their "
+            f"last sizes), got {input.shape[-1]} and {linear_weight.shape[-1]}"
+        )
+    if linear_bias is not None and linear_bias.shape != linear_weight.shape[:-1]:
+        raise RuntimeError(
+            "linear_cross_entropy: expected linear_bias of shape "
+            f"{tuple(linear_weight.shape[:-1])}, got {tuple(linear_bias.shape)}"
+        )
+    if linear_weight.dim() > 2 and input.dim() == 1:
+        raise RuntimeError(
+            f"linear_cross_entropy: expected input of shape (N, {input.shape[0]}), a batch, for "
+            f"linear_weight of shape {tuple(linear_weight.shape)}, got {tuple(input.shape)}"
+        )
+    for name, tensor in (("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if tensor is None:
+            continue
+        if tensor.device != input.device:
+            raise RuntimeError(
+                f"linear_cross_entropy: expected {name} on {input.device}, where input is, "
+                f"got {tensor.device}"
+            )
+        autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
+        if tensor.dtype != input.dtype and not autocast:
+            raise RuntimeError(
+                f"linear_cross_entropy: expected {name} of dtype {input.dtype}, as input, "
+                f"got {tensor.dtype}"
+            )
+    if budget is not None and budget <= 0:
+        raise ValueError(
+            f"linear_cross_entropy: expected memory_budget_bytes above 0, or None, got {budget}"
+        )
+
+
+def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """What autocast makes of the arguments of F.linear: all but float64 in its dtype."""
+    assert tensors[0] is not None
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
+    return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _without_autocast(x: Tensor) -> Any:
+    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _wants_more(target: Tensor, weight: Tensor | None) -> bool:
+    """Whether target probabilities or class weights require a gradient."""
+    more = target.requires_grad or (weight is not None and weight.requires_grad)
+    return more and torch.is_grad_enabled()
+
+
+def _composed(p: Problem, want_extras: bool) -> tuple[Tensor, ...]:
+    """The same from operations that torch can differentiate any number of times."""
+    b = None if p.b is None else p.b.reshape(-1)
+    logits = F.linear(p.x, p.flat_w, b).view(p.x.shape[0], *p.w.shape[:-1])
+    return eager.cross_entropy_composed(logits, *p[3:12], want_extras)
+
+
+def _composed_gradients(
+    dloss: Tensor, p: Problem, wants: tuple[bool, bool, bool]
+) -> list[Tensor | None]:
+    """Gradients of input, weight and bias that can be differentiated again."""
+    (loss,) = _composed(p, False)
+    wanted = [t for t, want in zip(p[:3], wants, strict=True) if want and t is not None]
+    found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))
+    return [next(found) if want else None for want in wants]

@@ -1,0 +1,139 @@
+"""Linear layer and cross-entropy for torch.compile: two opaque operators."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused import backend
+from fused.eager import cross_entropy as eager
+from fused.eager import linear_cross_entropy as chunked
+from fused.eager.linear_cross_entropy import Problem
+from fused.operators import library
+
+_PROBLEM = (
+    "Tensor x, Tensor w, Tensor? b, Tensor target, Tensor? weight, int ignore_index, "
+    "str reduction, float label_smoothing, float z_loss, float softcap, float logit_scale, "
+    "ScalarType loss_dtype, SymInt chunk"
+)
+_WANTS = "bool want_dx, bool want_dw, bool want_db"
+library.define(
+    f"linear_cross_entropy_fwd({_PROBLEM}, {_WANTS}, bool want_extras) -> (Tensor loss, "
+    "Tensor row_loss, Tensor lse, Tensor correct, Tensor stats, Tensor scale, Tensor dx, "
+    "Tensor dw, Tensor db)"
+)
+library.define(
+    f"linear_cross_entropy_bwd(Tensor dloss, Tensor stats, {_PROBLEM}, {_WANTS}) "
+    "-> (Tensor dx, Tensor dw, Tensor db)"
+)
+
+
+def call(*arguments: Any) -> tuple[Tensor, ...]:
+    """(loss,), or (loss, row_loss, lse, correct); the arguments are those of `Problem`, and
+    whether the last three are wanted."""
+    *problem, want_extras = arguments
+    wants = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in problem[:3]]
+    loss, *outputs = torch.ops.fused.linear_cross_entropy_fwd(*problem, *wants, want_extras)
+    return (loss, *(t.detach() for t in outputs[:3])) if want_extras else (loss,)
+
+
+def _fwd_operator(*arguments: Any) -> tuple[Tensor, ...]:
+    p, wants, want_extras = Problem(*arguments[:13]), arguments[13:16], arguments[16]
+    kernels = backend.implementation("cross_entropy", p.x)
+    done = chunked.linear_cross_entropy_fwd(kernels, p, wants, want_extras)
+    nothing = p.x.new_empty(0, dtype=p.computed_in)
+    stats = [s for s in done.stats if s is not None]
+    # Gradients leave unscaled: the upstream gradient may be a loss scale that they need.
+    g = done.gradients
+    gradients = (None, None, None) if g is None else (g.dx, g.dw, g.db)
+    return (
+        done.loss,
+        *(done.extras or (nothing.new_empty(0) for _ in range(3))),
+        torch.cat(stats, 1) if stats and p.reduction == "none" else nothing,
+        torch.ones_like(nothing.sum()) if done.scale is None else done.scale,
+        *(nothing.new_empty(0) if t is None else t for t in gradients),
+    )
+
+
+def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    p, wants, want_extras = Problem(*arguments[:13]), arguments[13:16], arguments[16]
+    rows = (p.x.shape[0], *p.w.shape[1:-1])
+    none = p.reduction == "none"
+    wide = p.x.new_empty((), dtype=p.computed_in)
+    extras = [wide.new_empty(0) for _ in range(3)]
+    if want_extras:
+        extras[0] = wide.new_empty(rows, dtype=p.loss_dtype if none else None)
+        extras[1] = wide.new_empty(rows)
+        extras[2] = wide.new_empty((), dtype=torch.int64)
+    stats = wide.new_empty(0)
+    if none and backend.implementation("cross_entropy", p.x) is not eager:
+        stats = wide.new_empty(4 if want_extras else 3, p.w.shape[1:-1].numel() * p.x.shape[0])
+    gradients: list[Tensor | None] = [None, None, None]
+    if not none and any(wants):
+        made = chunked.Gradients(p, wants)
+        gradients = [made.dx, made.dw, made.db]
+    return (
+        p.x.new_empty(rows if none else (), dtype=p.loss_dtype),
+        *extras,
+        stats,
+        torch.empty_like(wide),
+        *(wide.new_empty(0) if t is None else t for t in gradients),
+    )
+
+
+def _bwd_operator(dloss: Tensor, stats: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    p, wants = Problem(*arguments[:13]), arguments[13:]
+    kernels = backend.implementation("cross_entropy", p.x)
+    inner = p.w.shape[1:-1].numel()
+    kept: list[Tensor | None] = []
+    if kernels is not eager:
+        kept = [
+            stats[:, rows.start * inner : rows.stop * inner].contiguous() for rows in p.chunks()
+        ]
+    found = chunked.linear_cross_entropy_bwd(kernels, dloss, p, kept, wants)
+    return tuple(p.x.new_empty(0) if t is None else t for t in found)
+
+
+def _bwd_fake(dloss: Tensor, stats: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    pairs = zip(arguments[:3], arguments[13:], strict=True)
+    return tuple(
+        arguments[0].new_empty(0) if t is None or not want else t.new_empty(t.shape)
+        for t, want in pairs
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.numbers = inputs[5:13]
+    ctx.save_for_backward(*inputs[:5], *output[4:])
+
+
+def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    *tensors, stats, scale, dx, dw, db = ctx.saved_tensors
+    wants = ctx.needs_input_grad[:3]
+    problem = Problem(*tensors, *ctx.numbers)
+    found: Any
+    if problem.reduction == "none":
+        found = torch.ops.fused.linear_cross_entropy_bwd(dloss, stats, *problem, *wants)
+    else:
+        factor = dloss.to(scale.dtype) * scale
+        triples = zip((dx, dw, db), tensors[:3], wants, strict=True)
+        found = [
+            (g.to(scale.dtype) * factor).to(t.dtype).view(t.shape) if want else None
+            for g, t, want in triples
+        ]
+    none = (None,) * 14
+    return (*(g if want else None for g, want in zip(found, wants, strict=True)), *none)
+
+
+for _name, _implementation, _fake in (
+    ("linear_cross_entropy_fwd", _fwd_operator, _fwd_fake),
+    ("linear_cross_entropy_bwd", _bwd_operator, _bwd_fake),
+):
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused::{_name}", _fake, lib=library)
+torch.library.register_autograd(
+    "fused::linear_cross_entropy_fwd",
+    _operator_backward,
+    setup_context=_setup_context,
+    lib=library,
+)

@@ -1,0 +1,297 @@
+"""Device functions of cross-entropy: a tile of rows and classes, its statistics and its gradient.
+
+Accesses are fastest where a thread takes 16 bytes, VEC elements, from an address that divides by
+16. A row of 50257 classes seldom begins at one. Its classes are therefore taken in two parts:
+
+    |head|  main: whole groups of VEC classes, aligned  |tail|          row parts, if EDGES
+     0..VEC-1                                            0..VEC-1
+
+Main tiles are masked by the group, so that every access of theirs is a full one; head and tail
+together, fewer than 2 * VEC classes, make one small tile, the edges. Without EDGES all is main.
+"""
+
+import triton
+import triton.language as tl
+
+from fused.kernels.activation import tanh
+
+
+@triton.jit
+def safe_shift(m):
+    # exp(-inf - -inf) is NaN where exp(-inf) = 0 is meant: a maximum of -inf shifts by 0 instead.
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def exp(x):
+    """exp(x); in float32 by the one instruction for 2^x, without its detour for tiny results"""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def row_offsets(rows, n_inner, stride):
+    return (rows // n_inner) * stride[0] + (rows % n_inner) * stride[2]
+
+
+@triton.jit
+def row_parts(x_rows, n_classes, VEC: tl.constexpr, EDGES: tl.constexpr):
+    """(offset where main begins, classes before it, classes in main), (BLOCK_N,) each."""
+    main = (x_rows + (VEC - 1)) // VEC * VEC  # shows the compiler that VEC divides it
+    if EDGES:
+        head = (main - x_rows).to(tl.int32)
+        n_main = tl.maximum(n_classes - head, 0) // VEC * VEC
+    else:
+        head = tl.zeros(x_rows.shape, tl.int32)
+        n_main = head + n_classes
+    return main, head, n_main
+
+
+@triton.jit
+def main_tile(
+    start, head, n_main, BLOCK_C: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr
+):  # fmt: skip
+    """Places in main (1, BLOCK_C), their classes, and which there are (BLOCK_N, BLOCK_C)."""
+    places = start + tl.arange(0, BLOCK_C)[None, :]
+    mask = places // VEC < (n_main // VEC)[:, None]
+    if EDGES:
+        return places.to(tl.int64), places + head[:, None], mask
+    else:
+        return places.to(tl.int64), places, mask
+
+
+@triton.jit
+def edge_tile(head, n_main, n_classes, VEC: tl.constexpr):
+    """Classes of head and tail, and which of them there are, (BLOCK_N, 2 * VEC) both."""
+    places = tl.arange(0, 2 * VEC)[None, :]
+    classes = places + tl.where(places < head[:, None], 0, n_main[:, None])
+    return classes, classes < n_classes
+
+
+@triton.jit
+def scores(x, mask, logit_scale, softcap, SCALED: tl.constexpr, CAPPED: tl.constexpr):
+    """z, and -inf behind the mask: after the cap, which would turn it into -cap."""
+    if SCALED:
+        x = x * logit_scale
+    if CAPPED:
+        x = softcap * tanh(x / softcap)
+    if SCALED or CAPPED:
+        x = tl.where(mask, x, float("-inf"))
+    return x
+
+
+@triton.jit
+def row_targets(
+    x_ptr, x_rows, stride_x, target_ptr, t_rows, weight_ptr, row_mask, n_classes, ignore_index,
+    smoothing, logit_scale, softcap, ACC: tl.constexpr, SOFT: tl.constexpr, SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Of class indices y, (BLOCK_N,) each: y; whether the row is not ignored; whether y is a class
+    as well; the logit x_y as a score, NaN where it is none; (1 - e) * w_y."""
+    b_y = tl.zeros(x_rows.shape, ACC)
+    if SOFT:
+        return tl.zeros(x_rows.shape, tl.int64), row_mask, row_mask, b_y, b_y
+    else:
+        y = tl.load(target_ptr + t_rows, mask=row_mask, other=0).to(tl.int64)
+        valid = row_mask & (y != ignore_index)
+        inside = valid & (y >= 0) & (y < n_classes)
+        x_y = tl.load(x_ptr + x_rows + y * stride_x[1], mask=inside, other=float("nan"))
+        z_y = scores(x_y.to(ACC), inside, logit_scale, softcap, SCALED, CAPPED)
+        b_y += 1.0 - smoothing
+        if weight_ptr is not None:
+            b_y *= tl.load(weight_ptr + y, mask=inside, other=0.0).to(ACC)
+        return y, valid, inside, tl.where(inside, z_y, float("nan")), b_y
+
+
+@triton.jit
+def read(
+    x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes, mask, n_classes,
+    smoothing, logit_scale, softcap, ACC: tl.constexpr, SOFT: tl.constexpr, SMOOTHED: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """z, and b, the part of the target that may be anywhere in the row; (BLOCK_N, BLOCK_C) both."""
+    x = tl.load(x_ptr + x_offsets, mask=mask, other=float("-inf"), eviction_policy=POLICY)
+    z = scores(x.to(ACC), mask, logit_scale, softcap, SCALED, CAPPED)
+    if SOFT or SMOOTHED:
+        b = tl.zeros(z.shape, ACC)
+        if SOFT:
+            t_offsets = t_rows[:, None] + classes.to(tl.int64) * stride_t[1]
+            t = tl.load(target_ptr + t_offsets, mask=mask, other=0.0)
+            b += (1.0 - smoothing) * t.to(ACC)
+        if SMOOTHED:
+            b += smoothing / n_classes
+        if weight_ptr is not None:
+            b *= tl.load(weight_ptr + classes, mask=classes < n_classes, other=0.0).to(ACC)
+        return z, tl.where(mask, b, 0.0)
+    else:
+        return z, z
+
+
+@triton.jit
+def largest(values, classes, best, best_value):
+    """The class of the largest value so far, the first of several, and that value; (BLOCK_N,)."""
+    tile_max = tl.max(values, axis=1)
+    first = tl.min(tl.where(values == tile_max[:, None], classes, 2147483647), axis=1)
+    better = (tile_max > best_value) | ((tile_max == best_value) & (first < best))
+    return tl.where(better, first, best), tl.where(better, tile_max, best_value)
+
+
+@triton.jit
+def accumulate(
+    m, s, b_sum, bz_sum, z, b, mask,
+    LANES: tl.constexpr, VEC: tl.constexpr, DENSE: tl.constexpr,
+):  # fmt: skip
+    """Takes a tile into the running maximum m, s = sum exp(z - m), sum b and sum b * (z - m).
+
+    They are kept for each row (BLOCK_N,), or (BLOCK_N, LANES): with a lane for each thread, whose
+    classes are groups of VEC neighbours, warps do not meet before the row ends.
+    """
+    if LANES == 1:
+        m_new = tl.maximum(m, tl.max(z, axis=1))
+        shift = safe_shift(m_new)
+        from_shift = z - shift[:, None]
+        s = s * exp(m - shift) + tl.sum(exp(from_shift), axis=1)
+    else:
+        by_lane: tl.constexpr = (z.shape[0], z.shape[1] // (LANES * VEC), LANES, VEC)
+        z = tl.reshape(z, by_lane)
+        m_new = tl.maximum(m, tl.max(tl.max(z, axis=3), axis=1))
+        shift = safe_shift(m_new)
+        from_shift = z - shift[:, None, :, None]
+        s = s * exp(m - shift) + tl.sum(tl.sum(exp(from_shift), axis=3), axis=1)
+    if DENSE:
+        bz_sum += b_sum * (safe_shift(m) - shift)
+        if LANES == 1:
+            bz_sum += tl.sum(tl.where(mask, b * from_shift, 0.0), axis=1)
+            b_sum += tl.sum(b, axis=1)
+        else:
+            b = tl.reshape(b, by_lane)
+            bz = tl.where(tl.reshape(mask, by_lane), b * from_shift, 0.0)
+            bz_sum += tl.sum(tl.sum(bz, axis=3), axis=1)
+            b_sum += tl.sum(tl.sum(b, axis=3), axis=1)
+    return m_new, s, b_sum, bz_sum
+
+
+@triton.jit
+def spread(m, s, b_sum, bz_sum, LANES: tl.constexpr):
+    """The statistics of rows (BLOCK_N,) as those of their lanes (BLOCK_N, LANES), all in lane 0."""
+    first = tl.arange(0, LANES)[None, :] == 0
+    m = tl.where(first, m[:, None], float("-inf"))
+    s = tl.where(first, s[:, None], 0.0)
+    return m, s, tl.where(first, b_sum[:, None], 0.0), tl.where(first, bz_sum[:, None], 0.0)
+
+
+@triton.jit
+def take(
+    m, s, b_sum, bz_sum, best, z_best, t_best, t_max,
+    x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes, mask, n_classes,
+    smoothing, logit_scale, softcap, ACC: tl.constexpr, SOFT: tl.constexpr, SMOOTHED: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, CORRECT: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """Reads a tile and takes it into the statistics; (z, b) of the tile, and the statistics."""
+    z, b = read(
+        x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes, mask, n_classes,
+        smoothing, logit_scale, softcap, ACC, SOFT, SMOOTHED, SCALED, CAPPED, POLICY,
+    )  # fmt: skip
+    m, s, b_sum, bz_sum = accumulate(m, s, b_sum, bz_sum, z, b, mask, LANES, VEC, SOFT or SMOOTHED)
+    if CORRECT:
+        best, z_best = largest(z, classes, best, z_best)
+        if SOFT:
+            t_offsets = t_rows[:, None] + classes.to(tl.int64) * stride_t[1]
+            t = tl.load(target_ptr + t_offsets, mask=mask, other=float("-inf")).to(ACC)
+            t_best, t_max = largest(t, classes, t_best, t_max)
+    return z, b, m, s, b_sum, bz_sum, best, z_best, t_best, t_max
+
+
+@triton.jit
+def merge_lanes(m, s, b_sum, bz_sum, LANES: tl.constexpr):
+    """The statistics of each row, relative to a maximum that is finite unless it is +inf."""
+    if LANES > 1:
+        shift = safe_shift(tl.max(m, axis=1))
+        s = tl.sum(s * exp(m - shift[:, None]), axis=1)
+        bz_sum = tl.sum(bz_sum + b_sum * (safe_shift(m) - shift[:, None]), axis=1)
+        return shift, s, tl.sum(b_sum, axis=1), bz_sum
+    else:
+        return safe_shift(m), s, b_sum, bz_sum
+
+
+@triton.jit
+def gradient(
+    z, b, m, p_factor, factor, logit_scale, softcap,
+    DENSE: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """dx_c = (a * p_c - b_c) * factor * dz/dx; p_c = exp(z_c - m) / s, p_factor = a * factor / s"""
+    dx = exp(z - m) * p_factor
+    if DENSE:
+        dx -= b * factor
+    if SCALED:
+        dx = dx * logit_scale
+    if CAPPED:
+        dx = dx * (1.0 - (z / softcap) * (z / softcap))
+    return dx
+
+
+@triton.jit
+def put_dx(
+    dx_ptr, offsets, z, b, valid, mask, m, p_factor, factor, logit_scale, softcap,
+    DENSE: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """Writes the dx of a tile, without what a class index takes off; 0 where a row is ignored."""
+    dx = gradient(
+        z, b, m[:, None], p_factor[:, None], factor[:, None], logit_scale, softcap,
+        DENSE, SCALED, CAPPED,
+    )  # fmt: skip
+    if CAPPED:  # where p_factor is 0 and z -inf
+        dx = tl.where(valid[:, None], dx, 0.0)
+    tl.store(dx_ptr + offsets, dx, mask=mask, eviction_policy=POLICY)
+
+
+@triton.jit
+def put_dx_y(
+    dx_ptr, offsets, z_y, b_y, weight_ptr, y, inside, n_classes, m, p_factor, factor, smoothing,
+    logit_scale, softcap, ACC: tl.constexpr, SMOOTHED: tl.constexpr, SCALED: tl.constexpr,
+    CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Writes the dx of the classes that the indices name, over what their tiles wrote there.
+
+    One element a row, instead of a comparison in every element. b is taken off before the rounding
+    to a half-precision dx: for a confident prediction p rounds to 1 and all of it would be lost.
+    """
+    if SMOOTHED:
+        share = tl.zeros(b_y.shape, ACC) + smoothing / n_classes
+        if weight_ptr is not None:
+            share *= tl.load(weight_ptr + y, mask=inside, other=0.0).to(ACC)
+        b_y += share
+    dx = gradient(
+        z_y, b_y, m, p_factor, factor, logit_scale, softcap, True, SCALED, CAPPED
+    )  # fmt: skip
+    tl.debug_barrier()  # until every warp has written its part of the tiles
+    tl.store(dx_ptr + offsets, dx, mask=inside)
+
+
+@triton.jit
+def read_and_put(
+    dx_ptr, dx_offsets, dt_ptr, dt_rows, stride_dt,
+    x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes, mask, row_mask, n_classes,
+    valid, m, log_s, p_factor, factor, smoothing, logit_scale, softcap,
+    ACC: tl.constexpr, SOFT: tl.constexpr, SMOOTHED: tl.constexpr, SCALED: tl.constexpr,
+    CAPPED: tl.constexpr, POLICY: tl.constexpr,
+):  # fmt: skip
+    """Reads a tile and writes its dx, and dt_c = factor * (1 - e) * w_c * (lse - z_c)"""
+    z, b = read(
+        x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes, valid[:, None] & mask,
+        n_classes, smoothing, logit_scale, softcap, ACC, SOFT, SMOOTHED, SCALED, CAPPED, POLICY,
+    )  # fmt: skip
+    mask = row_mask[:, None] & mask
+    if dx_ptr is not None:
+        put_dx(
+            dx_ptr, dx_offsets, z, b, valid, mask, m, p_factor, factor, logit_scale, softcap,
+            SOFT or SMOOTHED, SCALED, CAPPED, POLICY,
+        )  # fmt: skip
+    if dt_ptr is not None:
+        dt = (smoothing - 1.0) * factor[:, None] * (z - m[:, None] - log_s[:, None])
+        if weight_ptr is not None:
+            dt *= tl.load(weight_ptr + classes, mask=classes < n_classes, other=0.0).to(ACC)
+        tl.store(dt_ptr + dt_rows[:, None] + classes.to(tl.int64) * stride_dt[1], dt, mask=mask)

@@ -1,0 +1,595 @@
+"""fused.linear_cross_entropy, in one chunk and in several, against F.linear and F.cross_entropy."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused
+from fused.eager.linear_cross_entropy import chunk_rows
+from tests import test_cross_entropy_pitfalls as pitfalls
+from tests.exactness import assert_as_exact_as, ulps_for
+from tests.test_cross_entropy import DTYPES, REDUCTIONS, torchs
+from tests.test_cross_entropy_transforms import compiler as compiler
+
+D = 16
+INF = float("inf")
+EXTRAS = {"z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.7}
+
+
+def example(
+    n: int,
+    classes: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device | str,
+    kind: str = "indices",
+    ignored: float = 0.2,
+    features: int = D,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(input, linear_weight, linear_bias, target)."""
+    generator = torch.Generator().manual_seed(n)
+    x = torch.randn(n, features, generator=generator)
+    w = torch.randn(*classes, features, generator=generator) / 2
+    b = torch.randn(classes, generator=generator)
+    if kind == "indices":
+        rows = (n, *classes[1:])
+        target = torch.randint(0, classes[0], rows, generator=generator)
+        target[torch.rand(rows, generator=generator) < ignored] = -100
+    else:
+        target = torch.rand(n, *classes, generator=generator).softmax(1).to(dtype)
+    x, w, b, target = (t.to(device) for t in (x.to(dtype), w.to(dtype), b.to(dtype), target))
+    return x, w, b, target
+
+
+def unfused(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, **options: Any) -> Tensor:
+    b = None if b is None else b.reshape(-1)
+    logits = F.linear(x, w.reshape(-1, w.shape[-1]), b).view(*x.shape[:-1], *w.shape[:-1])
+    return torchs(logits, target, **options)
+
+
+def three_rows(w: Tensor) -> int:
+    """A budget that holds three rows of logits."""
+    return 3 * w[..., 0].numel() * w.dtype.itemsize
+
+
+def check_against_torch(
+    tensors: tuple[Tensor, ...], implementation: str, budget: int | None, **options: Any
+) -> None:
+    """Loss and gradients, with a random upstream gradient, are as exact as torch's."""
+    x, w, b, target = tensors
+
+    def run(function, convert) -> tuple[Tensor, ...]:
+        leaves = [convert(t.detach()).requires_grad_() for t in (x, w, b)]
+        t = convert(target) if target.is_floating_point() else target
+        loss = function(*leaves, t)
+        upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1)).to(loss)
+        return loss, *torch.autograd.grad(loss, leaves, upstream)
+
+    def ours(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
+        return fused.linear_cross_entropy(
+            x, w, t, linear_bias=b, memory_budget_bytes=budget, **options
+        )
+
+    def theirs(x: Tensor, w: Tensor, b: Tensor, t: Tensor) -> Tensor:
+        return unfused(x, w, b, t, **options)
+
+    results = zip(
+        ("loss", "dx", "dw", "db"),
+        run(ours, torch.clone),
+        run(theirs, torch.clone),
+        run(theirs, torch.Tensor.double),
+        strict=True,
+    )
+    ulps = 2 * ulps_for(x.dtype, implementation)  # the gradients are scaled once more
+    for name, a, expected, exact in results:
+        # Sums over classes or rows, of terms that cancel, around the largest of the result.
+        assert_as_exact_as(a, expected, exact, ulps=ulps, what=name)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [(27,), (5, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_matches_torch(kind, classes, dtype, reduction, implementation, device) -> None:
+    tensors = example(8, classes, dtype, device, kind)
+    for budget in (None, three_rows(tensors[1])):
+        check_against_torch(tensors, implementation, budget, reduction=reduction)
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_all_options_together(reduction, kind, implementation, device) -> None:
+    tensors = example(8, (27,), torch.float32, device, kind)
+    weight = torch.linspace(0.5, 1.5, 27, device=device)
+    options = dict(EXTRAS, reduction=reduction, label_smoothing=0.1, weight=weight)
+    for budget in (None, three_rows(tensors[1])):
+        check_against_torch(tensors, implementation, budget, **options)
+
+
+def masked_by_the_bias(implementation: str, device: torch.device) -> None:
+    x, w, b, target = example(8, (300,), torch.float32, device)
+    b[:260], target[target >= 0] = -INF, 290
+    for budget in (None, three_rows(w)):
+        check_against_torch((x, w, b, target), implementation, budget)
+
+
+# Tests of cross_entropy's pitfalls whose logits are a matrix, and the arguments to call them with.
+PITFALLS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "upstream, mean": (pitfalls.test_upstream_gradient_other_than_1, {"reduction": "mean"}),
+    "upstream, none": (pitfalls.test_upstream_gradient_other_than_1, {"reduction": "none"}),
+    "upstream of stride 0": (pitfalls.test_upstream_gradient_of_stride_0, {"shape": (9, 27)}),
+    "input unchanged": (pitfalls.test_logits_are_never_changed, {}),
+    "near -110": (pitfalls.test_extreme_logits, {"extreme": "all near -110", "kind": "indices"}),
+    "near 3e4": (pitfalls.test_extreme_logits, {"extreme": "all near 3e4", "kind": "indices"}),
+    "1128 classes": (pitfalls.test_classes_that_are_no_multiple_of_a_block, {"classes": 1128}),
+    "ignored rows": (
+        pitfalls.test_ignored_rows_have_loss_and_gradient_0,
+        {"reduction": "mean", "label_smoothing": 0.1},
+    ),
+    "all ignored": (
+        pitfalls.test_all_rows_ignored,
+        {"reduction": "mean", "label_smoothing": 0.0},
+    ),
+    "total weight 0": (pitfalls.test_total_weight_0, {}),
+    "float16": (pitfalls.test_float16_gradients_do_not_flush_to_zero, {}),
+    "confident": (pitfalls.test_confident_predictions_keep_their_gradient, {}),
+    "masked": (masked_by_the_bias, {}),
+}
+
+
+@pytest.mark.parametrize("pitfall", PITFALLS)
+def test_pitfalls_of_cross_entropy(pitfall, implementation, device, monkeypatch) -> None:
+    """The same tests, with the logits as input and the identity as linear weight."""
+
+    def through_linear(
+        x: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+        return fused.linear_cross_entropy(x, eye, target, weight=weight, **options)
+
+    monkeypatch.setattr(fused, "cross_entropy", through_linear)
+    test, arguments = PITFALLS[pitfall]
+    test(**arguments, implementation=implementation, device=device)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("budget", [None, 3 * 27 * 4])
+def test_stats_are_those_of_cross_entropy(budget, reduction, implementation, device) -> None:
+    x, w, _, target = example(8, (27,), torch.float32, device)
+    options = {"reduction": reduction, "z_loss": 0.1}
+    ours = fused.linear_cross_entropy_with_stats(
+        x, w, target, memory_budget_bytes=budget, **options
+    )
+    expected = fused.cross_entropy_with_stats(F.linear(x, w), target, **options)
+    torch.testing.assert_close(tuple(ours), tuple(expected))
+
+
+def test_without_a_batch(implementation, device) -> None:
+    x, w, b, _ = example(1, (27,), torch.float32, device)
+    loss = fused.linear_cross_entropy(x[0], w, torch.tensor(3, device=device), linear_bias=b)
+    expected = fused.linear_cross_entropy(x, w, torch.tensor([3], device=device), linear_bias=b)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_empty_batch(reduction, implementation, device) -> None:
+    x, w, b, target = example(0, (27,), torch.float32, device)
+    check = [t.requires_grad_() for t in (x, w, b)]
+    loss = fused.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+    expected = unfused(x, w, b, target, reduction=reduction)
+    torch.testing.assert_close(loss, expected, equal_nan=True)
+    gradients = torch.autograd.grad(loss, check, torch.ones_like(loss))
+    assert [g.shape for g in gradients] == [t.shape for t in check]
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_all_rows_ignored(reduction, implementation, device) -> None:
+    x, w, b, target = example(8, (27,), torch.float32, device, ignored=2.0)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    for budget in (None, three_rows(w)):
+        loss = fused.linear_cross_entropy(
+            x, w, target, linear_bias=b, reduction=reduction, memory_budget_bytes=budget
+        )
+        expected = unfused(x, w, b, target, reduction=reduction)
+        torch.testing.assert_close(loss, expected, equal_nan=True, rtol=0, atol=0)
+        for gradient in torch.autograd.grad(loss, leaves, torch.ones_like(loss)):
+            # Over several chunks 0 times the mean's 1/0.
+            mean = reduction == "mean"
+            assert not gradient.any() or (mean and gradient.isnan().all())
+
+
+def test_nan_in_ignored_rows_does_not_matter(device) -> None:
+    """On the CPU they take no part in the products."""
+    x, w, b, target = example(8, (27,), torch.float32, "cpu")
+    x[target == -100] = float("nan")
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    for reduction in REDUCTIONS:
+        loss = fused.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+        for gradient in torch.autograd.grad(loss.sum(), leaves):
+            assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_backward_and_accumulation(reduction, implementation, device) -> None:
+    """The gradients are handed over to .grad, and not changed there by a second backward."""
+    x, w, b, target = example(8, (27,), torch.float32, device)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    loss = fused.linear_cross_entropy(
+        x, w, target, linear_bias=b, reduction=reduction, memory_budget_bytes=three_rows(w)
+    )
+    loss.sum().backward(retain_graph=True)
+    first = [t.grad.clone() for t in leaves]
+    loss.sum().backward()
+    for leaf, gradient in zip(leaves, first, strict=True):
+        torch.testing.assert_close(leaf.grad, 2 * gradient, rtol=0, atol=0)
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> Any:
+        self.count += func.__name__.split(".")[0] in ("mm", "addmm", "addmm_")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wants", [*itertools.product([False, True], repeat=3)], ids=str)
+def test_only_what_requires_a_gradient_is_computed(wants, implementation, device) -> None:
+    x, w, b, target = example(8, (27,), torch.float32, device)
+    for tensor, want in zip((x, w, b), wants, strict=True):
+        tensor.requires_grad_(want)
+    with Products() as products:
+        loss = fused.linear_cross_entropy(x, w, target, linear_bias=b)
+        assert loss.requires_grad == any(wants)
+        if any(wants):
+            loss.backward()
+    assert products.count == 1 + wants[0] + wants[1]
+    assert [t.grad is not None for t in (x, w, b)] == list(wants)
+
+
+def test_float16_gradients_do_not_flush_to_zero(implementation, device) -> None:
+    """p - onehot over the number of rows comes with the loss scale, not before."""
+    n, c = 128, 256
+    x = torch.zeros(n, 1, dtype=torch.float16, device=device)
+    w = torch.zeros(c, 1, dtype=torch.float16, device=device)
+    b = torch.zeros(c, dtype=torch.float16, device=device, requires_grad=True)
+    x[:, 0] = 1.0
+    w.requires_grad_()
+    target = torch.zeros(n, dtype=torch.int64, device=device)
+    (fused.linear_cross_entropy(x, w, target, linear_bias=b) * 2.0**-10).backward()
+    exact = 2.0**-10 / c
+    assert w.grad[1:].min().item() == pytest.approx(exact, rel=1e-2)
+    assert b.grad[1:].min().item() == pytest.approx(exact, rel=1e-2)
+
+
+def test_weight_gradient_is_summed_in_float32_over_chunks(device) -> None:
+    """1,024 equal terms in chunks of 1: in bfloat16 the sum would stop at some 2**8 of them."""
+    n = 1024
+    x = torch.ones(n, 1, dtype=torch.bfloat16, device=device)
+    w = torch.zeros(2, 1, dtype=torch.bfloat16, device=device, requires_grad=True)
+    target = torch.zeros(n, dtype=torch.int64, device=device)
+    loss = fused.linear_cross_entropy(x, w, target, reduction="sum", memory_budget_bytes=4)
+    # With so small a weight one chunk would save memory: ask for the chunks' arithmetic itself.
+    assert chunk_rows(n, 4, 4, 0) == 1
+    (dw,) = torch.autograd.grad(loss, w)
+    assert dw.flatten().tolist() == [-n / 2, n / 2]
+
+
+@pytest.mark.parametrize(
+    "n, row_bytes, budget, saved, rows",
+    [
+        (100, 10, 1000, 0, 100),  # fits
+        (101, 10, 1000, 0, 51),  # two of one size, not 100 and 1
+        (101, 10, 1000, 10, 101),  # one chunk needs no more than two and their sum
+        (5000, 10, 20480, 0, 1667),
+        (7, 10, 1, 0, 1),
+        (0, 10, 1, 0, 1),
+    ],
+)
+def test_chunks(n, row_bytes, budget, saved, rows) -> None:
+    assert chunk_rows(n, row_bytes, budget, saved) == rows
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_gradcheck_and_gradgradcheck(kind, reduction, implementation, device) -> None:
+    """Target probabilities and class weights that require a gradient have one too."""
+    x, w, b, target = example(3, (4,), torch.float64, device, kind, ignored=0, features=2)
+    leaves = [x, w, b]
+    weight = torch.linspace(0.5, 1.5, 4, dtype=torch.float64, device=device)
+    call: Any
+    if kind == "probabilities":
+        leaves += [target, weight]
+        call = lambda x, w, b, t, weight: fused.linear_cross_entropy(  # noqa: E731
+            x, w, t, linear_bias=b, weight=weight, reduction=reduction, **EXTRAS
+        )
+    else:
+        call = lambda x, w, b: fused.linear_cross_entropy(  # noqa: E731
+            x, w, target, linear_bias=b, reduction=reduction, memory_budget_bytes=64, **EXTRAS
+        )
+    leaves = [t.requires_grad_() for t in leaves]
+    torch.autograd.gradcheck(call, leaves)
+    if implementation == "eager":  # second derivatives are torch's own operations on both
+        torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_functional_derivatives(implementation, device) -> None:
+    x, w, b, target = example(5, (9,), torch.float64, device)
+
+    def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return fused.linear_cross_entropy(x, w, target, linear_bias=b, **EXTRAS)
+
+    leaves = [t.clone().requires_grad_() for t in (x, w, b)]
+    expected = torch.autograd.grad(loss(*leaves), leaves)
+    torch.testing.assert_close(torch.func.grad(loss, (0, 1, 2))(x, w, b), expected)
+    models = torch.func.vmap(loss, (None, 0, None))(x, torch.stack([w, 2 * w]), b)
+    torch.testing.assert_close(models, torch.stack([loss(x, w, b), loss(x, 2 * w, b)]))
+
+
+COMPILED: dict[str, dict[str, Any]] = {
+    "mean": {},
+    "several chunks": {"memory_budget_bytes": 3 * 27 * 4},
+    "none": {"reduction": "none", "memory_budget_bytes": 3 * 27 * 4},
+    "everything": {**EXTRAS, "label_smoothing": 0.1, "reduction": "sum"},
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiled_without_a_break_and_with_the_bits_of_eager(
+    case, compiler, implementation, device
+) -> None:
+    x, w, b, target = example(9, (27,), torch.float32, device)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+
+    def step(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return fused.linear_cross_entropy(x, w, target, linear_bias=b, **COMPILED[case])
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss = function(*leaves)
+        gradients = torch.autograd.grad(loss, leaves, torch.full_like(loss, 0.3))
+        results.append((loss, *gradients))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck(reduction, dtype, implementation, device) -> None:
+    x, w, b, target = example(5, (4, 3), dtype, device)
+    numbers = (-100, reduction, 0.1, 0.1, 3.0, 0.7, dtype, 2)
+    x.requires_grad_()
+    arguments = (x, w, b, target, None, *numbers, True, True, True)
+    torch.library.opcheck(torch.ops.fused.linear_cross_entropy_fwd, (*arguments, True))
+    if reduction == "none":
+        x = x.detach()
+        with torch.no_grad():
+            outputs = torch.ops.fused.linear_cross_entropy_fwd(*arguments, True)
+        backward = (outputs[0], outputs[4], x, *arguments[1:])
+        torch.library.opcheck(torch.ops.fused.linear_cross_entropy_bwd, backward)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_autocast_is_that_of_the_pair(reduction, implementation, device) -> None:
+    x, w, b, target = example(8, (27,), torch.float32, device)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    results = []
+    for function in (fused.linear_cross_entropy, None):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            if function is None:
+                loss = unfused(x, w, b, target, reduction=reduction)
+            else:
+                loss = function(x, w, target, linear_bias=b, reduction=reduction)
+        gradients = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+        results.append((loss, *gradients))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
+
+
+def test_no_value_is_looked_at() -> None:
+    """On the meta device there are none."""
+    x = torch.zeros(6, 4, device="meta", requires_grad=True)
+    w = torch.zeros(9, 4, device="meta", requires_grad=True)
+    target = torch.zeros(6, dtype=torch.int64, device="meta")
+    for reduction in REDUCTIONS:
+        loss = fused.linear_cross_entropy(x, w, target, reduction=reduction, memory_budget_bytes=80)
+        dx, dw = torch.autograd.grad(loss.sum(), (x, w))
+        assert (dx.shape, dw.shape) == (x.shape, w.shape)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_captured_in_a_cuda_graph(reduction) -> None:
+    x, w, b, target = example(64, (1000,), torch.float32, "cuda")
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+
+    def step() -> tuple[Tensor, ...]:
+        loss = fused.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+        return torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+
+
+def test_two_runs_are_bitwise_equal(implementation, device) -> None:
+    x, w, b, target = example(9, (27,), torch.bfloat16, device)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+
+    def run() -> tuple[Tensor, ...]:
+        loss = fused.linear_cross_entropy(
+            x, w, target, linear_bias=b, memory_budget_bytes=three_rows(w)
+        )
+        return loss, *torch.autograd.grad(loss, leaves)
+
+    torch.testing.assert_close(run(), run(), rtol=0, atol=0)
+
+
+def test_row_of_a_bad_target_is_the_callers(device) -> None:
+    x, w, _, target = example(8, (27,), torch.float32, "cpu", ignored=0)
+    target[2], target[6] = -100, 31
+    with pytest.raises(IndexError, match=r"expected target in \[0, 27\).*got 31 at row 6"):
+        fused.linear_cross_entropy(x, w, target, memory_budget_bytes=three_rows(w))
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "input": ({"input": torch.ones(2, 3, D)}, RuntimeError, r"input of shape \(D,\) or \(N, D\)"),
+    "linear_weight": ({"linear_weight": torch.ones(D)}, RuntimeError, r"linear_weight of shape"),
+    "features": ({"linear_weight": torch.ones(27, 3)}, RuntimeError, "as many features .* 16 and"),
+    "linear_bias": ({"linear_bias": torch.ones(3)}, RuntimeError, r"linear_bias of shape \(27,\)"),
+    "dtype": ({"linear_weight": torch.ones(27, D).double()}, RuntimeError, "dtype torch.float32"),
+    "batch": (
+        {"input": torch.ones(D), "linear_weight": torch.ones(27, 2, D)},
+        RuntimeError,
+        r"shape \(N, 16\), a batch",
+    ),
+    "ignore_index": (
+        {"target": torch.ones(8, 27), "ignore_index": -100},
+        RuntimeError,
+        "no ignore_index for a target of probabilities",
+    ),
+    "target": ({"target": torch.zeros(7).long()}, ValueError, r"target of shape \(8,\)"),
+    "reduction": ({"reduction": "max"}, ValueError, "reduction to be one of"),
+    "budget": ({"memory_budget_bytes": 0}, ValueError, "memory_budget_bytes above 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_refused(mistake) -> None:
+    changed, error, message = MISTAKES[mistake]
+    arguments: dict[str, Any] = {
+        "input": torch.ones(8, D),
+        "linear_weight": torch.ones(27, D),
+        "target": torch.zeros(8, dtype=torch.int64),
+    }
+    with pytest.raises(error, match=message):
+        fused.linear_cross_entropy(**(arguments | changed))
+
+
+needs_torchs_own = pytest.mark.skipif(
+    not hasattr(F, "linear_cross_entropy"), reason="torch has it from 2.13 on"
+)
+
+
+def samples_of_torch(variant: str, dtype: torch.dtype, device: torch.device) -> Iterator[Any]:
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    (info,) = (
+        op
+        for op in op_db
+        if op.name == "nn.functional.linear_cross_entropy" and op.variant_test_name == variant
+    )
+    yield from info.sample_inputs(device, dtype, requires_grad=True)
+
+
+@needs_torchs_own
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        pytest.param(torch.float64, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "variant",
+    # The second has the same calls as the first, but for the options that ours does not take.
+    ["", pytest.param("chunked", marks=pytest.mark.slow), "chunked_none"],
+)
+def test_pytorchs_own_samples(variant, dtype, implementation, device) -> None:
+    count = 0
+    for sample in samples_of_torch(variant, dtype, device):
+        leaves = [
+            t for t in (sample.input, *sample.args, *sample.kwargs.values())
+            if isinstance(t, Tensor) and t.requires_grad
+        ]  # fmt: skip
+        options = {k: v for k, v in sample.kwargs.items() if k != "options"}
+        results = []
+        for function in (fused.linear_cross_entropy, F.linear_cross_entropy):
+            loss = function(sample.input, *sample.args, **options)
+            gradients = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
+            results.append((loss, *gradients))
+        for ours, theirs in zip(*results, strict=True):
+            # Of magnitude 9 and more: bfloat16 logits differ by their last bit.
+            tolerance = 0.1 if dtype == torch.bfloat16 else 1e-4
+            size = tolerance * max(1.0, theirs.abs().max().item() if theirs.numel() else 0.0)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=size)
+        count += 1
+    assert count >= 50
+
+
+@needs_torchs_own
+@pytest.mark.filterwarnings("ignore")
+def test_pytorchs_own_error_inputs(device) -> None:
+    from torch.testing._internal.common_methods_invocations import op_db
+
+    info = next(op for op in op_db if op.name == "nn.functional.linear_cross_entropy")
+    cases = list(info.error_inputs_func(info, device))
+    assert len(cases) >= 6
+    for case in cases:
+        sample = case.sample_input
+        with pytest.raises(case.error_type):
+            fused.linear_cross_entropy(sample.input, *sample.args, **sample.kwargs)
+
+
+@needs_torchs_own
+def test_module_is_torchs(implementation, device) -> None:
+    torch.manual_seed(0)
+    theirs = nn.LinearCrossEntropyLoss(
+        D, 5, out_features=(2,), bias=True, weight=torch.rand(5), reduction="sum"
+    ).to(device)
+    ours = fused.LinearCrossEntropyLoss(
+        D, 5, out_features=(2,), bias=True, weight=torch.rand(5), reduction="sum", z_loss=0.0
+    ).to(device)
+    assert isinstance(ours, nn.LinearCrossEntropyLoss) and repr(ours)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(ours.state_dict())
+    x, _, _, target = example(8, (5, 2), torch.float32, device)
+    torch.testing.assert_close(ours(x, target), theirs(x, target))
+    assert fused.convert(theirs) == ["the model itself: LinearCrossEntropyLoss"]
+    assert type(theirs) is fused.LinearCrossEntropyLoss
+    torch.testing.assert_close(ours(x, target), theirs(x, target), rtol=0, atol=0)
+
+
+def test_module_mistakes() -> None:
+    with pytest.raises(RuntimeError, match=r"weight of shape \(5,\)"):
+        fused.LinearCrossEntropyLoss(D, 5, weight=torch.ones(4))
+    with pytest.raises(RuntimeError, match="label_smoothing between 0 and 1"):
+        fused.LinearCrossEntropyLoss(D, 5, label_smoothing=1.5)
+
+
+def test_the_logits_are_never_held(device, tmp_path: Path) -> None:
+    """Peak memory above the inputs: at most a quarter of the pair's, where the logits are large."""
+    from bench.cases import differentiable
+    from bench.measure import peak_bytes
+
+    n, classes = 1024, 4000
+    x, w, _, target = example(n, (classes,), torch.float32, device, ignored=0)
+    leaves = {"x": x.requires_grad_(), "w": w.requires_grad_()}
+    upstream = torch.ones((), device=device)
+    ours = differentiable(
+        lambda: fused.linear_cross_entropy(x, w, target, memory_budget_bytes=2**21),
+        leaves,
+        upstream,
+    )
+    pair = differentiable(lambda: F.cross_entropy(F.linear(x, w), target), leaves, upstream)
+    peaks = [peak_bytes(c.phases["fwd_bwd"], device) for c in (ours, pair)]
+    assert peaks[1] >= 2 * 4 * n * classes
+    assert peaks[0] <= peaks[1] / 4
