@@ -87,10 +87,36 @@ def batch_norm_sums(
     mean: Tensor,
     rstd: Tensor,
     activation: str | None,
-) -> Tensor:
-    """dgamma and dbeta as one tensor (2, C), in the dtype of mean."""
+    want_dresidual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(sums, dresidual): dgamma and dbeta as one tensor (2, C) in the dtype of mean, and dz, which
+    batch_norm_dx takes in dy's place; None where it is not wanted."""
     dz, xhat = _dz_and_xhat(dy, x, gamma, beta, residual, mean, rstd, activation)
-    return torch.stack(((dz * xhat).sum(_rows(x)), dz.sum(_rows(x))))
+    sums = torch.stack(((dz * xhat).sum(_rows(x)), dz.sum(_rows(x))))
+    return sums, dz.to(x.dtype) if want_dresidual else None
+
+
+def batch_norm_dx(
+    dy: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    sums: Tensor,
+    count: Tensor,
+    correction: int,
+    activation: str | None,
+) -> Tensor:
+    """dx from dgamma and dbeta, sums (2, C), of all the `count` rows (one number) that were
+    normalised together, which may be more than x's."""
+    dz, xhat = _dz_and_xhat(dy, x, gamma, beta, residual, mean, rstd, activation)
+    dgamma, dbeta = sums.unbind()
+    slope = _per_channel(rstd if gamma is None else gamma * rstd, x)
+    dx = dz - _per_channel(dbeta / count, x)
+    dx.sub_(xhat.mul_(_per_channel(dgamma / (count - correction), x))).mul_(slope)
+    return dx.to(x.dtype)
 
 
 def batch_norm_bwd(
@@ -105,24 +131,18 @@ def batch_norm_bwd(
     activation: str | None,
     batch_statistics: bool,
     want_dresidual: bool,
-    sums: Tensor | None = None,
-    count: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients (dx, dgamma, dbeta, dresidual) of batch normalisation.
 
     dx is in x's dtype; dgamma and dbeta (C,) are in the dtype of mean; dresidual is None where it
     is not wanted. `batch_statistics` says whether mean and rstd came from x (training) or were
-    frozen. sums (2, C) and count (one number) are dgamma, dbeta and the number of rows where more
-    rows than x's were normalised together.
+    frozen.
     """
     dz, xhat = _dz_and_xhat(dy, x, gamma, beta, residual, mean, rstd, activation)
-    if sums is None:
-        dgamma, dbeta = (dz * xhat).sum(_rows(x)), dz.sum(_rows(x))
-    else:
-        dgamma, dbeta = sums.unbind()
+    dgamma, dbeta = (dz * xhat).sum(_rows(x)), dz.sum(_rows(x))
     dresidual = dz.to(x.dtype) if want_dresidual else None
     slope = _per_channel(rstd if gamma is None else gamma * rstd, x)
-    n: Tensor | int = x.numel() // max(1, x.shape[1]) if count is None else count
+    n = x.numel() // max(1, x.shape[1])
     if not batch_statistics or x.numel() == 0:
         return (dz * slope).to(x.dtype), dgamma, dbeta, dresidual
     dx = dz - _per_channel(dbeta / n, x)
