@@ -21,6 +21,7 @@ residual and with y's rounding; relu could take one bit, 2S/16 instead of 2S of 
 second output of the forward pass.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -56,6 +57,13 @@ class _View(NamedTuple):
             return cls(n * length, c, 1, True, strides)
         strides = [(0, s[1], r) for r, s in zip(rows, strides, strict=True)]
         return cls(1, c, n * length, False, strides)
+
+    def align(self) -> int:
+        """What divides all strides but those of neighbours, and the number of neighbours."""
+        sizes = [s[0] for s in self.strides] + [self.c if self.length == 1 else self.length]
+        if self.length > 1:
+            sizes += [s[1] for s in self.strides]
+        return math.gcd(16, *sizes)
 
     def plan(self, dtype: torch.dtype, tensors: int) -> tuning.BatchNormPlan:
         return tuning.batch_norm(self.n, self.c, self.length, self.columns, dtype, tensors)
@@ -254,6 +262,8 @@ def _launch_moments(x3: torch.Tensor, view: _View, plan: tuning.BatchNormPlan) -
         BLOCK_N=plan.BLOCK_N,
         BLOCK_L=plan.BLOCK_L,
         BLOCK_C=plan.BLOCK_C,
+        ALIGN=view.align(),
+        STAGES=plan.stages(x3),
         num_warps=plan.num_warps,
     )
     return partial
@@ -313,6 +323,8 @@ def _normalise(
         BLOCK_N=plan.BLOCK_N,
         BLOCK_L=plan.BLOCK_L,
         BLOCK_C=plan.BLOCK_C,
+        ALIGN=view.align(),
+        STAGES=plan.stages(x3, residual3),
         BLOCK_P=tuning.next_power_of_2(plan.n_programs),
         num_warps=plan.num_warps,
     )
@@ -382,6 +394,8 @@ class _Backward(NamedTuple):
             BLOCK_N=plan.BLOCK_N,
             BLOCK_L=plan.BLOCK_L,
             BLOCK_C=plan.BLOCK_C,
+            ALIGN=self.view.align(),
+            STAGES=plan.stages(self.x, self.dy, self.residual),
             num_warps=plan.num_warps,
         )
         return partial
@@ -426,6 +440,8 @@ class _Backward(NamedTuple):
             BLOCK_N=plan.BLOCK_N,
             BLOCK_L=plan.BLOCK_L,
             BLOCK_C=plan.BLOCK_C,
+            ALIGN=self.view.align(),
+            STAGES=plan.stages(self.x, self.dy, self.residual),
             BLOCK_P=tuning.next_power_of_2(n_partials),
             num_warps=plan.num_warps,
         )

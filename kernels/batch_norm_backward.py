@@ -8,6 +8,7 @@ from fused.kernels.batch_norm_tile import (
     count_rows,
     load_channel,
     mask_of,
+    multiple,
     offset_of,
     offsets_in_tile,
     start_of,
@@ -33,7 +34,10 @@ def _dz_and_xhat(
 
 @triton.jit
 def _dx(dz, xhat, dgamma, dbeta, slope, n, correction, BATCH_STATISTICS: tl.constexpr):
-    """slope * (dz - dbeta/n - xhat * dgamma/(n - correction)), or slope * dz; slope is gamma*rstd"""
+    """slope * (dz - dbeta/n - xhat * dgamma/(n - correction)), or slope * dz
+
+    slope is gamma * rstd.
+    """
     if BATCH_STATISTICS:
         dz = dz - (dbeta / n)[None, :] - xhat * (dgamma / (n - correction))[None, :]
     return dz * slope[None, :]
@@ -44,37 +48,38 @@ def _sums(
     dy_ptr, x_ptr, residual_ptr, dx_ptr, dz_ptr, begin, end, cols, col_mask,
     mean, rstd, gamma, beta, N, L, stride_dy, stride_x, stride_r, stride_dx, stride_dz,
     acc: tl.constexpr, ACTIVATION: tl.constexpr,
+    ALIGN: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dgamma and dbeta of tiles [begin, end): (BLOCK_C,) each; dz, and slope * dz, on the way
 
     Each place of the tile sums by itself: no exchange between threads before the end.
     """
-    dy_offsets = offsets_in_tile(cols, stride_dy, BLOCK_N, BLOCK_L)
-    x_offsets = offsets_in_tile(cols, stride_x, BLOCK_N, BLOCK_L)
-    r_offsets = offsets_in_tile(cols, stride_r, BLOCK_N, BLOCK_L)
-    dx_offsets = offsets_in_tile(cols, stride_dx, BLOCK_N, BLOCK_L)
-    dz_offsets = offsets_in_tile(cols, stride_dz, BLOCK_N, BLOCK_L)
+    dy_offsets = offsets_in_tile(cols, stride_dy, ALIGN, BLOCK_N, BLOCK_L)
+    x_offsets = offsets_in_tile(cols, stride_x, ALIGN, BLOCK_N, BLOCK_L)
+    r_offsets = offsets_in_tile(cols, stride_r, ALIGN, BLOCK_N, BLOCK_L)
+    dx_offsets = offsets_in_tile(cols, stride_dx, ALIGN, BLOCK_N, BLOCK_L)
+    dz_offsets = offsets_in_tile(cols, stride_dz, ALIGN, BLOCK_N, BLOCK_L)
     dgamma = tl.zeros((BLOCK_N * BLOCK_L, BLOCK_C), acc)
     dbeta = tl.zeros((BLOCK_N * BLOCK_L, BLOCK_C), acc)
-    for tile in range(begin, end):
+    for tile in tl.range(begin, end, num_stages=STAGES):
         start = start_of(tile, L, BLOCK_N, BLOCK_L)
-        mask = mask_of(start, col_mask, N, L, BLOCK_N, BLOCK_L)
+        mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
         r_ptr = None
         if residual_ptr is not None:
-            r_ptr = residual_ptr + offset_of(start, stride_r) + r_offsets
+            r_ptr = residual_ptr + offset_of(start, stride_r, ALIGN) + r_offsets
         dz, xhat = _dz_and_xhat(
-            dy_ptr + offset_of(start, stride_dy) + dy_offsets,
-            x_ptr + offset_of(start, stride_x) + x_offsets,
+            dy_ptr + offset_of(start, stride_dy, ALIGN) + dy_offsets,
+            x_ptr + offset_of(start, stride_x, ALIGN) + x_offsets,
             r_ptr, mask, mean, rstd, gamma, beta, acc, ACTIVATION,
         )  # fmt: skip
         dgamma += tl.where(mask, dz * xhat, 0.0)
         dbeta += dz
         if dx_ptr is not None:
             dx = dz * (gamma * rstd)[None, :]
-            tl.store(dx_ptr + offset_of(start, stride_dx) + dx_offsets, dx, mask=mask)
+            tl.store(dx_ptr + offset_of(start, stride_dx, ALIGN) + dx_offsets, dx, mask=mask)
         if dz_ptr is not None:
-            tl.store(dz_ptr + offset_of(start, stride_dz) + dz_offsets, dz, mask=mask)
+            tl.store(dz_ptr + offset_of(start, stride_dz, ALIGN) + dz_offsets, dz, mask=mask)
     return tl.sum(dgamma, axis=0), tl.sum(dbeta, axis=0)
 
 
@@ -104,11 +109,13 @@ def _batch_norm_sums_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """dgamma = sum_i dz_i * xhat_i and dbeta = sum_i dz_i over this program's rows"""
     acc: tl.constexpr = mean_ptr.dtype.element_ty
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
-    col_mask = cols < C
+    col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
     begin = tl.program_id(1) * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, n_tiles)
     mean = tl.load(mean_ptr + cols, mask=col_mask, other=0.0)
@@ -118,7 +125,7 @@ def _batch_norm_sums_kernel(
     dgamma, dbeta = _sums(
         dy_ptr, x_ptr, residual_ptr, dx_ptr, dz_ptr, begin, end, cols, col_mask,
         mean, rstd, gamma, beta, N, L, stride_dy, stride_x, stride_r, stride_dx, stride_dz,
-        acc, ACTIVATION, BLOCK_N, BLOCK_L, BLOCK_C,
+        acc, ACTIVATION, ALIGN, STAGES, BLOCK_N, BLOCK_L, BLOCK_C,
     )  # fmt: skip
     out = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * C + cols
     tl.store(out, dgamma, mask=col_mask)
@@ -158,6 +165,8 @@ def _batch_norm_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """dx = gamma * rstd * (dz - dbeta/n - xhat * dgamma/(n - correction)), or gamma * rstd * dz
@@ -168,25 +177,25 @@ def _batch_norm_bwd_kernel(
     column = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     cols = column * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
-    col_mask = cols < C
+    col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
     begin = part * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, n_tiles)
     mean = tl.load(mean_ptr + cols, mask=col_mask, other=0.0)
     rstd = tl.load(rstd_ptr + cols, mask=col_mask, other=0.0)
     gamma = load_channel(gamma_ptr, cols, col_mask, 1.0, acc)
     beta = load_channel(beta_ptr, cols, col_mask, 0.0, acc)
-    dy_offsets = offsets_in_tile(cols, stride_dy, BLOCK_N, BLOCK_L)
-    x_offsets = offsets_in_tile(cols, stride_x, BLOCK_N, BLOCK_L)
-    r_offsets = offsets_in_tile(cols, stride_r, BLOCK_N, BLOCK_L)
-    dx_offsets = offsets_in_tile(cols, stride_dx, BLOCK_N, BLOCK_L)
-    dz_offsets = offsets_in_tile(cols, stride_dz, BLOCK_N, BLOCK_L)
+    dy_offsets = offsets_in_tile(cols, stride_dy, ALIGN, BLOCK_N, BLOCK_L)
+    x_offsets = offsets_in_tile(cols, stride_x, ALIGN, BLOCK_N, BLOCK_L)
+    r_offsets = offsets_in_tile(cols, stride_r, ALIGN, BLOCK_N, BLOCK_L)
+    dx_offsets = offsets_in_tile(cols, stride_dx, ALIGN, BLOCK_N, BLOCK_L)
+    dz_offsets = offsets_in_tile(cols, stride_dz, ALIGN, BLOCK_N, BLOCK_L)
 
     n = count_rows(N, L, acc)
     if count_ptr is not None:
         n = tl.load(count_ptr).to(acc)
     if SUMS == "tile":
         start = start_of(0, L, BLOCK_N, BLOCK_L)
-        mask = mask_of(start, col_mask, N, L, BLOCK_N, BLOCK_L)
+        mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
         dz, xhat = _dz_and_xhat(
             dy_ptr + dy_offsets, x_ptr + x_offsets,
             None if residual_ptr is None else residual_ptr + r_offsets,
@@ -203,7 +212,7 @@ def _batch_norm_bwd_kernel(
             dgamma, dbeta = _sums(
                 dy_ptr, x_ptr, residual_ptr, None, dz_ptr, begin, end, cols, col_mask,
                 mean, rstd, gamma, beta, N, L, stride_dy, stride_x, stride_r, stride_dx, stride_dz,
-                acc, ACTIVATION, BLOCK_N, BLOCK_L, BLOCK_C,
+                acc, ACTIVATION, ALIGN, STAGES, BLOCK_N, BLOCK_L, BLOCK_C,
             )  # fmt: skip
         else:
             p = tl.arange(0, BLOCK_P)  # (BLOCK_P,)
@@ -211,19 +220,19 @@ def _batch_norm_bwd_kernel(
             p_mask = (p < n_partials)[:, None] & col_mask[None, :]
             dgamma = tl.sum(tl.load(parts, mask=p_mask, other=0.0), axis=0)
             dbeta = tl.sum(tl.load(parts + C, mask=p_mask, other=0.0), axis=0)
-        for i in range(begin, end):
+        for i in tl.range(begin, end, num_stages=STAGES):
             start = start_of(begin + end - 1 - i, L, BLOCK_N, BLOCK_L)
-            mask = mask_of(start, col_mask, N, L, BLOCK_N, BLOCK_L)
+            mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
             r_ptr = None
             if residual_ptr is not None:
-                r_ptr = residual_ptr + offset_of(start, stride_r) + r_offsets
+                r_ptr = residual_ptr + offset_of(start, stride_r, ALIGN) + r_offsets
             dz, xhat = _dz_and_xhat(
-                dy_ptr + offset_of(start, stride_dy) + dy_offsets,
-                x_ptr + offset_of(start, stride_x) + x_offsets,
+                dy_ptr + offset_of(start, stride_dy, ALIGN) + dy_offsets,
+                x_ptr + offset_of(start, stride_x, ALIGN) + x_offsets,
                 r_ptr, mask, mean, rstd, gamma, beta, acc, ACTIVATION,
             )  # fmt: skip
             dx = _dx(dz, xhat, dgamma, dbeta, gamma * rstd, n, correction, BATCH_STATISTICS)
-            tl.store(dx_ptr + offset_of(start, stride_dx) + dx_offsets, dx, mask=mask)
+            tl.store(dx_ptr + offset_of(start, stride_dx, ALIGN) + dx_offsets, dx, mask=mask)
     if part == 0:
         tl.store(dgamma_ptr + cols, dgamma, mask=col_mask)
         tl.store(dbeta_ptr + cols, dbeta, mask=col_mask)

@@ -10,6 +10,7 @@ from fused.kernels.batch_norm_tile import (
     mask_of,
     merged,
     moments,
+    multiple,
     offset_of,
     offsets_in_tile,
     start_of,
@@ -29,16 +30,31 @@ def _batch_norm_moments_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """mean and sum of squared deviations of this program's rows"""
     acc: tl.constexpr = partial_ptr.dtype.element_ty
     cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
-    col_mask = cols < C
+    col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
     begin = tl.program_id(1) * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, n_tiles)
     first = tl.load(x_ptr + cols.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0).to(acc)
     n, mean, m2 = moments(
-        x_ptr, first, begin, end, cols, col_mask, N, L, stride_x, acc, BLOCK_N, BLOCK_L
+        x_ptr,
+        first,
+        begin,
+        end,
+        cols,
+        col_mask,
+        N,
+        L,
+        stride_x,
+        acc,
+        ALIGN,
+        STAGES,
+        BLOCK_N,
+        BLOCK_L,
     )
     out = partial_ptr + tl.program_id(1).to(tl.int64) * 3 * C + cols
     tl.store(out, tl.full((BLOCK_C,), 0.0, acc) + n, mask=col_mask)
@@ -115,6 +131,8 @@ def _batch_norm_fwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     """y = f(gamma * xhat + beta + residual); running += momentum * (batch - running)
@@ -125,12 +143,12 @@ def _batch_norm_fwd_kernel(
     column = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
     cols = column * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
-    col_mask = cols < C
+    col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
     begin = part * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, n_tiles)
-    x_offsets = offsets_in_tile(cols, stride_x, BLOCK_N, BLOCK_L)
-    y_offsets = offsets_in_tile(cols, stride_y, BLOCK_N, BLOCK_L)
-    r_offsets = offsets_in_tile(cols, stride_r, BLOCK_N, BLOCK_L)
+    x_offsets = offsets_in_tile(cols, stride_x, ALIGN, BLOCK_N, BLOCK_L)
+    y_offsets = offsets_in_tile(cols, stride_y, ALIGN, BLOCK_N, BLOCK_L)
+    r_offsets = offsets_in_tile(cols, stride_r, ALIGN, BLOCK_N, BLOCK_L)
 
     n = count_rows(N, L, acc)
     if STATISTICS == "running":
@@ -141,7 +159,7 @@ def _batch_norm_fwd_kernel(
         first = tl.load(x_ptr + cols.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0).to(acc)
         if STATISTICS == "tile":
             start = start_of(0, L, BLOCK_N, BLOCK_L)
-            mask = mask_of(start, col_mask, N, L, BLOCK_N, BLOCK_L)
+            mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
             x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0)  # and here it stays
             d = tl.where(mask, x.to(acc) - first[None, :], 0.0)
             mean = tl.sum(d, axis=0) / n
@@ -149,7 +167,20 @@ def _batch_norm_fwd_kernel(
             m2 = tl.sum(d * d, axis=0)
         elif STATISTICS == "program":
             _, mean, m2 = moments(
-                x_ptr, first, begin, end, cols, col_mask, N, L, stride_x, acc, BLOCK_N, BLOCK_L
+                x_ptr,
+                first,
+                begin,
+                end,
+                cols,
+                col_mask,
+                N,
+                L,
+                stride_x,
+                acc,
+                ALIGN,
+                STAGES,
+                BLOCK_N,
+                BLOCK_L,
             )
         else:
             p = tl.arange(0, BLOCK_P)  # (BLOCK_P,)
@@ -183,12 +214,12 @@ def _batch_norm_fwd_kernel(
         y = _normalised(x, r_ptr, centre, scale, shift, mask, acc, ACTIVATION)
         tl.store(y_ptr + y_offsets, y, mask=mask)
     else:
-        for i in range(begin, end):
+        for i in tl.range(begin, end, num_stages=STAGES):
             start = start_of(begin + end - 1 - i, L, BLOCK_N, BLOCK_L)
-            mask = mask_of(start, col_mask, N, L, BLOCK_N, BLOCK_L)
-            x = tl.load(x_ptr + offset_of(start, stride_x) + x_offsets, mask=mask, other=0.0)
+            mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
+            x = tl.load(x_ptr + offset_of(start, stride_x, ALIGN) + x_offsets, mask=mask, other=0.0)
             r_ptr = None
             if residual_ptr is not None:
-                r_ptr = residual_ptr + offset_of(start, stride_r) + r_offsets
+                r_ptr = residual_ptr + offset_of(start, stride_r, ALIGN) + r_offsets
             y = _normalised(x, r_ptr, centre, scale, shift, mask, acc, ACTIVATION)
-            tl.store(y_ptr + offset_of(start, stride_y) + y_offsets, y, mask=mask)
+            tl.store(y_ptr + offset_of(start, stride_y, ALIGN) + y_offsets, y, mask=mask)

@@ -21,27 +21,41 @@ def start_of(tile, L, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr):
 
 
 @triton.jit
-def offsets_in_tile(cols, stride, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr):
-    """Of a tile's elements relative to its first row, shape (BLOCK_N * BLOCK_L, BLOCK_C)"""
+def multiple(size, ALIGN: tl.constexpr):
+    """size, which ALIGN divides; the compiler, told so, makes wider accesses of it"""
+    return size // ALIGN * ALIGN
+
+
+@triton.jit
+def offsets_in_tile(
+    cols, stride, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
+):
+    """Of a tile's elements relative to its first row, shape (BLOCK_N * BLOCK_L, BLOCK_C)
+
+    ALIGN divides every stride but that of neighbours in memory: the channels' where L is 1.
+    """
     row = tl.arange(0, BLOCK_N * BLOCK_L)
     n, l = (row // BLOCK_L).to(tl.int64), (row % BLOCK_L).to(tl.int64)  # noqa: E741
-    rows = n * stride[0] + l * stride[2]
-    return rows[:, None] + (cols.to(tl.int64) * stride[1])[None, :]
+    rows = n * multiple(stride[0], ALIGN) + l * stride[2]
+    stride_c = stride[1] if BLOCK_L == 1 else multiple(stride[1], ALIGN)
+    return rows[:, None] + (cols.to(tl.int64) * stride_c)[None, :]
 
 
 @triton.jit
-def offset_of(start, stride):
+def offset_of(start, stride, ALIGN: tl.constexpr):
     """Of a tile's first row"""
-    return start[0] * stride[0] + start[1] * stride[2]
+    return start[0] * multiple(stride[0], ALIGN) + start[1] * stride[2]
 
 
 @triton.jit
-def mask_of(start, col_mask, N, L, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr):
+def mask_of(
+    start, col_mask, N, L, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
+):
     """Which of a tile's elements exist, shape (BLOCK_N * BLOCK_L, BLOCK_C)"""
     row = tl.arange(0, BLOCK_N * BLOCK_L)
     exists = row // BLOCK_L < N - start[0]
     if BLOCK_L > 1:
-        exists = exists & (row % BLOCK_L < L - start[1])
+        exists = exists & (row % BLOCK_L < multiple(L, ALIGN) - start[1])
     return exists[:, None] & col_mask[None, :]
 
 
@@ -76,7 +90,8 @@ def count_rows(N, L, acc: tl.constexpr):
 @triton.jit
 def moments(
     x_ptr, first, begin, end, cols, col_mask, N, L, stride,
-    acc: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    acc: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     """Row count, mean (relative to `first`) and sum of squared deviations of tiles [begin, end)
 
@@ -86,17 +101,17 @@ def moments(
     cancels is bounded whatever the data; with x0 = 0, E[x^2] - E[x]^2, it is not. The places are
     then merged around their common mean.
     """
-    offsets = offsets_in_tile(cols, stride, BLOCK_N, BLOCK_L)
+    offsets = offsets_in_tile(cols, stride, ALIGN, BLOCK_N, BLOCK_L)
     start = start_of(begin, L, BLOCK_N, BLOCK_L)
-    mask = mask_of(start, col_mask, N, L, BLOCK_N, BLOCK_L)
-    x0 = tl.load(x_ptr + offset_of(start, stride) + offsets, mask=mask, other=0.0).to(acc)
+    mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
+    x0 = tl.load(x_ptr + offset_of(start, stride, ALIGN) + offsets, mask=mask, other=0.0).to(acc)
     x0 = tl.where(mask, x0, first[None, :])  # a place whose rows begin in a later tile
     s = tl.zeros(x0.shape, acc)
     q = tl.zeros(x0.shape, acc)
-    for tile in range(begin + 1, end):
+    for tile in tl.range(begin + 1, end, num_stages=STAGES):
         start = start_of(tile, L, BLOCK_N, BLOCK_L)
-        mask = mask_of(start, col_mask, N, L, BLOCK_N, BLOCK_L)
-        x = tl.load(x_ptr + offset_of(start, stride) + offsets, mask=mask, other=0.0).to(acc)
+        mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
+        x = tl.load(x_ptr + offset_of(start, stride, ALIGN) + offsets, mask=mask, other=0.0).to(acc)
         d = tl.where(mask, x - x0, 0.0)
         s += d
         q += d * d

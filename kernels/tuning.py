@@ -64,6 +64,16 @@ class BatchNormPlan:
         ("program"), or its share of them ("partial")."""
         return "tile" if self.n_tiles == 1 else "program" if self.n_programs == 1 else "partial"
 
+    def stages(self, *tensors: torch.Tensor | None) -> int:
+        """Of the loop over tiles of `tensors`: 48 KB under way hide the latency of memory, even
+        where this is a multiprocessor's only program, and two such programs fit into the shared
+        memory of every GPU from sm_80 on."""
+        if self.n_tiles == 1:
+            return 1
+        values = self.BLOCK_N * self.BLOCK_L * self.BLOCK_C
+        size = sum(values * t.element_size() for t in tensors if t is not None)
+        return min(8, 1 + max(1, 49152 // size))
+
     def grid(self, n_channels: int) -> tuple[int, int]:
         """Programs over channels and over rows."""
         return (_ceil_div(n_channels, self.BLOCK_C), self.n_programs)
@@ -108,8 +118,7 @@ def batch_norm(
             block_c *= 2
         values = block_n * block_l * block_c
         return BatchNormPlan(block_n, block_l, block_c, 4 if values <= 4096 else 8, 1, 1, 1)
-    # 16 values a thread of 8 warps: two or four 16-byte accesses to each tensor at a time.
-    values = 4096
+    values = 4096  # of a tile: 16 bytes or more a thread and tensor
     # One program a channel block while its rows are 128 KB or less: they are in L1, or at least L2,
     # when they are read again. 64 such programs keep half of the multiprocessors reading.
     whole = bool(tensors) and rows * itemsize * least <= 131072 and c >= 64 * least
@@ -127,13 +136,15 @@ def batch_norm(
     tiles = _ceil_div(n, block_n) * _ceil_div(length, block_l)
     n_programs = 1
     if not whole:
-        # Three programs for each multiprocessor are all resident; every consumer merges what the
+        # Two programs for each multiprocessor are resident at once; every consumer merges what the
         # others found, 8,192 values of each kind at most.
-        wanted = _ceil_div(3 * _MULTIPROCESSORS, _ceil_div(c, block_c))
+        wanted = _ceil_div(2 * _MULTIPROCESSORS, _ceil_div(c, block_c))
         n_programs = max(1, min(tiles, wanted, 8192 // block_c))
     tiles_per_program = max(1, _ceil_div(tiles, n_programs))
     n_programs = max(1, _ceil_div(tiles, tiles_per_program))
-    return BatchNormPlan(block_n, block_l, block_c, 8, tiles, n_programs, tiles_per_program)
+    return BatchNormPlan(
+        block_n, block_l, block_c, 16 if whole else 8, tiles, n_programs, tiles_per_program
+    )
 
 
 def scan(n: int) -> int:
