@@ -66,7 +66,9 @@ class _View(NamedTuple):
         return math.gcd(16, *sizes)
 
     def plan(self, dtype: torch.dtype, tensors: int) -> tuning.BatchNormPlan:
-        return tuning.batch_norm(self.n, self.c, self.length, self.columns, dtype, tensors)
+        return tuning.batch_norm(
+            self.n, self.c, self.length, self.columns, self.align(), dtype, tensors
+        )
 
 
 def batch_norm_fwd(
@@ -198,12 +200,13 @@ def batch_norm_bwd(
     activation: str | None,
     batch_statistics: bool,
     want_dresidual: bool,
+    y: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The gradients (dx, dgamma, dbeta, dresidual) of batch normalisation.
 
     dx is in x's dtype and memory format; dgamma and dbeta (C,) are in the dtype of mean; dresidual
     is None where it is not wanted. `batch_statistics` says whether mean and rstd came from x
-    (training) or were frozen.
+    (training) or were frozen. y is None, as keeps_output says.
 
     Bytes: reads dy, x and, with an activation, the residual once and writes dx and, with an
     activation, dresidual once, in one launch, the least possible. Where programs share channels:
@@ -231,6 +234,11 @@ def batch_norm_bwd(
             plan = step.plan(reduced=False)
     dgamma, dbeta = step.gradients(plan, reduction, partial, None, correction, batch_statistics)
     return dx, dgamma, dbeta, dresidual
+
+
+def keeps_output(activation: str | None, x: torch.Tensor, residual: torch.Tensor | None) -> bool:
+    """Whether backward takes y: it does not, z comes of x, which is read anyway."""
+    return False
 
 
 def _accumulator(x: torch.Tensor) -> torch.dtype:

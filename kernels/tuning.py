@@ -92,9 +92,10 @@ _ON_CHIP_VALUES = 8192
 
 
 def batch_norm(
-    n: int, c: int, length: int, columns: bool, dtype: torch.dtype, tensors: int
+    n: int, c: int, length: int, columns: bool, align: int, dtype: torch.dtype, tensors: int
 ) -> BatchNormPlan:
-    """For x (n, c, length), its channels adjacent in memory (`columns`) or else its positions.
+    """For x (n, c, length), its channels adjacent in memory (`columns`) or else its positions, runs
+    of which begin at multiples of `align` elements.
 
     `tensors` are held at once to reduce over a channel: 1 forward, 2 backward, 0 where nothing is
     reduced.
@@ -107,7 +108,8 @@ def batch_norm(
     least = min(sector, next_power_of_2(c)) if columns else 1
     if tensors and block_n * block_l * least <= capacity:
         # Twice the sector where that leaves a program for every multiprocessor, and where channels
-        # are not adjacent, as many as give every thread of 4 warps 8 values.
+        # are not adjacent, as many as give every thread of 4 warps 8 values. More values a warp
+        # than that spilled on sm_100 where accesses are narrow.
         block_c = least
         wide = 2 * sector if columns else max(1, 1024 // (block_n * block_l))
         while (
@@ -117,8 +119,10 @@ def batch_norm(
         ):
             block_c *= 2
         values = block_n * block_l * block_c
-        return BatchNormPlan(block_n, block_l, block_c, 4 if values <= 4096 else 8, 1, 1, 1)
-    values = 4096  # of a tile: 16 bytes or more a thread and tensor
+        return BatchNormPlan(block_n, block_l, block_c, 4 if values <= 1024 else 8, 1, 1, 1)
+    # Of a tile, 16 a thread of 8 warps: 16 bytes or more at a time of each tensor. Narrow accesses
+    # need an address each, and 16 of those did not fit into the registers of sm_100.
+    values = 4096 if align * itemsize >= 16 else 2048
     # One program a channel block while its rows are 128 KB or less: they are in L1, or at least L2,
     # when they are read again. 64 such programs keep half of the multiprocessors reading.
     whole = bool(tensors) and rows * itemsize * least <= 131072 and c >= 64 * least
