@@ -225,8 +225,8 @@ def batch_norm_bwd(
     plan, partial = step.plan(reduced=True), None
     reduction = plan.reduction
     if reduction == "partial" and not batch_statistics:  # dx does not wait for the sums
-        dgamma, dbeta = step.sums(plan).sum(0).unbind()
-        return dx, dgamma, dbeta, dresidual
+        sums = step.sums(plan).sum(0)
+        return dx, sums[0], sums[1].clone(), dresidual  # no two of them share memory
     if reduction == "partial":
         partial = step._replace(dx=None).sums(plan)
         if dz is not None:

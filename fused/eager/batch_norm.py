@@ -172,7 +172,8 @@ def batch_norm_bwd(
     """
     if batch_statistics and not want_dresidual and _is_small(x) and dy.is_contiguous():
         if activation is None or y is not None:
-            return *_small_bwd(dy, x, gamma, mean, rstd, correction, activation, y), None
+            small = _small_bwd(dy, x, gamma, mean, rstd, correction, activation, y)
+            return (*small, None)
     step = _Backward(x, gamma, beta, residual, mean, rstd, activation, y)
     dz, sums = step.dz_and_sums(dy)
     dresidual = dz.to(x.dtype) if want_dresidual else None
@@ -180,7 +181,7 @@ def batch_norm_bwd(
     out = dz if activation and dresidual is not dz else None
     n = x.numel() // max(1, x.shape[1])
     dx = step.dx(dz, sums if batch_statistics and n else None, n, correction, out)
-    return dx, *sums.unbind(), dresidual
+    return dx, sums[0], sums[1].clone(), dresidual  # no two of them share memory
 
 
 def _is_small(x: Tensor) -> bool:
