@@ -58,13 +58,14 @@ class BatchNormFunction(torch.autograd.Function):
             )
         # Frozen statistics are copied: the backward must not follow a later update of them.
         kept = residual if o.activation else None  # only the derivative of an activation asks for z
-        ctx.save_for_backward(input, weight, bias, kept, mean, rstd)
+        y_kept = y if kernels.keeps_output(o.activation, input, residual) else None
+        ctx.save_for_backward(input, weight, bias, kept, mean, rstd, y_kept)
         ctx.kernels, ctx.options = kernels, options
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, residual, mean, rstd = ctx.saved_tensors
+        input, weight, bias, residual, mean, rstd, y = ctx.saved_tensors
         wants = ctx.needs_input_grad[:4]
         none = (None,) * 4
         o = ctx.options
@@ -74,7 +75,7 @@ class BatchNormFunction(torch.autograd.Function):
             return (*_composed_gradients(dy, tensors, wants, frozen, o), *none)
         dx, dgamma, dbeta, dresidual = ctx.kernels.batch_norm_bwd(
             dy, input, weight, bias, residual, mean, rstd, o.correction, o.activation,
-            o.batch_statistics, wants[3],
+            o.batch_statistics, wants[3], y,
         )  # fmt: skip
         dweight = dgamma.to(weight.dtype) if wants[1] else None
         dbias = dbeta.to(bias.dtype) if wants[2] else None

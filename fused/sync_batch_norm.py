@@ -47,12 +47,13 @@ class SyncBatchNormFunction(torch.autograd.Function):
         *tensors, count = ctx.saved_tensors
         _, weight, bias, *_ = tensors
         wants, o = ctx.needs_input_grad, ctx.options
-        own = ctx.kernels.batch_norm_sums(dy, *tensors, o.activation)
+        own, dresidual = ctx.kernels.batch_norm_sums(dy, *tensors, o.activation, wants[3])
         total = own.clone()
         dist.all_reduce(total, group=ctx.group)
-        dx, _, _, dresidual = ctx.kernels.batch_norm_bwd(
-            dy, *tensors, o.correction, o.activation, True, wants[3], sums=total, count=count
-        )
+        activation = o.activation
+        if dresidual is not None:  # it is dz
+            dy, activation = dresidual, None
+        dx = ctx.kernels.batch_norm_dx(dy, *tensors, total, count, o.correction, activation)
         # Parameters get the gradient of this process's rows: whoever averages gradients over the
         # processes, as DistributedDataParallel does, averages these as well.
         dweight = own[0].to(weight.dtype) if wants[1] else None

@@ -133,47 +133,110 @@ def _device(device: torch.device) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class BatchNormPlan:
-    """A tile of rows and channels, and how many of the rows each program walks over."""
+    """Tiles of BLOCK_N * BLOCK_L rows (n, l) and BLOCK_C channels, and who walks over them.
 
-    tile: Tile
-    rows_per_program: int
-    n_programs: int  # that share a channel
+    The rows of a block of channels are n_tiles tiles, which n_programs share.
+    """
+
+    BLOCK_N: int
+    BLOCK_L: int
+    BLOCK_C: int
+    num_warps: int
+    n_tiles: int
+    n_programs: int
+    tiles_per_program: int
+
+    @property
+    def reduction(self) -> str:
+        """Over what a program reduces: one "tile" that stays on chip, all tiles of its channels
+        ("program"), or its share of them ("partial")."""
+        return "tile" if self.n_tiles == 1 else "program" if self.n_programs == 1 else "partial"
+
+    def stages(self, *tensors: torch.Tensor | None) -> int:
+        """Of the loop over tiles of `tensors`: 48 KB under way hide the latency of memory, even
+        where this is a multiprocessor's only program, and two such programs fit into the shared
+        memory of every GPU from sm_80 on."""
+        if self.n_tiles == 1:
+            return 1
+        values = self.BLOCK_N * self.BLOCK_L * self.BLOCK_C
+        size = sum(values * t.element_size() for t in tensors if t is not None)
+        return min(8, 1 + max(1, 49152 // size))
 
     def grid(self, n_channels: int) -> tuple[int, int]:
-        """Programs over rows and over channels."""
-        return (self.n_programs, *self.tile.columns_grid(n_channels))
+        """Programs over channels and over rows."""
+        return (_ceil_div(n_channels, self.BLOCK_C), self.n_programs)
+
+
+def _ceil_div(n: int, d: int) -> int:
+    return (n + d - 1) // d
+
+
+# An H100 has 132 multiprocessors, each with 65,536 registers and 256 KB of L1. Elsewhere these only
+# decide which of two right plans is taken.
+_MULTIPROCESSORS = 132
+# Float32 values that 8 warps hold of a tile and still compute with: 32 a thread, twice that in the
+# forward pass, which holds one tensor where the backward pass holds two.
+_ON_CHIP_VALUES = 8192
 
 
 def batch_norm(
-    n_rows: int,
-    n_channels: int,
-    n_inner: int,
-    stride_c: int,
-    dtype: torch.dtype,
-    share_channels: bool = False,
+    n: int, c: int, length: int, columns: bool, align: int, dtype: torch.dtype, tensors: int
 ) -> BatchNormPlan:
-    """One program a column tile, or several where there would be too few (or `share_channels`)."""
-    if stride_c != 1 and n_inner > 1:
-        # (N, C, S): neighbours in memory are rows, so the tile is tall.
-        block_n = min(2048, next_power_of_2(n_rows))
-        block_c = min(next_power_of_2(n_channels), 2048 // block_n)
+    """For x (n, c, length), its channels adjacent in memory (`columns`) or else its positions, runs
+    of which begin at multiples of `align` elements.
+
+    `tensors` are held at once to reduce over a channel: 1 forward, 2 backward, 0 where nothing is
+    reduced.
+    """
+    rows, itemsize = n * length, dtype.itemsize
+    # A channel's rows on chip, in one tile: every value is read once.
+    capacity = _ON_CHIP_VALUES * 2 // max(1, tensors) * 4 // max(4, itemsize)
+    block_n, block_l = next_power_of_2(n), next_power_of_2(length)
+    sector = 32 // itemsize  # channels in 32 bytes, the least that memory is read by
+    least = min(sector, next_power_of_2(c)) if columns else 1
+    if tensors and block_n * block_l * least <= capacity:
+        # Twice the sector where that leaves a program for every multiprocessor, and where channels
+        # are not adjacent, as many as give every thread of 4 warps 8 values. More values a warp
+        # than that spilled on sm_100 where accesses are narrow.
+        block_c = least
+        wide = 2 * sector if columns else max(1, 1024 // (block_n * block_l))
+        while (
+            block_c < min(wide, next_power_of_2(c))
+            and 2 * block_c * block_n * block_l <= capacity
+            and c >= 2 * block_c * _MULTIPROCESSORS
+        ):
+            block_c *= 2
+        values = block_n * block_l * block_c
+        return BatchNormPlan(block_n, block_l, block_c, 4 if values <= 1024 else 8, 1, 1, 1)
+    # Of a tile, 16 a thread of 8 warps: 16 bytes or more at a time of each tensor. Narrow accesses
+    # need an address each, and 16 of those did not fit into the registers of sm_100.
+    values = 4096 if align * itemsize >= 16 else 2048
+    # One program a channel block while its rows are 128 KB or less: they are in L1, or at least L2,
+    # when they are read again. 64 such programs keep half of the multiprocessors reading.
+    whole = bool(tensors) and rows * itemsize * least <= 131072 and c >= 64 * least
+    if columns:
+        # 64 channels a row, 128 bytes or more, where that is free; not where it splits the rows.
+        block_c = least if whole else min(64, next_power_of_2(c))
+        block_l = min(values // block_c, block_l)
     else:
-        # 64 bytes of adjacent channels a row: two full 32-byte sectors, and still many programs.
-        block_c = min(next_power_of_2(n_channels), max(16, 64 // dtype.itemsize))
-        block_n = min(next_power_of_2(n_rows), 4096 // block_c)
-    # At most 16 values a thread and tensor: with 32, and with 16 in a tall tile, whose activation's
-    # derivative holds more at once, kernels spilled on sm_100.
-    tile = Tile(block_n, block_c, num_warps=4 if block_n * block_c <= 1024 else 8)
-    tiles = max(1, (n_rows + block_n - 1) // block_n)
-    (columns,) = tile.columns_grid(n_channels)
-    # Two programs for each of an H100's 132 multiprocessors fill it. Up to 4 tiles are not worth a
-    # second launch, and more than 128 parts would be slow to merge.
+        block_c = 1
+        block_l = min(values, block_l)
+        # Less than an eighth of the positions beyond the end, or runs of 64.
+        while block_l > 64 and (-length) % block_l * 8 > length:
+            block_l //= 2
+    block_n = min(max(1, values // (block_c * block_l)), next_power_of_2(n))
+    tiles = _ceil_div(n, block_n) * _ceil_div(length, block_l)
     n_programs = 1
-    if share_channels or tiles > 4:
-        n_programs = min(tiles, 128, (263 + columns) // max(1, columns))
-    rows_per_program = (tiles + n_programs - 1) // n_programs * block_n
-    n_programs = max(1, (n_rows + rows_per_program - 1) // rows_per_program)
-    return BatchNormPlan(tile, rows_per_program, n_programs)
+    if not whole:
+        # Two programs for each multiprocessor are resident at once; every consumer merges what the
+        # others found, 8,192 values of each kind at most.
+        wanted = _ceil_div(2 * _MULTIPROCESSORS, _ceil_div(c, block_c))
+        n_programs = max(1, min(tiles, wanted, 8192 // block_c))
+    tiles_per_program = max(1, _ceil_div(tiles, n_programs))
+    n_programs = max(1, _ceil_div(tiles, tiles_per_program))
+    return BatchNormPlan(
+        block_n, block_l, block_c, 16 if whole else 8, tiles, n_programs, tiles_per_program
+    )
 
 
 def scan(n: int) -> int:

@@ -163,6 +163,7 @@ def test_opcheck(kind, activation, implementation, device) -> None:
         activation,
         kind != "evaluation",
         activation is not None,
+        None,
     )
     torch.library.opcheck(torch.ops.fused.batch_norm_bwd, backward)
 

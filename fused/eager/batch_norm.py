@@ -1,10 +1,12 @@
 """Batch normalisation in plain PyTorch, with the functions of fused.kernels.batch_norm.
 
-The mathematics is written there. The variance is the mean of the squared deviations from the mean,
-never E[x^2] - E[x]^2.
+The mathematics is written there. Tensors are walked over in chunks that stay in a processor's cache
+between the few operations on each, and every operation writes into memory that is there already: on
+a CPU a new tensor costs more, in page faults, than the arithmetic on it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,13 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
 }
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh_,
+    "relu": torch.relu_,
+    "gelu": torch.ops.aten.gelu_.default,
+    "silu": torch.ops.aten.silu_.default,
+}
+_CHUNK = 2**18  # elements: a megabyte of float32
 
 
 def batch_norm_fwd(
@@ -44,11 +53,34 @@ def batch_norm_fwd(
             tracked.add_(1)
         mean, m2 = batch_norm_moments(x)
         return torch.empty_like(x), mean, m2
-    d, mean, m2 = _centred(x)
+    if _is_small(x) and not skip_nonfinite and momentum is not None:
+        small = _small_fwd(
+            x,
+            gamma,
+            beta,
+            residual,
+            running_mean,
+            running_var,
+            momentum,
+            eps,
+            correction,
+            activation,
+        )
+        if small is not None:
+            if tracked is not None:
+                tracked.add_(1)
+            return small
+    form = _Form.of(x)
+    exact_mean, m2 = _moments(form.view(x), form)
+    mean = exact_mean.to(_compute_dtype(x))
     # The running variance is the unbiased one, whatever the correction: as torch.nn.BatchNorm's.
     update_running(running_mean, running_var, tracked, momentum, mean, m2 / (n - 1), skip_nonfinite)
     rstd = (m2 / (n - correction)).add_(eps).rsqrt_().to(mean.dtype)
-    return _affine(x, d, rstd, gamma, beta, residual, activation), mean, rstd
+    scale = rstd if gamma is None else rstd * gamma
+    shift = (mean - exact_mean).to(mean.dtype).mul_(scale)  # what rounding took from the mean
+    if beta is not None:
+        shift += beta
+    return _normalised(x, form, mean, scale, shift, residual, activation), mean, rstd
 
 
 def batch_norm_eval(
@@ -65,8 +97,9 @@ def batch_norm_eval(
     acc = _compute_dtype(x)
     mean = mean.to(acc, copy=True)  # what backward uses must not follow a later update
     rstd = var.to(acc).add(eps).rsqrt_()
-    d = x.to(acc) - _per_channel(mean, x)
-    return _affine(x, d, rstd, gamma, beta, residual, activation), mean, rstd
+    scale = rstd if gamma is None else rstd * gamma
+    shift = torch.zeros_like(mean) if beta is None else beta.to(acc)
+    return _normalised(x, _Form.of(x), mean, scale, shift, residual, activation), mean, rstd
 
 
 def batch_norm_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -74,8 +107,9 @@ def batch_norm_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         zeros = x.new_zeros(x.shape[1], dtype=_compute_dtype(x))
         return zeros, zeros.clone()
-    _, mean, m2 = _centred(x)
-    return mean, m2
+    form = _Form.of(x)
+    mean, m2 = _moments(form.view(x), form)
+    return mean.to(_compute_dtype(x)), m2
 
 
 def batch_norm_sums(
@@ -87,10 +121,33 @@ def batch_norm_sums(
     mean: Tensor,
     rstd: Tensor,
     activation: str | None,
+    want_dresidual: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(sums, dresidual): dgamma and dbeta as one tensor (2, C) in the dtype of mean, and dz, which
+    batch_norm_dx takes in dy's place; None where it is not wanted."""
+    step = _Backward(x, gamma, beta, residual, mean, rstd, activation, None)
+    dz, sums = step.dz_and_sums(dy)
+    return sums, dz.to(x.dtype) if want_dresidual else None
+
+
+def batch_norm_dx(
+    dy: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    sums: Tensor,
+    count: Tensor,
+    correction: int,
+    activation: str | None,
 ) -> Tensor:
-    """dgamma and dbeta as one tensor (2, C), in the dtype of mean."""
-    dz, xhat = _dz_and_xhat(dy, x, gamma, beta, residual, mean, rstd, activation)
-    return torch.stack(((dz * xhat).sum(_rows(x)), dz.sum(_rows(x))))
+    """dx from dgamma and dbeta, sums (2, C), of all the `count` rows (one number) that were
+    normalised together, which may be more than x's."""
+    step = _Backward(x, gamma, beta, residual, mean, rstd, activation, None)
+    dz = step.dz_and_sums(dy)[0] if activation else dy
+    return step.dx(dz, sums, count, correction, dz if activation else None)
 
 
 def batch_norm_bwd(
@@ -105,29 +162,105 @@ def batch_norm_bwd(
     activation: str | None,
     batch_statistics: bool,
     want_dresidual: bool,
-    sums: Tensor | None = None,
-    count: Tensor | None = None,
+    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients (dx, dgamma, dbeta, dresidual) of batch normalisation.
 
     dx is in x's dtype; dgamma and dbeta (C,) are in the dtype of mean; dresidual is None where it
     is not wanted. `batch_statistics` says whether mean and rstd came from x (training) or were
-    frozen. sums (2, C) and count (one number) are dgamma, dbeta and the number of rows where more
-    rows than x's were normalised together.
+    frozen. y is the forward's, where keeps_output said so.
     """
-    dz, xhat = _dz_and_xhat(dy, x, gamma, beta, residual, mean, rstd, activation)
-    if sums is None:
-        dgamma, dbeta = (dz * xhat).sum(_rows(x)), dz.sum(_rows(x))
-    else:
-        dgamma, dbeta = sums.unbind()
+    if batch_statistics and not want_dresidual and _is_small(x) and dy.is_contiguous():
+        if activation is None or y is not None:
+            small = _small_bwd(dy, x, gamma, mean, rstd, correction, activation, y)
+            return (*small, None)
+    step = _Backward(x, gamma, beta, residual, mean, rstd, activation, y)
+    dz, sums = step.dz_and_sums(dy)
     dresidual = dz.to(x.dtype) if want_dresidual else None
-    slope = _per_channel(rstd if gamma is None else gamma * rstd, x)
-    n: Tensor | int = x.numel() // max(1, x.shape[1]) if count is None else count
-    if not batch_statistics or x.numel() == 0:
-        return (dz * slope).to(x.dtype), dgamma, dbeta, dresidual
-    dx = dz - _per_channel(dbeta / n, x)
-    dx.sub_(xhat.mul_(_per_channel(dgamma / (n - correction), x))).mul_(slope)
-    return dx.to(x.dtype), dgamma, dbeta, dresidual
+    # dz is not needed again, unless it is the upstream gradient or the residual's.
+    out = dz if activation and dresidual is not dz else None
+    n = x.numel() // max(1, x.shape[1])
+    dx = step.dx(dz, sums if batch_statistics and n else None, n, correction, out)
+    return dx, sums[0], sums[1].clone(), dresidual  # no two of them share memory
+
+
+def _is_small(x: Tensor) -> bool:
+    """Whether calls cost more than arithmetic: PyTorch's own kernels take the fewest."""
+    return (
+        x.dim() == 2 and x.numel() <= 2**15 and x.shape[0] <= 1024
+        and x.dtype.itemsize >= 4 and x.device.type == "cpu" and x.is_contiguous()
+    )  # fmt: skip
+
+
+def _small_fwd(
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    correction: int,
+    activation: str | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """batch_norm_fwd by PyTorch's kernel, or None where that is not exact.
+
+    With t = (n - 1) / n, Bessel's correction is the biased form with gamma * sqrt(t) and eps * t.
+    """
+    n, c = x.shape
+    t = (n - 1) / n if correction else 1.0
+    if correction:
+        gamma = x.new_full((c,), t**0.5) if gamma is None else gamma * t**0.5
+    batch = x.new_zeros(2, c)  # becomes the mean and the unbiased variance
+    batch_mean, batch_var = batch.unbind()
+    y, mean, rstd = torch.native_batch_norm(
+        x, gamma, beta, batch_mean, batch_var, True, 1.0, eps * t
+    )
+    # Its sums are plain ones in float32: a mean of R standard deviations is off by R * n**0.5 /
+    # 2**24 of one, and the variance of values near 1e30 overflows.
+    if not (mean * rstd).abs_().max() < 16.0 or not rstd.min() > 0.0:
+        return None
+    if running_mean is not None:
+        running_mean.lerp_(batch_mean, momentum)
+    if running_var is not None:
+        running_var.lerp_(batch_var, momentum)
+    if residual is not None:
+        y.add_(residual)
+    if activation is not None:
+        _IN_PLACE[activation](y)
+    return y, mean, rstd.mul_(t**0.5) if correction else rstd
+
+
+def _small_bwd(
+    dy: Tensor,
+    x: Tensor,
+    gamma: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    correction: int,
+    activation: str | None,
+    y: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, dgamma and dbeta by PyTorch's kernels, with _small_fwd's identity"""
+    if activation is not None:
+        assert y is not None
+        dz = torch.empty_like(dy)
+        _backward_of(activation, dy, y, dz)
+        dy = dz
+    root = ((x.shape[0] - 1) / x.shape[0]) ** 0.5 if correction else 1.0
+    if correction:
+        gamma = x.new_full(mean.shape, root) if gamma is None else gamma * root
+        rstd = rstd / root
+    dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
+        dy, x, gamma, None, None, mean, rstd, True, 0.0, [True, True, True]
+    )
+    return dx, dgamma.mul_(root) if correction else dgamma, dbeta
+
+
+def keeps_output(activation: str | None, x: Tensor, residual: Tensor | None) -> bool:
+    """Whether backward takes y: its rounding is that of the computation, and it spares a tanh."""
+    return activation in ("tanh", "relu") and residual is None and x.dtype.itemsize >= 4
 
 
 def batch_norm_composed(
@@ -203,75 +336,195 @@ def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
     return vector.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def _centred(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(d, mean, m2): the deviations x - mean (N, C, *S), and the moments (C,).
+class _Form(NamedTuple):
+    """How tensors (N, C, *S) are seen: as rows of channels (N*S, C), or as (N, C, S)."""
 
-    By way of the deviations from the first row: of values near 1e4 a float32 mean is off by 1e-3,
-    and the deviations from it would all be.
+    columns: bool
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Form":
+        """The one in which x, if it is contiguous in either, is."""
+        return cls(x.dim() == 2 or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous()))
+
+    def view(self, x: Tensor) -> Tensor:
+        """x itself where its strides allow it, else a copy."""
+        if x.dim() == 2:
+            return x
+        n, c = x.shape[:2]
+        if self.columns:
+            return x.movedim(1, -1).reshape(x.numel() // max(1, c), c)
+        return x.reshape(n, c, x.numel() // max(1, n * c))
+
+    def empty_like(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor whose view is itself."""
+        y = torch.empty_like(x, dtype=dtype)
+        if self.view(y).data_ptr() == y.data_ptr():
+            return y
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+    def vector(self, v: Tensor) -> Tensor:
+        """v (C,) in the shape that broadcasts over a view."""
+        return v if self.columns else v.unsqueeze(1)
+
+    def sum(self, view: Tensor) -> Tensor:
+        """(C,), over all rows"""
+        return view.sum(0) if self.columns else view.sum((0, 2))
+
+
+def _chunks(*views: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+    """The views cut along their first dimension, alike, into pieces that stay in cache together."""
+    first = views[0]
+    assert first is not None
+    size = max(1, _CHUNK * first.shape[0] // max(1, first.numel()))
+    if size >= first.shape[0]:
+        yield views  # type: ignore[misc]  # None stays None
+        return
+    for begin in range(0, first.shape[0], size):
+        yield tuple(v if v is None else v[begin : begin + size] for v in views)  # type: ignore[misc]
+
+
+def _scratch(view: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for a chunk of view"""
+    return torch.empty_like(next(_chunks(view))[0], dtype=dtype)
+
+
+def _moments(view: Tensor, form: _Form, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """(mean, m2) (C,) in float64, from d = x - (the first chunk's mean)
+
+    sum d^2 is at most 1 + n / n1 times m2, n1 being the rows of the first chunk, which bounds what
+    sum d^2 - (sum d)^2 / n cancels, whatever the data (docs/derivations.md).
     """
-    first = x[(slice(1), slice(None), *[slice(1)] * (x.dim() - 2))].to(_compute_dtype(x))
-    d, dims = x - first, _rows(x)
-    mean = d.mean(dims)
-    d.sub_(_per_channel(mean, x))
-    mean += first.flatten()
-    m2 = d.square().sum(dims)
+    dtype = dtype or _compute_dtype(view)
+    buffer, n = _scratch(view, dtype), view.numel() // view.shape[1]
+    about, s, q = None, None, None
+    for (x,) in _chunks(view):
+        if about is None:
+            about = form.sum(x.to(dtype)).div_(x.numel() // x.shape[1])
+            column = form.vector(about)
+        d = torch.sub(x, column, out=buffer[: x.shape[0]])
+        sum_d = form.sum(d).double()
+        sum_d2 = form.sum(d.mul_(d)).double()
+        s = sum_d if s is None else s.add_(sum_d)
+        q = sum_d2 if q is None else q.add_(sum_d2)
+    assert about is not None and s is not None and q is not None
     # Deviations near 1e30 have squares that only float64 holds; on the CPU, looking costs nothing.
-    if x.device.type == "cpu" and not m2.isfinite().all():
-        m2 = d.double().square_().sum(dims)
-    return d, mean, m2
+    if view.device.type == "cpu" and dtype != torch.float64 and not q.isfinite().all():
+        return _moments(view, form, torch.float64)
+    s_n = s / n
+    return s_n + about, q.sub_(s.mul_(s_n)).clamp_(min=0.0)
 
 
-def _affine(
+def _normalised(
     x: Tensor,
-    d: Tensor,
-    rstd: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
+    form: _Form,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
     residual: Tensor | None,
     activation: str | None,
 ) -> Tensor:
-    """f(gamma * d * rstd + beta + residual) in x's dtype, in the memory of d."""
-    z = d.mul_(_per_channel(rstd, x))
-    if gamma is not None:
-        z.mul_(_per_channel(gamma, x))
-    if beta is not None:
-        z.add_(_per_channel(beta, x))
-    if residual is not None:
-        z.add_(residual)
-    return (z if activation is None else _ACTIVATIONS[activation](z)).to(x.dtype)
+    """f(scale * (x - mean) + shift + residual) in x's dtype and format"""
+    y = form.empty_like(x)
+    buffer = None if x.dtype == mean.dtype else _scratch(form.view(x), mean.dtype)
+    mean, scale, shift = form.vector(mean), form.vector(scale), form.vector(shift)
+    views = form.view(x), form.view(y), None if residual is None else form.view(residual)
+    for x_, y_, residual_ in _chunks(*views):
+        z = y_ if buffer is None else buffer[: x_.shape[0]]
+        torch.addcmul(shift, torch.sub(x_, mean, out=z), scale, out=z)
+        if residual_ is not None:
+            z.add_(residual_)
+        if activation is not None:
+            _IN_PLACE[activation](z)
+        if z is not y_:
+            y_.copy_(z)
+    return y
 
 
-def _dz_and_xhat(
-    dy: Tensor,
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    activation: str | None,
-) -> tuple[Tensor, Tensor]:
-    """dz = dy * f'(z) with z recomputed, and xhat."""
-    dz = dy.to(mean.dtype)
-    xhat = (x.to(mean.dtype) - _per_channel(mean, x)).mul_(_per_channel(rstd, x))
-    if activation is None:
-        return dz, xhat
-    z = xhat if gamma is None else xhat * _per_channel(gamma, x)
-    if beta is not None:
-        z = z + _per_channel(beta, x)
-    if residual is not None:
-        z = z + residual
-    return dz * _derivative(z, activation), xhat
+class _Backward:
+    """The steps of the backward pass; everything of x's shape is in x's form."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        residual: Tensor | None,
+        mean: Tensor,
+        rstd: Tensor,
+        activation: str | None,
+        y: Tensor | None,
+    ) -> None:
+        self.form = form = _Form.of(x)
+        self.x, self.x_view = x, form.view(x)
+        self.mean, self.rstd, self.beta, self.y, self.residual = mean, rstd, beta, y, residual
+        self.scale = rstd if gamma is None else rstd * gamma
+        self.column, self.activation = form.vector(mean), activation
+        self.buffer = _scratch(self.x_view, mean.dtype)
+
+    def dz_and_sums(self, dy: Tensor) -> tuple[Tensor, Tensor]:
+        """dz = dy * f'(z), a new tensor in the dtype computed in, or dy where there is no f; and
+        dgamma and dbeta, (2, C)"""
+        form, acc, f = self.form, self.mean.dtype, self.activation
+        dz = form.empty_like(self.x, acc) if f else dy
+        total = self.mean.new_zeros(2, self.mean.shape[0], dtype=torch.float64)
+        views = [None if t is None else form.view(t) for t in (dy, dz, self.y, self.residual)]
+        scale, beta = form.vector(self.scale), self.beta
+        shift = None if beta is None else form.vector(beta)
+        for x_, dy_, dz_, y_, residual_ in _chunks(self.x_view, *views):
+            d = self.buffer[: x_.shape[0]]
+            if f:
+                if y_ is None:
+                    z = torch.sub(x_, self.column, out=d).mul_(scale)
+                    if shift is not None:
+                        z.add_(shift)
+                    if residual_ is not None:
+                        z.add_(residual_)
+                    y_ = z.tanh_() if f == "tanh" else z
+                _backward_of(f, dy_.to(acc), y_, dz_)
+            else:
+                dz_ = dz_.to(acc)
+            total[1] += form.sum(dz_)
+            total[0] += form.sum(torch.sub(x_, self.column, out=d).mul_(dz_))
+        total[0] *= self.rstd
+        return dz, total.to(acc)
+
+    def dx(
+        self,
+        dz: Tensor,
+        sums: Tensor | None,
+        n: Tensor | int,
+        correction: int,
+        out: Tensor | None,
+    ) -> Tensor:
+        """scale * (dz - dbeta/n - xhat * dgamma/(n - correction)), or scale * dz where there are no
+        sums; in the memory of `out` if that fits"""
+        form = self.form
+        dx = out if out is not None and out.dtype == self.x.dtype else form.empty_like(self.x)
+        scale = form.vector(self.scale)
+        if sums is not None:
+            along = form.vector(-self.scale * self.rstd * (sums[0] / (n - correction)))
+            shift = form.vector(-self.scale * (sums[1] / n))
+        for x_, dz_, dx_ in _chunks(self.x_view, form.view(dz), form.view(dx)):
+            direct = dx_.dtype == scale.dtype
+            d = self.buffer[: x_.shape[0]]
+            if sums is None:
+                d = torch.mul(dz_, scale, out=dx_ if direct else d)
+            else:
+                torch.addcmul(shift, torch.sub(x_, self.column, out=d), along, out=d)
+                d = torch.addcmul(d, dz_.to(d.dtype), scale, out=dx_ if direct else d)
+            if not direct:
+                dx_.copy_(d)
+        return dx
 
 
-def _derivative(z: Tensor, activation: str) -> Tensor:
-    """1 - tanh^2, [z > 0], Phi(z) + z * phi(z), or s * (1 + z * (1 - s)) with s = sigmoid(z)"""
+def _backward_of(activation: str | None, dy: Tensor, z: Tensor, dz: Tensor) -> None:
+    """dz = dy * f'(z), into dz; z is y for tanh, and may be for relu"""
+    aten = torch.ops.aten
     if activation == "tanh":
-        return 1 - torch.tanh(z).square()
-    if activation == "relu":
-        return (z > 0).to(z.dtype)
-    if activation == "gelu":
-        density = torch.exp(-0.5 * z.square()) * 0.3989422804014327
-        return 0.5 * (1 + torch.erf(z * 0.7071067811865476)) + z * density
-    s = torch.sigmoid(z)
-    return s * (1 + z * (1 - s))
+        aten.tanh_backward.grad_input(dy, z, grad_input=dz)
+    elif activation == "relu":
+        aten.threshold_backward.grad_input(dy, z, 0, grad_input=dz)
+    elif activation == "gelu":
+        aten.gelu_backward.grad_input(dy, z, grad_input=dz)
+    else:
+        aten.silu_backward.grad_input(dy, z, grad_input=dz)

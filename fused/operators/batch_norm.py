@@ -24,7 +24,7 @@ library.define(
 )
 library.define(
     f"batch_norm_bwd(Tensor dy, {_TENSORS}, Tensor mean, Tensor rstd, int correction, "
-    "str? activation, bool batch_statistics, bool want_dresidual) "
+    "str? activation, bool batch_statistics, bool want_dresidual, Tensor? y) "
     "-> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)"
 )
 
@@ -112,7 +112,7 @@ def _bwd_operator(dy: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, .
 
 
 def _bwd_fake(dy: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    vector, want_dresidual = _channels(input), arguments[-1]
+    vector, want_dresidual = _channels(input), arguments[-2]
     dresidual = torch.empty_like(input) if want_dresidual else vector.new_empty(0)
     return torch.empty_like(input), vector, torch.empty_like(vector), dresidual
 
@@ -141,16 +141,19 @@ def _setup(
 ) -> None:
     input, weight, bias, residual, *rest = inputs
     kept = residual if activation else None  # only the derivative of an activation asks for z
-    ctx.save_for_backward(input, weight, bias, kept, output[1], output[2])
+    keeps = backend.implementation("batch_norm", input).keeps_output(activation, input, residual)
+    y = output[0] if keeps else None
+    ctx.save_for_backward(input, weight, bias, kept, output[1], output[2], y)
     ctx.correction, ctx.activation, ctx.rest = correction, activation, len(rest)
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    _, weight, bias, *_ = ctx.saved_tensors
+    *tensors, y = ctx.saved_tensors
+    _, weight, bias, *_ = tensors
     wants = ctx.needs_input_grad[:4]
     want_dz = wants[3] and ctx.activation is not None  # without an activation dz is dy
     dx, dgamma, dbeta, dz = torch.ops.fused.batch_norm_bwd(
-        dy, *ctx.saved_tensors, ctx.correction, ctx.activation, ctx.batch_statistics, want_dz
+        dy, *tensors, ctx.correction, ctx.activation, ctx.batch_statistics, want_dz, y
     )
     return (
         dx,

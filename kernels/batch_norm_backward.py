@@ -1,0 +1,238 @@
+"""Batch norm's backward kernels; the mathematics is in batch_norm.py."""
+
+import triton
+import triton.language as tl
+
+from fused.kernels.activation import derivative
+from fused.kernels.batch_norm_tile import (
+    count_rows,
+    load_channel,
+    mask_of,
+    multiple,
+    offset_of,
+    offsets_in_tile,
+    start_of,
+)
+
+
+@triton.jit
+def _dz_and_xhat(
+    dy_ptr, x_ptr, residual_ptr, mask, mean, rstd, gamma, beta,
+    acc: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """dz = dy * f'(z) with z recomputed, 0 behind the mask, and xhat: tiles"""
+    dz = tl.load(dy_ptr, mask=mask, other=0.0).to(acc)
+    x = tl.load(x_ptr, mask=mask, other=0.0).to(acc)
+    xhat = (x - mean[None, :]) * rstd[None, :]
+    if ACTIVATION is not None:
+        z = gamma[None, :] * xhat + beta[None, :]
+        if residual_ptr is not None:
+            z += tl.load(residual_ptr, mask=mask, other=0.0).to(acc)
+        dz = tl.where(mask, dz * derivative(z, ACTIVATION), 0.0)
+    return dz, xhat
+
+
+@triton.jit
+def _dx(dz, xhat, dgamma, dbeta, slope, n, correction, BATCH_STATISTICS: tl.constexpr):
+    """slope * (dz - dbeta/n - xhat * dgamma/(n - correction)), or slope * dz
+
+    slope is gamma * rstd.
+    """
+    if BATCH_STATISTICS:
+        dz = dz - (dbeta / n)[None, :] - xhat * (dgamma / (n - correction))[None, :]
+    return dz * slope[None, :]
+
+
+@triton.jit
+def _sums(
+    dy_ptr, x_ptr, residual_ptr, dx_ptr, dz_ptr, begin, end, cols, col_mask,
+    mean, rstd, gamma, beta, N, L, stride_dy, stride_x, stride_r, stride_dx, stride_dz,
+    acc: tl.constexpr, ACTIVATION: tl.constexpr,
+    ALIGN: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dgamma and dbeta of tiles [begin, end): (BLOCK_C,) each; dz, and slope * dz, on the way
+
+    Each place of the tile sums by itself: no exchange between threads before the end.
+    """
+    dy_offsets = offsets_in_tile(cols, stride_dy, ALIGN, BLOCK_N, BLOCK_L)
+    x_offsets = offsets_in_tile(cols, stride_x, ALIGN, BLOCK_N, BLOCK_L)
+    r_offsets = offsets_in_tile(cols, stride_r, ALIGN, BLOCK_N, BLOCK_L)
+    dx_offsets = offsets_in_tile(cols, stride_dx, ALIGN, BLOCK_N, BLOCK_L)
+    dz_offsets = offsets_in_tile(cols, stride_dz, ALIGN, BLOCK_N, BLOCK_L)
+    dgamma = tl.zeros((BLOCK_N * BLOCK_L, BLOCK_C), acc)
+    dbeta = tl.zeros((BLOCK_N * BLOCK_L, BLOCK_C), acc)
+    for tile in tl.range(begin, end, num_stages=STAGES):
+        start = start_of(tile, L, BLOCK_N, BLOCK_L)
+        mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
+        r_ptr = None
+        if residual_ptr is not None:
+            r_ptr = residual_ptr + offset_of(start, stride_r, ALIGN) + r_offsets
+        dz, xhat = _dz_and_xhat(
+            dy_ptr + offset_of(start, stride_dy, ALIGN) + dy_offsets,
+            x_ptr + offset_of(start, stride_x, ALIGN) + x_offsets,
+            r_ptr, mask, mean, rstd, gamma, beta, acc, ACTIVATION,
+        )  # fmt: skip
+        dgamma += tl.where(mask, dz * xhat, 0.0)
+        dbeta += dz
+        if dx_ptr is not None:
+            dx = dz * (gamma * rstd)[None, :]
+            tl.store(dx_ptr + offset_of(start, stride_dx, ALIGN) + dx_offsets, dx, mask=mask)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + offset_of(start, stride_dz, ALIGN) + dz_offsets, dz, mask=mask)
+    return tl.sum(dgamma, axis=0), tl.sum(dbeta, axis=0)
+
+
+@triton.jit(do_not_specialize=["N", "n_tiles", "tiles_per_program"])
+def _batch_norm_sums_kernel(
+    dy_ptr,  # upstream gradient, shaped as x
+    x_ptr,  # input, shape (N, C, L)
+    gamma_ptr,  # shape (C,), or None for 1
+    beta_ptr,  # shape (C,), or None for 0
+    residual_ptr,  # shaped as x, or None for 0
+    mean_ptr,  # shape (C,); its dtype is the one computed in
+    rstd_ptr,  # shape (C,)
+    dx_ptr,  # out: shaped as x, with frozen statistics; None with the batch's
+    dz_ptr,  # out: shaped as x, the residual's gradient; None where it is not wanted
+    partial_ptr,  # out: dgamma and dbeta of each program's rows, shape (programs, 2, C)
+    N,
+    C,
+    L,
+    stride_dy,  # of n, c and l; so are the other strides
+    stride_x,
+    stride_r,
+    stride_dx,
+    stride_dz,
+    n_tiles,
+    tiles_per_program,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dgamma = sum_i dz_i * xhat_i and dbeta = sum_i dz_i over this program's rows"""
+    acc: tl.constexpr = mean_ptr.dtype.element_ty
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
+    col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
+    begin = tl.program_id(1) * tiles_per_program
+    end = tl.minimum(begin + tiles_per_program, n_tiles)
+    mean = tl.load(mean_ptr + cols, mask=col_mask, other=0.0)
+    rstd = tl.load(rstd_ptr + cols, mask=col_mask, other=0.0)
+    gamma = load_channel(gamma_ptr, cols, col_mask, 1.0, acc)
+    beta = load_channel(beta_ptr, cols, col_mask, 0.0, acc)
+    dgamma, dbeta = _sums(
+        dy_ptr, x_ptr, residual_ptr, dx_ptr, dz_ptr, begin, end, cols, col_mask,
+        mean, rstd, gamma, beta, N, L, stride_dy, stride_x, stride_r, stride_dx, stride_dz,
+        acc, ACTIVATION, ALIGN, STAGES, BLOCK_N, BLOCK_L, BLOCK_C,
+    )  # fmt: skip
+    out = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * C + cols
+    tl.store(out, dgamma, mask=col_mask)
+    tl.store(out + C, dbeta, mask=col_mask)
+
+
+@triton.jit(do_not_specialize=["N", "n_tiles", "tiles_per_program", "n_partials"])
+def _batch_norm_bwd_kernel(
+    dy_ptr,  # upstream gradient, shaped as x
+    x_ptr,  # input, shape (N, C, L)
+    gamma_ptr,  # shape (C,), or None for 1
+    beta_ptr,  # shape (C,), or None for 0
+    residual_ptr,  # shaped as x, or None for 0
+    mean_ptr,  # shape (C,); its dtype is the one computed in
+    rstd_ptr,  # shape (C,)
+    partial_ptr,  # dgamma and dbeta in parts, shape (n_partials, 2, C), where SUMS is "partial"
+    count_ptr,  # rows that the statistics come from, one number; None for N * L
+    dx_ptr,  # out: shaped as x
+    dz_ptr,  # out: shaped as x, the residual's gradient; None where it is not wanted
+    dgamma_ptr,  # out: shape (C,)
+    dbeta_ptr,  # out: shape (C,)
+    N,
+    C,
+    L,
+    stride_dy,  # of n, c and l; so are the other strides
+    stride_x,
+    stride_r,
+    stride_dx,
+    stride_dz,
+    n_tiles,
+    tiles_per_program,
+    n_partials,
+    correction: tl.constexpr,
+    SUMS: tl.constexpr,  # of this one "tile", of this "program", or "partial" ones
+    BATCH_STATISTICS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """dx = gamma * rstd * (dz - dbeta/n - xhat * dgamma/(n - correction)), or gamma * rstd * dz
+
+    Tiles are written from the last to the first: what was read last is what L2 still has.
+    """
+    acc: tl.constexpr = mean_ptr.dtype.element_ty
+    column = tl.num_programs(0) - 1 - tl.program_id(0)
+    part = tl.num_programs(1) - 1 - tl.program_id(1)
+    cols = column * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
+    col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
+    begin = part * tiles_per_program
+    end = tl.minimum(begin + tiles_per_program, n_tiles)
+    mean = tl.load(mean_ptr + cols, mask=col_mask, other=0.0)
+    rstd = tl.load(rstd_ptr + cols, mask=col_mask, other=0.0)
+    gamma = load_channel(gamma_ptr, cols, col_mask, 1.0, acc)
+    beta = load_channel(beta_ptr, cols, col_mask, 0.0, acc)
+    dy_offsets = offsets_in_tile(cols, stride_dy, ALIGN, BLOCK_N, BLOCK_L)
+    x_offsets = offsets_in_tile(cols, stride_x, ALIGN, BLOCK_N, BLOCK_L)
+    r_offsets = offsets_in_tile(cols, stride_r, ALIGN, BLOCK_N, BLOCK_L)
+    dx_offsets = offsets_in_tile(cols, stride_dx, ALIGN, BLOCK_N, BLOCK_L)
+    dz_offsets = offsets_in_tile(cols, stride_dz, ALIGN, BLOCK_N, BLOCK_L)
+
+    n = count_rows(N, L, acc)
+    if count_ptr is not None:
+        n = tl.load(count_ptr).to(acc)
+    if SUMS == "tile":
+        start = start_of(0, L, BLOCK_N, BLOCK_L)
+        mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
+        dz, xhat = _dz_and_xhat(
+            dy_ptr + dy_offsets, x_ptr + x_offsets,
+            None if residual_ptr is None else residual_ptr + r_offsets,
+            mask, mean, rstd, gamma, beta, acc, ACTIVATION,
+        )  # fmt: skip
+        dgamma = tl.sum(tl.where(mask, dz * xhat, 0.0), axis=0)
+        dbeta = tl.sum(dz, axis=0)
+        dx = _dx(dz, xhat, dgamma, dbeta, gamma * rstd, n, correction, BATCH_STATISTICS)
+        tl.store(dx_ptr + dx_offsets, dx, mask=mask)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + dz_offsets, dz, mask=mask)
+    else:
+        if SUMS == "program":
+            dgamma, dbeta = _sums(
+                dy_ptr, x_ptr, residual_ptr, None, dz_ptr, begin, end, cols, col_mask,
+                mean, rstd, gamma, beta, N, L, stride_dy, stride_x, stride_r, stride_dx, stride_dz,
+                acc, ACTIVATION, ALIGN, STAGES, BLOCK_N, BLOCK_L, BLOCK_C,
+            )  # fmt: skip
+        else:
+            p = tl.arange(0, BLOCK_P)  # (BLOCK_P,)
+            parts = partial_ptr + (p.to(tl.int64) * 2 * C)[:, None] + cols[None, :]
+            p_mask = (p < n_partials)[:, None] & col_mask[None, :]
+            dgamma = tl.sum(tl.load(parts, mask=p_mask, other=0.0), axis=0)
+            dbeta = tl.sum(tl.load(parts + C, mask=p_mask, other=0.0), axis=0)
+        for i in tl.range(begin, end, num_stages=STAGES):
+            start = start_of(begin + end - 1 - i, L, BLOCK_N, BLOCK_L)
+            mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
+            r_ptr = None
+            if residual_ptr is not None:
+                r_ptr = residual_ptr + offset_of(start, stride_r, ALIGN) + r_offsets
+            dz, xhat = _dz_and_xhat(
+                dy_ptr + offset_of(start, stride_dy, ALIGN) + dy_offsets,
+                x_ptr + offset_of(start, stride_x, ALIGN) + x_offsets,
+                r_ptr, mask, mean, rstd, gamma, beta, acc, ACTIVATION,
+            )  # fmt: skip
+            dx = _dx(dz, xhat, dgamma, dbeta, gamma * rstd, n, correction, BATCH_STATISTICS)
+            tl.store(dx_ptr + offset_of(start, stride_dx, ALIGN) + dx_offsets, dx, mask=mask)
+    if part == 0:
+        tl.store(dgamma_ptr + cols, dgamma, mask=col_mask)
+        tl.store(dbeta_ptr + cols, dbeta, mask=col_mask)

@@ -1,0 +1,225 @@
+"""Batch norm's forward kernels; the mathematics is in batch_norm.py."""
+
+import triton
+import triton.language as tl
+
+from fused.kernels.activation import activate
+from fused.kernels.batch_norm_tile import (
+    count_rows,
+    load_channel,
+    mask_of,
+    merged,
+    moments,
+    multiple,
+    offset_of,
+    offsets_in_tile,
+    start_of,
+)
+
+
+@triton.jit(do_not_specialize=["N", "n_tiles", "tiles_per_program"])
+def _batch_norm_moments_kernel(
+    x_ptr,  # input, shape (N, C, L)
+    partial_ptr,  # out, shape (programs, 3, C): rows, mean (relative to the first row), m2
+    N,
+    C,
+    L,
+    stride_x,  # of n, c and l
+    n_tiles,
+    tiles_per_program,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """mean and sum of squared deviations of this program's rows"""
+    acc: tl.constexpr = partial_ptr.dtype.element_ty
+    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
+    col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
+    begin = tl.program_id(1) * tiles_per_program
+    end = tl.minimum(begin + tiles_per_program, n_tiles)
+    first = tl.load(x_ptr + cols.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0).to(acc)
+    n, mean, m2 = moments(
+        x_ptr,
+        first,
+        begin,
+        end,
+        cols,
+        col_mask,
+        N,
+        L,
+        stride_x,
+        acc,
+        ALIGN,
+        STAGES,
+        BLOCK_N,
+        BLOCK_L,
+    )
+    out = partial_ptr + tl.program_id(1).to(tl.int64) * 3 * C + cols
+    tl.store(out, tl.full((BLOCK_C,), 0.0, acc) + n, mask=col_mask)
+    tl.store(out + C, mean, mask=col_mask)
+    tl.store(out + 2 * C, m2, mask=col_mask)
+
+
+@triton.jit
+def _keep_statistics(
+    running_mean_ptr, running_var_ptr, tracked_ptr, mean, unbiased, cols, col_mask, momentum,
+    CUMULATIVE: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
+):  # fmt: skip
+    """running += momentum * (batch - running), and the batch is counted"""
+    acc: tl.constexpr = mean.dtype
+    rate = tl.full((), momentum, acc)
+    if tracked_ptr is not None:
+        tracked = tl.load(tracked_ptr)
+        if CUMULATIVE:
+            rate = 1.0 / tracked.to(acc)
+        elif tl.program_id(0) == 0:
+            tl.store(tracked_ptr, tracked + 1)
+    kept = col_mask
+    if SKIP_NONFINITE:  # a difference with itself is 0, but NaN for inf and NaN
+        kept = col_mask & (unbiased - unbiased == 0.0) & (mean == mean)
+    if running_mean_ptr is not None:
+        old = tl.load(running_mean_ptr + cols, mask=col_mask, other=0.0).to(acc)
+        tl.store(running_mean_ptr + cols, (1.0 - rate) * old + rate * mean, mask=kept)
+    if running_var_ptr is not None:
+        old = tl.load(running_var_ptr + cols, mask=col_mask, other=0.0).to(acc)
+        tl.store(running_var_ptr + cols, (1.0 - rate) * old + rate * unbiased, mask=kept)
+
+
+@triton.jit
+def _normalised(
+    x, residual_ptr, centre, scale, shift, mask,
+    acc: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    """f(scale * (x - centre) + shift + residual)"""
+    z = (x.to(acc) - centre[None, :]) * scale[None, :] + shift[None, :]
+    if residual_ptr is not None:
+        z += tl.load(residual_ptr, mask=mask, other=0.0).to(acc)
+    return activate(z, ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["N", "n_tiles", "tiles_per_program", "n_partials"])
+def _batch_norm_fwd_kernel(
+    x_ptr,  # input, shape (N, C, L)
+    gamma_ptr,  # shape (C,), or None for 1
+    beta_ptr,  # shape (C,), or None for 0
+    residual_ptr,  # shaped as x, or None for 0
+    running_mean_ptr,  # shape (C,), updated in place, or None
+    running_var_ptr,  # shape (C,), updated in place, or None
+    tracked_ptr,  # how many batches there were, one int64, or None
+    partial_ptr,  # from _batch_norm_moments_kernel where STATISTICS is "partial"
+    y_ptr,  # out: shaped as x
+    mean_ptr,  # out: shape (C,); its dtype is the one computed in
+    rstd_ptr,  # out: shape (C,)
+    N,
+    C,
+    L,
+    stride_x,  # of n, c and l; so are the other strides
+    stride_r,
+    stride_y,
+    n_tiles,
+    tiles_per_program,
+    n_partials,
+    momentum: tl.float64,
+    eps: tl.constexpr,
+    correction: tl.constexpr,
+    STATISTICS: tl.constexpr,  # of this one "tile", of this "program", "partial" ones, or "running"
+    CUMULATIVE: tl.constexpr,  # momentum is 1 / tracked, else tracked is counted up here
+    SKIP_NONFINITE: tl.constexpr,  # channels with an inf or NaN keep their running statistics
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr,
+    STAGES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """y = f(gamma * xhat + beta + residual); running += momentum * (batch - running)
+
+    Tiles are written from the last to the first: what was read last is what L2 still has.
+    """
+    acc: tl.constexpr = mean_ptr.dtype.element_ty
+    column = tl.num_programs(0) - 1 - tl.program_id(0)
+    part = tl.num_programs(1) - 1 - tl.program_id(1)
+    cols = column * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
+    col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
+    begin = part * tiles_per_program
+    end = tl.minimum(begin + tiles_per_program, n_tiles)
+    x_offsets = offsets_in_tile(cols, stride_x, ALIGN, BLOCK_N, BLOCK_L)
+    y_offsets = offsets_in_tile(cols, stride_y, ALIGN, BLOCK_N, BLOCK_L)
+    r_offsets = offsets_in_tile(cols, stride_r, ALIGN, BLOCK_N, BLOCK_L)
+
+    n = count_rows(N, L, acc)
+    if STATISTICS == "running":
+        first = tl.load(running_mean_ptr + cols, mask=col_mask, other=0.0).to(acc)
+        mean = tl.zeros((BLOCK_C,), acc)
+        var = tl.load(running_var_ptr + cols, mask=col_mask, other=1.0).to(acc)
+    else:
+        first = tl.load(x_ptr + cols.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0).to(acc)
+        if STATISTICS == "tile":
+            start = start_of(0, L, BLOCK_N, BLOCK_L)
+            mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
+            x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0)  # and here it stays
+            d = tl.where(mask, x.to(acc) - first[None, :], 0.0)
+            mean = tl.sum(d, axis=0) / n
+            d = tl.where(mask, d - mean[None, :], 0.0)
+            m2 = tl.sum(d * d, axis=0)
+        elif STATISTICS == "program":
+            _, mean, m2 = moments(
+                x_ptr,
+                first,
+                begin,
+                end,
+                cols,
+                col_mask,
+                N,
+                L,
+                stride_x,
+                acc,
+                ALIGN,
+                STAGES,
+                BLOCK_N,
+                BLOCK_L,
+            )
+        else:
+            p = tl.arange(0, BLOCK_P)  # (BLOCK_P,)
+            rows = partial_ptr + p.to(tl.int64) * 3 * C
+            parts = rows[:, None] + cols[None, :]
+            p_mask = (p < n_partials)[:, None] & col_mask[None, :]
+            counts = tl.load(rows, mask=p < n_partials, other=0.0)
+            means = tl.load(parts + C, mask=p_mask, other=0.0)
+            m2s = tl.load(parts + 2 * C, mask=p_mask, other=0.0)
+            _, mean, m2 = merged(counts, means, m2s)
+        var = m2 / (n - correction)
+    rstd = 1.0 / tl.sqrt(var + eps)
+    centre = first + mean
+
+    if part == 0:
+        tl.store(mean_ptr + cols, centre, mask=col_mask)
+        tl.store(rstd_ptr + cols, rstd, mask=col_mask)
+        if STATISTICS != "running":
+            unbiased = m2 / (n - 1.0)  # whatever the correction: as torch.nn.BatchNorm keeps it
+            _keep_statistics(
+                running_mean_ptr, running_var_ptr, tracked_ptr, centre, unbiased, cols, col_mask,
+                momentum, CUMULATIVE, SKIP_NONFINITE,
+            )  # fmt: skip
+
+    scale = rstd * load_channel(gamma_ptr, cols, col_mask, 1.0, acc)
+    # What rounding took from the mean, which x - centre still has.
+    lost = (first - centre) + mean
+    shift = load_channel(beta_ptr, cols, col_mask, 0.0, acc) - lost * scale
+    if STATISTICS == "tile":
+        r_ptr = None if residual_ptr is None else residual_ptr + r_offsets
+        y = _normalised(x, r_ptr, centre, scale, shift, mask, acc, ACTIVATION)
+        tl.store(y_ptr + y_offsets, y, mask=mask)
+    else:
+        for i in tl.range(begin, end, num_stages=STAGES):
+            start = start_of(begin + end - 1 - i, L, BLOCK_N, BLOCK_L)
+            mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
+            x = tl.load(x_ptr + offset_of(start, stride_x, ALIGN) + x_offsets, mask=mask, other=0.0)
+            r_ptr = None
+            if residual_ptr is not None:
+                r_ptr = residual_ptr + offset_of(start, stride_r, ALIGN) + r_offsets
+            y = _normalised(x, r_ptr, centre, scale, shift, mask, acc, ACTIVATION)
+            tl.store(y_ptr + offset_of(start, stride_y, ALIGN) + y_offsets, y, mask=mask)

@@ -1,0 +1,139 @@
+"""What batch norm's kernels share: tiles of rows and channels, moments and how they merge.
+
+x is (N, C, L) with any strides, a row being one (n, l). A tile is BLOCK_N * BLOCK_L rows of BLOCK_C
+channels; tiles are numbered, positions first. No index of an element is ever divided by L: only the
+number of a tile is, and not where L is 1.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def start_of(tile, L, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr):
+    """(n, l) of the tile's first row"""
+    if BLOCK_L == 1:  # then L is 1
+        return tl.cast(tile, tl.int64) * BLOCK_N, tl.cast(0, tl.int64)
+    else:
+        across = (L + BLOCK_L - 1) // BLOCK_L
+        n = tl.cast(tile // across, tl.int64) * BLOCK_N
+        return n, tl.cast(tile % across, tl.int64) * BLOCK_L
+
+
+@triton.jit
+def multiple(size, ALIGN: tl.constexpr):
+    """size, which ALIGN divides; the compiler, told so, makes wider accesses of it"""
+    return size // ALIGN * ALIGN
+
+
+@triton.jit
+def offsets_in_tile(
+    cols, stride, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
+):
+    """Of a tile's elements relative to its first row, shape (BLOCK_N * BLOCK_L, BLOCK_C)
+
+    ALIGN divides every stride but that of neighbours in memory: the channels' where L is 1.
+    """
+    row = tl.arange(0, BLOCK_N * BLOCK_L)
+    n, l = (row // BLOCK_L).to(tl.int64), (row % BLOCK_L).to(tl.int64)  # noqa: E741
+    rows = n * multiple(stride[0], ALIGN) + l * stride[2]
+    stride_c = stride[1] if BLOCK_L == 1 else multiple(stride[1], ALIGN)
+    return rows[:, None] + (cols.to(tl.int64) * stride_c)[None, :]
+
+
+@triton.jit
+def offset_of(start, stride, ALIGN: tl.constexpr):
+    """Of a tile's first row"""
+    return start[0] * multiple(stride[0], ALIGN) + start[1] * stride[2]
+
+
+@triton.jit
+def mask_of(
+    start, col_mask, N, L, ALIGN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr
+):
+    """Which of a tile's elements exist, shape (BLOCK_N * BLOCK_L, BLOCK_C)"""
+    row = tl.arange(0, BLOCK_N * BLOCK_L)
+    exists = row // BLOCK_L < N - start[0]
+    if BLOCK_L > 1:
+        exists = exists & (row % BLOCK_L < multiple(L, ALIGN) - start[1])
+    return exists[:, None] & col_mask[None, :]
+
+
+@triton.jit
+def tiles_with_row(tile, N, L, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr):
+    """How many of the tiles before `tile` have their i-th row, shape (BLOCK_N * BLOCK_L,)"""
+    row = tl.arange(0, BLOCK_N * BLOCK_L)
+    down = (N - row // BLOCK_L + BLOCK_N - 1) // BLOCK_N
+    if BLOCK_L == 1:
+        return tl.minimum(down, tile)
+    else:
+        across = (L - row % BLOCK_L + BLOCK_L - 1) // BLOCK_L
+        n, l = tile // ((L + BLOCK_L - 1) // BLOCK_L), tile % ((L + BLOCK_L - 1) // BLOCK_L)  # noqa: E741
+        return tl.minimum(down, n) * across + tl.where(n < down, tl.minimum(across, l), 0)
+
+
+@triton.jit
+def load_channel(ptr, cols, mask, default: tl.constexpr, acc: tl.constexpr):
+    """A per-channel vector, or `default` where there is none"""
+    if ptr is None:
+        return tl.full(cols.shape, default, acc)
+    else:
+        return tl.load(ptr + cols, mask=mask, other=default).to(acc)
+
+
+@triton.jit
+def count_rows(N, L, acc: tl.constexpr):
+    """N * L"""
+    return tl.cast(tl.cast(N, tl.int64) * L, acc)
+
+
+@triton.jit
+def moments(
+    x_ptr, first, begin, end, cols, col_mask, N, L, stride,
+    acc: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+):  # fmt: skip
+    """Row count, mean (relative to `first`) and sum of squared deviations of tiles [begin, end)
+
+    Each place of the tile sums d = x - x0 and d^2 by itself, x0 being the first x it met: no
+    exchange between threads before the end. Of k values, x0 among them, sum d^2 is at most k + 1
+    times the sum of squared deviations (docs/derivations.md), so what sum d^2 - (sum d)^2 / k
+    cancels is bounded whatever the data; with x0 = 0, E[x^2] - E[x]^2, it is not. The places are
+    then merged around their common mean.
+    """
+    offsets = offsets_in_tile(cols, stride, ALIGN, BLOCK_N, BLOCK_L)
+    start = start_of(begin, L, BLOCK_N, BLOCK_L)
+    mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
+    x0 = tl.load(x_ptr + offset_of(start, stride, ALIGN) + offsets, mask=mask, other=0.0).to(acc)
+    x0 = tl.where(mask, x0, first[None, :])  # a place whose rows begin in a later tile
+    s = tl.zeros(x0.shape, acc)
+    q = tl.zeros(x0.shape, acc)
+    for tile in tl.range(begin + 1, end, num_stages=STAGES):
+        start = start_of(tile, L, BLOCK_N, BLOCK_L)
+        mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
+        x = tl.load(x_ptr + offset_of(start, stride, ALIGN) + offsets, mask=mask, other=0.0).to(acc)
+        d = tl.where(mask, x - x0, 0.0)
+        s += d
+        q += d * d
+    k = tiles_with_row(end, N, L, BLOCK_N, BLOCK_L) - tiles_with_row(begin, N, L, BLOCK_N, BLOCK_L)
+    k = tl.cast(k, acc)  # (BLOCK_N * BLOCK_L,)
+    share = s / tl.maximum(k, 1.0)[:, None]
+    m2 = q - s * share
+    m2 = tl.where(m2 < 0.0, 0.0, m2)
+    m2 = tl.where((q == float("inf")) & (s - s == 0.0), float("inf"), m2)  # overflow is not NaN
+    m2 = tl.where(col_mask[None, :], m2, 0.0)
+    return merged(k, (x0 - first[None, :]) + share, m2)
+
+
+@triton.jit
+def merged(counts, means, m2s):
+    """Row count, means and sums of squared deviations of groups of rows taken together: (BLOCK_C,)
+
+    counts (groups,) may be 0; means and m2s (groups, BLOCK_C). Chan, Golub and LeVeque (1979).
+    """
+    n = tl.sum(counts, axis=0)
+    exists = counts[:, None] > 0.0
+    mean = tl.sum(tl.where(exists, counts[:, None] * means, 0.0), axis=0) / n
+    d = tl.where(exists, means - mean[None, :], 0.0)
+    m2s = tl.where(exists, m2s, 0.0) + counts[:, None] * d * d
+    return n, mean, tl.sum(m2s, axis=0)
