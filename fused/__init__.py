@@ -12,6 +12,7 @@ from fused.cross_entropy import (
     cross_entropy,
     cross_entropy_with_stats,
 )
+from fused.mlp_train import MLPParameters, train_mlp
 from fused.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
@@ -20,11 +21,13 @@ __all__ = [
     "BatchNorm3d",
     "CrossEntropyLoss",
     "CrossEntropyOutput",
+    "MLPParameters",
     "SyncBatchNorm",
     "backend",
     "batch_norm",
     "convert",
     "cross_entropy",
     "cross_entropy_with_stats",
+    "train_mlp",
 ]
 __version__ = "0.1.0"

@@ -173,7 +173,7 @@ def _mlp_train_kernel(
         ahead = tl.load(words_ptr + B + b, mask=b_mask & (step + 1 < n_steps), other=0)
         # Hidden units are rows and examples columns: their sums over the batch stay in a warp.
         x = (word[None, :] >> emb_shift) & CHARACTER
-        emb = tl.load(C_ptr + (emb_col + x * E), mask=emb_mask, other=0.0)  # (F, B)
+        emb = tl.load(C_ptr + (emb_col + x * E), mask=emb_mask & (x < V), other=0.0)  # (F, B)
         emb = tl.where(emb_mask, emb - tl.sum(emb, axis=1, keep_dims=True) / B, 0.0)
         emb_high = _high(emb, PRECISION)
         emb_low = _low(emb, emb_high, PRECISION)
@@ -265,9 +265,10 @@ def _mlp_train_kernel(
 
 def plan(C: torch.Tensor, W1: torch.Tensor, n_context: int, n_batch: int) -> tuning.MLPTrainPlan:
     """How a program holds such a model on C's device; ValueError where it cannot."""
-    memory = 232448  # an H100's, where there is no device to ask
+    memory = 232448  # bytes; an H100's, where there is no device to ask
     if C.is_cuda:
-        memory = torch.cuda.get_device_properties(C.device).shared_memory_per_block_optin
+        properties = triton.runtime.driver.active.utils.get_device_properties(C.device.index)
+        memory = properties["max_shared_mem"]
     return tuning.mlp_train(n_context, C.shape[2], W1.shape[2], C.shape[1], n_batch, memory)
 
 
@@ -294,11 +295,12 @@ def mlp_train(
 
     Bytes: x and y are read and written as N words of 4 bytes (8 where T+1 characters need more than
     31 bits); of each step and stream the B words that the minibatch gathers are written, and read
-    once by each of its models; 4*B bytes of losses are written and read a step and model; each
-    parameter is read and written once, 8 bytes. The least is a read of the minibatches and a write
-    of M*K losses beside the parameters. The scratch buffer, 64 KB a model at the default sizes,
-    and the table C are written and read in every step, by one multiprocessor: they stay in the
-    cache. Launches: 3*T + 2 to pack, 1 to gather, 1 to train, 1 for the means.
+    once by each of its models; of each step and model 4*B bytes of losses are written twice and
+    read once; each parameter is read and written once, 8 bytes. The least is a read of the
+    minibatches and a write of M*K losses beside the parameters. The scratch buffer, 64 KB a model
+    at the default sizes, and the table C are written and read in every step, by one multiprocessor:
+    they stay in the cache. Launches: 3*T + 2 to pack, 1 to gather, 1 to fill, 1 to train,
+    1 for the means.
     """
     n_models, V, E = C.shape
     n_streams, n_steps, B = index.shape
@@ -306,7 +308,7 @@ def mlp_train(
     assert n_models % n_streams == 0 and W1.shape[1] == T * E
     p = plan(C, W1, T, B)
     words = _pack(x, y, p.bits)[index]  # (S, K, B)
-    losses = torch.empty(n_models, n_steps, B, dtype=torch.float32, device=C.device)
+    losses = C.new_full((n_models, n_steps, B), float("nan"))  # stays of a target out of range
     scratch = torch.empty(n_models, p.scratch, dtype=torch.float32, device=C.device)
     options = {} if torch.version.hip else {"maxnreg": p.max_registers}
     _mlp_train_kernel[(n_models,)](

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 # Sums may be reordered, for the vector units: once, when compiling, so every run adds up alike.
-_compiled = numba.njit(
+_compiled: Any = numba.njit(
     fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy", nogil=True, cache=True
 )
 
@@ -218,7 +218,7 @@ def mlp_train(
 
     def train(m: int) -> None:
         _train(
-            *(p[m] for p in parameters), *examples, minibatches[m % len(minibatches)],
+            *[p[m] for p in parameters], *examples, minibatches[m % len(minibatches)],
             np.float32(lr[m]), np.float32(eps), losses[m].numpy(),
         )  # fmt: skip
 
