@@ -167,7 +167,7 @@ def _mlp_train_kernel(
     rows_at = rows_at[None] + group * (BLOCK_B * BLOCK_F)  # (G, T*B, E)
     rows_mask = (r_mask[:, None] & (e < E)[None, :])[None] & (group < G)
 
-    word = tl.load(words_ptr + b, mask=b_mask, other=0)
+    word = tl.load(words_ptr + b, mask=b_mask & (n_steps > 0), other=0)
     for step in range(n_steps):
         # A step ahead: from memory it takes a good part of a step.
         ahead = tl.load(words_ptr + B + b, mask=b_mask & (step + 1 < n_steps), other=0)
@@ -197,7 +197,7 @@ def _mlp_train_kernel(
 
         z = tl.where(v_mask[None, :], tl.sum(tl.load(z_at), axis=0), float("-inf"))  # (B, V)
         y = tl.load(words_ptr + b, mask=b_mask, other=0) >> (T * BITS)
-        hit = y[:, None] == v[None, :]
+        hit = (y[:, None] == v[None, :]) & v_mask[None, :]
         z -= tl.max(z, axis=1, keep_dims=True)
         p = tl.exp(z)
         s = tl.sum(p, axis=1, keep_dims=True)
@@ -269,7 +269,7 @@ def plan(C: torch.Tensor, W1: torch.Tensor, n_context: int, n_batch: int) -> tun
     if C.is_cuda:
         properties = triton.runtime.driver.active.utils.get_device_properties(C.device.index)
         memory = properties["max_shared_mem"]
-    return tuning.mlp_train(n_context, C.shape[2], W1.shape[2], C.shape[1], n_batch, memory)
+    return tuning.mlp_train(n_context, C.shape[-1], W1.shape[-1], C.shape[-2], n_batch, memory)
 
 
 def mlp_train(
