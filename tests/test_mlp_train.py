@@ -43,7 +43,9 @@ class Sizes:
 SMALL = Sizes(V=11, T=2, E=3, H=20, B=5)
 
 
-def start(sizes: Sizes, steps: int, method: str, models: int | None = None, dtype=torch.float32):
+def start(
+    sizes: Sizes, steps: int, method: str, models: int | None = None, dtype=torch.float32
+) -> tuple[MLPParameters, torch.Tensor, torch.Tensor, torch.Tensor]:
     """(parameters, x, y, index) where the method can serve them; with models in front if given."""
     g = torch.Generator().manual_seed(sum(sizes.__dict__.values()))
     V, T, E, H = sizes.V, sizes.T, sizes.E, sizes.H
@@ -60,13 +62,13 @@ def start(sizes: Sizes, steps: int, method: str, models: int | None = None, dtyp
 
 def expected(p: MLPParameters, x, y, index, lr: float) -> tuple[MLPParameters, torch.Tensor]:
     """The same steps by the 26 gradients of the reference, in float64."""
-    p, losses = mlp.Parameters(*(t.double() for t in p)), []
+    q, losses = mlp.Parameters(*(t.double() for t in p)), []
     for rows in index:
-        loss, tensors = mlp.forward(p, x[rows], y[rows])
+        loss, tensors = mlp.forward(q, x[rows], y[rows])
         gradients = mlp.backward(tensors, x[rows], y[rows])
-        p = mlp.Parameters(*(t - lr * gradients[n] for n, t in p._asdict().items()))
+        q = mlp.Parameters(*(t - lr * gradients[n] for n, t in q._asdict().items()))
         losses.append(loss)
-    return MLPParameters(*p), torch.stack(losses)
+    return MLPParameters(*q), torch.stack(losses)
 
 
 def assert_equal(ours, theirs) -> None:
@@ -80,9 +82,8 @@ def assert_close(ours, theirs, batch: int = 32) -> None:
     (p, losses), (p_expected, losses_expected) = ours, theirs
     torch.testing.assert_close(losses, losses_expected.to(losses.dtype), rtol=1e-4, atol=0)
     for name, a, b in zip(p._fields, p, p_expected, strict=True):
-        torch.testing.assert_close(
-            a, b.to(a.dtype), rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        message = f"{name} differs by {(a - b).abs().max().item():.3g}"
+        torch.testing.assert_close(a, b.to(a.dtype), rtol=1e-4, atol=atol, msg=message)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -52,12 +52,16 @@ def test_parameters_after_10_steps(engine, dataset) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5, msg=f"{name} differs")
 
 
+@pytest.fixture(scope="module")
+def losses_of_autograd(dataset) -> torch.Tensor:
+    return trained("autograd", dataset, 1000)[1]
+
+
 @engines("numba", "manual", "fused", "chunked")
-def test_losses_over_1000_steps(engine, dataset) -> None:
-    _, expected = trained("autograd", dataset, 1000)
+def test_losses_over_1000_steps(engine, dataset, losses_of_autograd) -> None:
     _, losses = trained(engine, dataset, 1000)
     assert losses.shape == (1000,)
-    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(losses, losses_of_autograd, rtol=0, atol=1e-3)
 
 
 @engines("fused", "chunked")
