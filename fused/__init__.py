@@ -17,6 +17,7 @@ from fused.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_with_stats,
 )
+from fused.mlp_train import MLPParameters, train_mlp
 from fused.sync_batch_norm import SyncBatchNorm
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyOutput",
     "LinearCrossEntropyLoss",
+    "MLPParameters",
     "SyncBatchNorm",
     "backend",
     "batch_norm",
@@ -34,5 +36,6 @@ __all__ = [
     "cross_entropy_with_stats",
     "linear_cross_entropy",
     "linear_cross_entropy_with_stats",
+    "train_mlp",
 ]
 __version__ = "0.1.0"

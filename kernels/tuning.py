@@ -242,3 +242,74 @@ def batch_norm(
 def scan(n: int) -> int:
     """Block of a one-program pass over `n` numbers."""
     return min(next_power_of_2(n), 1024)
+
+
+# What the compiler makes of the alternatives is in docs/performance.md.
+MLP_TRAIN_PRECISION = "fp16x3"
+
+
+@dataclass(frozen=True)
+class MLPTrainPlan:
+    """A program that trains one model: `groups` x `units` hidden units, padded sizes, a word."""
+
+    groups: int
+    units: int
+    BLOCK_B: int
+    BLOCK_F: int
+    BLOCK_V: int
+    BLOCK_E: int
+    BLOCK_T: int
+    bits: int  # of a character
+    num_warps: int
+
+    @property
+    def max_registers(self) -> int:
+        """A thread's share of the multiprocessor's 65,536; left alone, the assembler takes fewer
+        as soon as it has to spill."""
+        return min(255, 65536 // (32 * self.num_warps))
+
+    @property
+    def scratch(self) -> int:
+        """Numbers that the warps exchange: their parts of the logits and of demb."""
+        return self.groups * self.BLOCK_B * (self.BLOCK_V + self.BLOCK_F)
+
+    @property
+    def shared_bytes(self) -> int:
+        """What the compiler takes of shared memory: each of the two parts changes its layout."""
+        return 4 * self.groups * self.BLOCK_B * max(self.BLOCK_V, self.BLOCK_F)
+
+
+def mlp_train(
+    context: int, embedding: int, hidden: int, vocabulary: int, batch: int, shared_memory: int
+) -> MLPTrainPlan:
+    """One warp a group of hidden units, one more unit than there are: it carries the bias b2.
+
+    Raises ValueError where a program cannot hold the model in `shared_memory` bytes.
+    """
+    # 32 units a warp make the fewest instructions; 16 where half of them would be padding.
+    units = 32 if hidden >= 128 else 16
+    groups = max(4, next_power_of_2((hidden + units) // units))
+    plan = MLPTrainPlan(
+        groups,
+        units,
+        BLOCK_B=max(16, next_power_of_2(batch)),  # 16: the least that tl.dot takes
+        BLOCK_F=max(16, next_power_of_2(context * embedding)),
+        BLOCK_V=max(16, next_power_of_2(vocabulary)),
+        BLOCK_E=max(16, next_power_of_2(embedding)),
+        BLOCK_T=next_power_of_2(context),
+        bits=max(1, (vocabulary - 1).bit_length()),
+        num_warps=min(groups, 16),
+    )
+    if plan.shared_bytes > shared_memory:
+        raise ValueError(
+            f"one multiprocessor cannot hold this network: {groups} groups of hidden units x batch "
+            f"{plan.BLOCK_B} x the larger of context*embedding {plan.BLOCK_F} and vocabulary "
+            f"{plan.BLOCK_V} (each padded) x 4 bytes are {plan.shared_bytes} bytes, and it has "
+            f"{shared_memory}; use smaller sizes or another method"
+        )
+    if (context + 1) * plan.bits > 63:
+        raise ValueError(
+            f"{context} characters of context and the next one take {plan.bits} bits each, "
+            f"{(context + 1) * plan.bits} together, and a word has 63; use another method"
+        )
+    return plan

@@ -16,9 +16,9 @@ def run(dataset: Dataset, settings: Settings, device: torch.device) -> int:
     parameters, generator = initial_parameters(settings, len(dataset.vocabulary), device)
     index = torch.randint(0, len(dataset.train), (settings.batch,), generator=generator).to(device)
     Xb, Yb = dataset.train.x[index], dataset.train.y[index]
-    parameters = Parameters(*(p.requires_grad_() for p in parameters))
+    leaves = Parameters(*(p.requires_grad_() for p in parameters))
 
-    loss, tensors = mlp.forward(parameters, Xb, Yb)
+    loss, tensors = mlp.forward(leaves, Xb, Yb)
     for tensor in tensors.values():
         tensor.retain_grad()
     loss.backward()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fused.makemore.errors import InputError
 from fused.makemore.model import Model, Settings, parameter_shapes
-from fused.reference.mlp import Parameters
+from fused.mlp_train import MLPParameters
 
 _FORMAT = "fused-makemore checkpoint"
 _VERSION = 1
@@ -77,7 +77,7 @@ def load(path: Path, device: torch.device) -> Checkpoint:
         )
     try:
         settings = Settings(**content["settings"])
-        parameters = Parameters(**{k: v.to(device) for k, v in content["parameters"].items()})
+        parameters = MLPParameters(**{k: v.to(device) for k, v in content["parameters"].items()})
         model = Model(parameters, content["mean"].to(device), content["var"].to(device))
         checkpoint = Checkpoint(
             settings,

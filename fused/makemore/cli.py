@@ -1,4 +1,4 @@
-"""fused-makemore: check the gradients, train the network, sample names."""
+"""fused-makemore: check the gradients, train the network, sweep settings, sample names."""
 
 import argparse
 import dataclasses
@@ -17,11 +17,17 @@ from fused.makemore.model import Settings
 
 _DEFAULTS = Settings()
 _ENGINES = {
-    "manual": "closed forms by hand, no autograd",
+    "auto": "the fastest that can run",
+    "persistent": "one launch of one GPU kernel for many steps",
+    "graph": "a CUDA graph of many steps",
+    "numba": "closed forms in a compiled loop, on the CPU",
+    "manual": "closed forms in torch's operations, no autograd",
     "fused": "this package's operations under autograd",
     "chunked": "the 26 gradients one tensor at a time",
     "autograd": "torch's own operations and .backward()",
 }
+_SWEEP_ENGINES = ("persistent", "graph", "numba", "manual")
+_MOST_MODELS = 65536
 _INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
@@ -74,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     _add(train, "--final-lr", _rate, _DEFAULTS.final_lr, "learning rate from half way")
     engines = "; ".join(f"{name}: {what}" for name, what in _ENGINES.items())
     train.add_argument(
-        "--engine", choices=_ENGINES, help=f"how gradients are computed (default manual). {engines}"
+        "--engine", choices=_ENGINES, help=f"how gradients are computed (default auto). {engines}"
     )
     train.add_argument("--out", metavar="DIR", help="run folder (default runs/<time>)")
     train.add_argument(
@@ -84,6 +90,39 @@ def _parser() -> argparse.ArgumentParser:
         "of a run that was never interrupted",
     )
     train.set_defaults(command=_train)
+
+    sweep = commands.add_parser(
+        "sweep",
+        help="train many networks: learning rates times seeds",
+        description="Trains a network for each learning rate and seed, on a GPU all of them in one "
+        "launch; prints a table sorted by validation loss, and saves it as JSON with plots of the "
+        "losses. From half way the learning rate is a tenth.",
+    )
+    _add_data(sweep)
+    _add_network(sweep, _DEFAULTS, seed=False)
+    _add(sweep, "--steps", _positive, _DEFAULTS.steps, "training steps of each network")
+    sweep.add_argument(
+        "--lr",
+        type=_rates,
+        default=[0.03, 0.1, 0.3],
+        metavar="N,...",
+        help="learning rates (default 0.03,0.1,0.3)",
+    )
+    sweep.add_argument(
+        "--seed",
+        type=_seeds,
+        default=list(range(8)),
+        metavar="N,...|N:N",
+        help="seeds, a list or a range without its end (default 0:8)",
+    )
+    sweep.add_argument(
+        "--engine",
+        choices=("auto", *_SWEEP_ENGINES),
+        default="auto",
+        help="how gradients are computed (default auto: the fastest that can run)",
+    )
+    sweep.add_argument("--out", metavar="DIR", help="folder for results (default sweeps/<time>)")
+    sweep.set_defaults(command=_sweep)
 
     sample = commands.add_parser(
         "sample", help="sample names from a checkpoint", description="Samples names."
@@ -114,12 +153,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     _add_device(parser)
 
 
-def _add_network(parser: argparse.ArgumentParser, defaults: Settings) -> None:
+def _add_network(parser: argparse.ArgumentParser, defaults: Settings, seed: bool = True) -> None:
     _add(parser, "--context", _positive, defaults.context, "characters of context")
     _add(parser, "--embedding", _positive, defaults.embedding, "numbers per character")
     _add(parser, "--hidden", _positive, defaults.hidden, "hidden units")
     _add(parser, "--batch", _positive, defaults.batch, "examples per minibatch")
-    _add(parser, "--seed", _seed, defaults.seed, "seed of parameters and minibatches")
+    if seed:
+        _add(parser, "--seed", _seed, defaults.seed, "seed of parameters and minibatches")
     parser.set_defaults(defaults=defaults)
 
 
@@ -150,8 +190,31 @@ def _rate(text: str) -> float:
     return value
 
 
+def _rates(text: str) -> list[float]:
+    return _distinct([_rate(part) for part in text.split(",")], text)
+
+
+def _seeds(text: str) -> list[int]:
+    if ":" not in text:
+        return _distinct([_seed(part) for part in text.split(",")], text)
+    first, _, end = text.partition(":")
+    seeds = range(_seed(first), _seed(end))
+    if not 0 < len(seeds) <= _MOST_MODELS:
+        raise argparse.ArgumentTypeError(
+            f"expected a range like 0:32 with 1 to {_MOST_MODELS} seeds, got {text!r}"
+        )
+    return list(seeds)
+
+
+def _distinct(values: list[Any], text: str) -> list[Any]:
+    if len(set(values)) < len(values):
+        raise argparse.ArgumentTypeError(f"expected every number once, got {text!r}")
+    return values
+
+
 def _settings(options: argparse.Namespace) -> Settings:
     given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Settings)}
+    given = {name: value for name, value in given.items() if not isinstance(value, list)}
     return dataclasses.replace(
         options.defaults, **{name: value for name, value in given.items() if value is not None}
     )
@@ -211,22 +274,29 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _started(options: argparse.Namespace, device: torch.device) -> tuple[Any, Path]:
-    from fused.makemore import checkpoint, model, training
+    from fused.makemore import checkpoint, engines, model, training
 
     settings = _settings(options)
     dataset = _load_data(options.data, settings, device)
-    folder = Path(options.out or Path("runs") / time.strftime("%Y-%m-%d-%H%M%S"))
+    folder = _folder(options.out, "runs")
     if (folder / checkpoint.FILE).exists():
         raise InputError(f"{folder} already holds a run; continue it with --resume {folder}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the run folder {folder}: {error.strerror}") from None
     parameters, generator = model.initial_parameters(settings, len(dataset.vocabulary), device)
-    engine = options.engine or "manual"
+    engine = options.engine or "auto"
+    if engine == "auto":
+        engine = engines.fastest(parameters, dataset.train.x, settings.batch)
     losses = torch.empty(0)
     run = training.Run(settings, engine, options.data, dataset, parameters, generator, losses)
     return run, folder
+
+
+def _folder(out: str | None, default: str) -> Path:
+    folder = Path(out or Path(default) / time.strftime("%Y-%m-%d-%H%M%S"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+    return folder
 
 
 def _resumed(options: argparse.Namespace, device: torch.device) -> tuple[Any, Path]:
@@ -239,7 +309,7 @@ def _resumed(options: argparse.Namespace, device: torch.device) -> tuple[Any, Pa
     asked = {**dataclasses.asdict(saved.settings), "engine": saved.engine}
     for name, value in asked.items():
         given = getattr(options, name, None)
-        if given is not None and given != value:
+        if given is not None and given != value and (name, given) != ("engine", "auto"):
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {given}: the run in {path} has {flag} {value}")
     if saved.step >= saved.settings.steps:
@@ -276,15 +346,9 @@ def _report(run: Any, folder: Path, steps_per_second: float, device: torch.devic
         "steps": s.steps,
         "steps_per_second": steps_per_second,
         "engine": run.engine,
-        "device": device.type,
-        "device_name": (
-            torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-        ),
         "seed": s.seed,
         "settings": s.asdict(),
-        "data": {"source": d.source, "sha256": d.sha256, "words": d.words},
-        "threads": torch.get_num_threads(),
-        "versions": _versions(),
+        **_circumstances(d, device),
     }
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     plots.loss_curve(run.losses, folder / "loss.png")
@@ -302,14 +366,65 @@ def _report(run: Any, folder: Path, steps_per_second: float, device: torch.devic
     print("\n".join(model.sample(d.vocabulary, s.context, 20, s.seed + 10)))
 
 
+def _circumstances(dataset: Any, device: torch.device) -> dict[str, Any]:
+    d = dataset
+    return {
+        "device": device.type,
+        "device_name": (
+            torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+        ),
+        "data": {"source": d.source, "sha256": d.sha256, "words": d.words},
+        "threads": torch.get_num_threads(),
+        "versions": _versions(),
+    }
+
+
 def _versions() -> dict[str, str]:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in ("triton", "fused-backprop"):
+    for name in ("triton", "numba", "fused-backprop"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
     return versions
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from fused.makemore import engines, plots, sweep
+
+    settings, device = _settings(options), _device(options.device)
+    dataset = _load_data(options.data, settings, device)
+    models = sweep.start(settings, options.lr, options.seed, dataset)
+    engine = options.engine
+    if engine == "auto":
+        engine = engines.fastest(models.parameters, dataset.train.x, settings.batch)
+    folder = _folder(options.out, "sweeps")
+    print(
+        f"{dataset.source}: {dataset.words} words, {len(dataset.train)} training examples\n"
+        f"{len(models)} networks ({len(options.lr)} learning rates x {len(options.seed)} seeds), "
+        f"engine {engine}, device {device.type}, {settings.steps} steps, folder {folder}",
+        flush=True,
+    )
+    outcome = sweep.train(models, engine, dataset)
+    if outcome.interrupted:
+        print("\ninterrupted; nothing is saved of a sweep that is not complete")
+        return _INTERRUPTED
+    results = models.results(dataset)
+    content = {
+        "steps": settings.steps,
+        "models_steps_per_second": len(models) * outcome.steps_per_second,
+        "engine": engine,
+        "settings": {k: v for k, v in settings.asdict().items() if k not in sweep.VARIED},
+        **_circumstances(dataset, device),
+        "results": [dataclasses.asdict(r) for r in results],
+    }
+    (folder / "sweep.json").write_text(json.dumps(content, indent=2) + "\n")
+    plots.sweep_losses(models.losses, models.lr, folder / "losses.png")
+    plots.sweep_validation(results, folder / "validation.png")
+    print(
+        f"{len(models)} networks x {outcome.steps_per_second:.0f} steps/s\n\n{sweep.table(results)}"
+    )
+    return 0
 
 
 def _sample(options: argparse.Namespace) -> int:

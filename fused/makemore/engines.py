@@ -3,7 +3,9 @@
 All compute the same step: forward, backward, parameter -= lr * gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -11,33 +13,48 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused
+from fused.makemore.errors import InputError
+from fused.makemore.model import EPS
+from fused.mlp_train import MLPParameters, train_mlp_method
 from fused.reference import mlp
-from fused.reference.mlp import EPS, Parameters
 
 
 class Engine(Protocol):
-    def run(self, X: Tensor, Y: Tensor, lr: float) -> Tensor:
-        """One step for each minibatch: contexts X (K, B, T), next characters Y (K, B).
+    def run(self, x: Tensor, y: Tensor, index: Tensor, lr: float) -> Tensor:
+        """One step for each minibatch: rows index (K, B) of contexts x (N, T), characters y (N,).
 
         Returns the losses (K,), each from before its update, on the parameters' device.
         """
         ...
 
 
+class LibraryEngine:
+    """`fused.train_mlp`, all steps in one call."""
+
+    def __init__(self, parameters: MLPParameters, method: str) -> None:
+        self._parameters, self._method = parameters, method
+
+    def run(self, x: Tensor, y: Tensor, index: Tensor, lr: float) -> Tensor:
+        _, losses = fused.train_mlp(
+            self._parameters, x, y, index, lr, eps=EPS, method=self._method, inplace=True
+        )
+        return losses
+
+
 class AutogradEngine:
     """A loss under torch's autograd; the gradients come from `.backward()`."""
 
     def __init__(
-        self, parameters: Parameters, loss: Callable[[Parameters, Tensor, Tensor], Tensor]
+        self, parameters: MLPParameters, loss: Callable[[MLPParameters, Tensor, Tensor], Tensor]
     ) -> None:
         # Leaves that share memory with the caller's tensors, so that updates reach them.
-        self._leaves = Parameters(*(p.detach().requires_grad_() for p in parameters))
+        self._leaves = MLPParameters(*(p.detach().requires_grad_() for p in parameters))
         self._loss = loss
 
-    def run(self, X: Tensor, Y: Tensor, lr: float) -> Tensor:
-        losses = []
-        for x, y in zip(X.unbind(), Y.unbind(), strict=True):
-            loss = self._loss(self._leaves, x, y)
+    def run(self, x: Tensor, y: Tensor, index: Tensor, lr: float) -> Tensor:
+        losses = torch.empty(len(index), device=x.device)
+        for i, (xb, yb) in enumerate(zip(x[index].unbind(), y[index].unbind(), strict=True)):
+            loss = self._loss(self._leaves, xb, yb)
             for p in self._leaves:
                 p.grad = None
             loss.backward()
@@ -45,11 +62,11 @@ class AutogradEngine:
                 for p in self._leaves:
                     assert p.grad is not None
                     p.add_(p.grad, alpha=-lr)
-            losses.append(loss.detach())
-        return torch.stack(losses)
+            losses[i] = loss.detach()
+        return losses
 
 
-def torch_loss(p: Parameters, x: Tensor, y: Tensor) -> Tensor:
+def torch_loss(p: MLPParameters, x: Tensor, y: Tensor) -> Tensor:
     """The network in torch's own operations, as the notebook trains it."""
     hprebn = p.C[x].flatten(1) @ p.W1 + p.b1
     mean = hprebn.mean(0, keepdim=True)
@@ -58,7 +75,7 @@ def torch_loss(p: Parameters, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(torch.tanh(hpreact) @ p.W2 + p.b2, y)
 
 
-def fused_loss(p: Parameters, x: Tensor, y: Tensor) -> Tensor:
+def fused_loss(p: MLPParameters, x: Tensor, y: Tensor) -> Tensor:
     """The network in this package's operations: the way a user writes it."""
     hprebn = p.C[x].flatten(1) @ p.W1 + p.b1
     gain, bias = p.bngain.flatten(), p.bnbias.flatten()
@@ -69,99 +86,47 @@ def fused_loss(p: Parameters, x: Tensor, y: Tensor) -> Tensor:
 class ChunkedEngine:
     """The 26 gradients by hand, one tensor at a time."""
 
-    def __init__(self, parameters: Parameters) -> None:
-        self._parameters = parameters
+    def __init__(self, parameters: MLPParameters) -> None:
+        self._parameters = mlp.Parameters(*parameters)
 
     @torch.no_grad()
-    def run(self, X: Tensor, Y: Tensor, lr: float) -> Tensor:
-        losses = []
-        for x, y in zip(X.unbind(), Y.unbind(), strict=True):
-            loss, tensors = mlp.forward(self._parameters, x, y)
-            gradients = mlp.backward(tensors, x, y)
+    def run(self, x: Tensor, y: Tensor, index: Tensor, lr: float) -> Tensor:
+        losses = torch.empty(len(index), device=x.device)
+        for i, (xb, yb) in enumerate(zip(x[index].unbind(), y[index].unbind(), strict=True)):
+            losses[i], tensors = mlp.forward(self._parameters, xb, yb)
+            gradients = mlp.backward(tensors, xb, yb)
             for name, p in self._parameters._asdict().items():
                 p.add_(gradients[name], alpha=-lr)
-            losses.append(loss)
-        return torch.stack(losses)
+        return losses
 
 
-class ManualEngine:
-    """The closed forms, without autograd and without an allocation in the loop.
-
-    With n rows and dlogits = softmax(logits) - onehot, n times the gradient of the mean loss; every
-    update takes lr/n of what follows from it, so the division happens there.
-    """
-
-    def __init__(self, parameters: Parameters) -> None:
-        self._parameters = parameters
-
-    @torch.no_grad()
-    def run(self, X: Tensor, Y: Tensor, lr: float) -> Tensor:
-        C, W1, b1, W2, b2, bngain, bnbias = self._parameters
-        steps, n, context = X.shape
-        H, V, E = W1.shape[1], W2.shape[1], C.shape[1]
-        rate = -lr / n
-        onehot = C.new_zeros(steps, n, V).scatter_(2, Y.unsqueeze(2), 1.0)
-        logits_of_step = C.new_empty(steps, n, V)  # kept: one cross-entropy for all of them
-
-        emb, demb = C.new_empty(n * context, E), C.new_empty(n, context * E)
-        embcat, demb_rows = emb.view(n, context * E), demb.view(n * context, E)
-        xhat, h, dh, product = (C.new_empty(n, H) for _ in range(4))
-        mean, rstd, dgain, dbias, slope = (C.new_empty(1, H) for _ in range(5))
-        dlogits, db2 = C.new_empty(n, V), C.new_empty(V)
-        W1_T, W2_T, embcat_T, h_T = W1.T, W2.T, embcat.T, h.T
-
-        for x, target, logits in zip(
-            X.flatten(1).unbind(), onehot.unbind(), logits_of_step.unbind(), strict=True
-        ):
-            # forward
-            torch.index_select(C, 0, x, out=emb)
-            torch.addmm(b1, embcat, W1, out=xhat)
-            torch.sum(xhat, 0, keepdim=True, out=mean)
-            xhat.sub_(mean, alpha=1 / n)
-            torch.mul(xhat, xhat, out=product)
-            torch.sum(product, 0, keepdim=True, out=rstd)
-            rstd.mul_(1 / (n - 1)).add_(EPS).rsqrt_()
-            xhat.mul_(rstd)
-            torch.addcmul(bnbias, xhat, bngain, out=h)
-            h.tanh_()
-            torch.addmm(b2, h, W2, out=logits)
-            # backward: cross-entropy and linear layer 2
-            torch.softmax(logits, 1, out=dlogits)
-            dlogits.sub_(target)
-            torch.mm(dlogits, W2_T, out=dh)
-            W2.addmm_(h_T, dlogits, alpha=rate)
-            torch.sum(dlogits, 0, out=db2)
-            b2.add_(db2, alpha=rate)
-            # tanh and batch norm: gain*rstd * (dh - dbias/n - xhat * dgain/(n-1))
-            torch.ops.aten.tanh_backward.grad_input(dh, h, grad_input=dh)
-            torch.sum(dh, 0, keepdim=True, out=dbias)
-            torch.mul(dh, xhat, out=product)
-            torch.sum(product, 0, keepdim=True, out=dgain)
-            torch.mul(bngain, rstd, out=slope)
-            dh.sub_(dbias, alpha=1 / n).addcmul_(xhat, dgain, value=-1 / (n - 1)).mul_(slope)
-            bngain.add_(dgain, alpha=rate)
-            bnbias.add_(dbias, alpha=rate)
-            # linear layer 1 and embedding. Batch norm cancels b1: its gradient, the sum of dh over
-            # the batch, is 0, so b1 stays as it is.
-            torch.mm(dh, W1_T, out=demb)
-            W1.addmm_(embcat_T, dh, alpha=rate)
-            _add_rows(C, x, demb_rows, rate)
-
-        rows = F.cross_entropy(logits_of_step.flatten(0, 1), Y.flatten(), reduction="none")
-        return rows.view(steps, n).mean(1)
-
-
-def _add_rows(table: Tensor, rows: Tensor, values: Tensor, alpha: float) -> None:
-    """table[rows[i]] += alpha * values[i], repeated rows adding up in a fixed order."""
-    if table.is_cuda:  # index_add_ takes atomics there: another sum in every run
-        table.index_put_((rows,), values * alpha, accumulate=True)
-    else:
-        table.index_add_(0, rows, values, alpha=alpha)
-
-
-ENGINES: dict[str, Callable[[Parameters], Engine]] = {
-    "autograd": lambda parameters: AutogradEngine(parameters, torch_loss),
-    "chunked": ChunkedEngine,
-    "manual": ManualEngine,
+METHODS = {"persistent": "persistent", "graph": "graph", "numba": "numba", "manual": "eager"}
+ENGINES: dict[str, Callable[[MLPParameters], Engine]] = {
+    **{name: partial(LibraryEngine, method=method) for name, method in METHODS.items()},
     "fused": lambda parameters: AutogradEngine(parameters, fused_loss),
+    "chunked": ChunkedEngine,
+    "autograd": lambda parameters: AutogradEngine(parameters, torch_loss),
 }
+
+
+def fastest(parameters: MLPParameters, x: Tensor, batch: int) -> str:
+    """The engine that --engine auto is."""
+    fastest = train_mlp_method(parameters, x, batch)
+    return next(name for name, method in METHODS.items() if method == fastest)
+
+
+def start(name: str, parameters: MLPParameters, x: Tensor, y: Tensor, batch: int) -> Engine:
+    """The engine, compiled. Raises InputError where it cannot run on this device or these sizes."""
+    engine = ENGINES[name](parameters)
+    with input_errors(name):
+        engine.run(x, y, torch.empty(0, batch, dtype=torch.int64, device=x.device), 0.0)
+    return engine
+
+
+@contextmanager
+def input_errors(name: str) -> Iterator[None]:
+    """What the library refuses, as the InputError of an engine's name."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"--engine {name}: {str(error).removeprefix('train_mlp: ')}") from None

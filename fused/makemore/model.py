@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused.makemore.data import TERMINATOR, Split
-from fused.reference.mlp import EPS, Parameters
+from fused.mlp_train import MLPParameters
 
+EPS = 1e-5  # of batch norm
 _ROWS = 65536  # examples at a time over a whole split: bounds the memory, not the result
 _LONGEST = 1000  # characters of a sampled name; an untrained model may not find the terminator
 
@@ -34,7 +35,7 @@ class Settings:
 class Model:
     """A network to evaluate and sample: parameters, and batch norm statistics of the data."""
 
-    parameters: Parameters
+    parameters: MLPParameters
     mean: Tensor  # (1, H) of hprebn over the whole training set
     var: Tensor  # (1, H), unbiased
 
@@ -74,7 +75,7 @@ class Model:
 
 
 def parameter_shapes(settings: Settings, vocabulary_size: int) -> list[tuple[int, ...]]:
-    """The shapes of `Parameters`, in its order."""
+    """The shapes of `MLPParameters`, in its order."""
     s, v = settings, vocabulary_size
     return [
         (v, s.embedding),
@@ -89,7 +90,7 @@ def parameter_shapes(settings: Settings, vocabulary_size: int) -> list[tuple[int
 
 def initial_parameters(
     settings: Settings, vocabulary_size: int, device: torch.device
-) -> tuple[Parameters, torch.Generator]:
+) -> tuple[MLPParameters, torch.Generator]:
     """The notebook's initialisation, and the generator that goes on to draw the minibatches.
 
     The notebook draws bngain and bnbias from the unseeded global generator. Here they have a
@@ -98,7 +99,7 @@ def initial_parameters(
     g = torch.Generator().manual_seed(settings.seed)
     own = torch.Generator().manual_seed(settings.seed + 1)
     shapes = parameter_shapes(settings, vocabulary_size)
-    parameters = Parameters(
+    parameters = MLPParameters(
         C=torch.randn(shapes[0], generator=g),
         W1=torch.randn(shapes[1], generator=g) * (5 / 3) / shapes[1][0] ** 0.5,
         b1=torch.randn(shapes[2], generator=g) * 0.1,
@@ -107,11 +108,11 @@ def initial_parameters(
         bngain=torch.randn(shapes[5], generator=own) * 0.1 + 1.0,
         bnbias=torch.randn(shapes[6], generator=own) * 0.1,
     )
-    return Parameters(*(p.to(device) for p in parameters)), g
+    return MLPParameters(*(p.to(device) for p in parameters)), g
 
 
 @torch.no_grad()
-def calibrate(parameters: Parameters, train: Split) -> Model:
+def calibrate(parameters: MLPParameters, train: Split) -> Model:
     """The batch norm statistics over the whole training set, in two passes."""
     n = len(train)
     chunks = train.x.split(_ROWS)
@@ -126,5 +127,5 @@ def calibrate(parameters: Parameters, train: Split) -> Model:
     return Model(parameters, mean, var.to(mean.dtype))
 
 
-def _preactivation(p: Parameters, x: Tensor) -> Tensor:
+def _preactivation(p: MLPParameters, x: Tensor) -> Tensor:
     return torch.addmm(p.b1, p.C[x].flatten(1), p.W1)  # hprebn, (N, H)

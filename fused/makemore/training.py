@@ -4,7 +4,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fused.makemore import engines
 from fused.makemore.checkpoint import Checkpoint
 from fused.makemore.data import Dataset
-from fused.makemore.engines import ENGINES, Engine
 from fused.makemore.errors import InputError
 from fused.makemore.model import Settings, calibrate
-from fused.reference.mlp import Parameters
+from fused.mlp_train import MLPParameters
 
 _BLOCK_SECONDS = 0.2  # between two looks at the clock, the keyboard and the loss
 _SAVE_SECONDS = 60.0
-_BLOCK_NUMBERS = 1 << 22  # of logits: bounds what an engine may keep of a block
+_BLOCK_NUMBERS = 1 << 22  # of contexts: bounds what an engine may keep of a block
 _RECENT = 1000  # steps in the running loss
 
 
@@ -35,7 +35,7 @@ class Run:
     engine: str
     data_option: str | None
     dataset: Dataset
-    parameters: Parameters  # updated in place
+    parameters: MLPParameters  # updated in place
     generator: torch.Generator  # draws the minibatches
     losses: Tensor  # (steps so far,), on the CPU
 
@@ -65,48 +65,62 @@ class Outcome:
 def train(run: Run, folder: Path) -> Outcome:
     """Trains until the last step, or until Ctrl-C; saves a checkpoint now and then and at the end.
 
-    The blocks in which steps are taken have no influence on the result: minibatches are drawn from
-    one stream of numbers, and the learning rate changes at its step.
-
-    Raises InputError where the loss is not a finite number; the checkpoint before stays.
+    Raises InputError where the engine cannot run, and where the loss is not a finite number; the
+    checkpoint before stays.
     """
-    s = run.settings
-    engine = ENGINES[run.engine](run.parameters)
+    s, split = run.settings, run.dataset.train
+    engine = engines.start(run.engine, run.parameters, split.x, split.y, s.batch)
     first, started, saved = run.step, time.monotonic(), time.monotonic()
-    most = max(1, _BLOCK_NUMBERS // (s.batch * len(run.dataset.vocabulary)))
-    size, recent = 10, run.losses[-_RECENT:]
-    with _interruption() as interrupted, _Progress(s.steps, first) as progress:
-        while run.step < s.steps and not interrupted.is_set():
-            half = s.steps // 2
-            last = half if run.step < half else s.steps
-            lr = s.lr if run.step < half else s.final_lr
-            began = time.monotonic()
-            block = _train_block(run, engine, min(size, last - run.step), lr)
-            recent = torch.cat((recent, block))[-_RECENT:]
-            now = time.monotonic()
-            progress.update(len(block), recent.mean().item())
-            size = min(most, max(1, int(len(block) * _BLOCK_SECONDS / (now - began))))
-            if now - saved > _SAVE_SECONDS:
-                run.checkpoint().save(folder)
-                saved = now
+
+    def take(steps: int) -> Tensor:
+        nonlocal saved
+        lr = s.lr if run.step < s.steps // 2 else s.final_lr
+        index = minibatches(run.generator, len(split), steps, s.batch).to(split.x.device)
+        losses = engine.run(split.x, split.y, index, lr).cpu()
+        if not losses.isfinite().all():
+            bad = run.step + int(losses.isfinite().logical_not().nonzero()[0])
+            raise InputError(
+                f"the loss is no longer a finite number at step {bad}; "
+                f"try a smaller --lr than {s.lr}"
+            )
+        run.losses = torch.cat((run.losses, losses))
+        if time.monotonic() - saved > _SAVE_SECONDS:
+            run.checkpoint().save(folder)
+            saved = time.monotonic()
+        return losses
+
+    interrupted = take_blocks(take, first, s, models=1, recent=run.losses)
     elapsed = time.monotonic() - started
     run.checkpoint().save(folder)
-    return Outcome(run.step < s.steps, (run.step - first) / elapsed)
+    return Outcome(interrupted, (run.step - first) / elapsed)
 
 
-def _train_block(run: Run, engine: Engine, steps: int, lr: float) -> Tensor:
-    """Takes `steps` steps with one learning rate and records their losses."""
-    split, s = run.dataset.train, run.settings
-    index = torch.randint(0, len(split), (steps, s.batch), generator=run.generator)
-    index = index.to(split.x.device)
-    losses = engine.run(split.x[index], split.y[index], lr).cpu()
-    if not losses.isfinite().all():
-        bad = run.step + int(losses.isfinite().logical_not().nonzero()[0])
-        raise InputError(
-            f"the loss is no longer a finite number at step {bad}; try a smaller --lr than {s.lr}"
-        )
-    run.losses = torch.cat((run.losses, losses))
-    return losses
+def minibatches(generator: torch.Generator, examples: int, steps: int, batch: int) -> Tensor:
+    """Rows of the training examples, (steps, batch). Blocks of any size draw the same stream."""
+    return torch.randint(0, examples, (steps, batch), generator=generator)
+
+
+def take_blocks(
+    take: Callable[[int], Tensor], first: int, s: Settings, models: int, recent: Tensor
+) -> bool:
+    """Calls take(steps) for block after block, until s.steps or Ctrl-C; True if it was Ctrl-C.
+
+    take returns the losses (steps,) that progress shows, after those in `recent`. No block goes
+    beyond the step at which the learning rate changes, so blocks have no influence on the result.
+    """
+    step, size = first, 10
+    most = max(1, _BLOCK_NUMBERS // (s.batch * (s.context + 1) * models))
+    with _interruption() as interrupted, _Progress(s.steps, first) as progress:
+        while step < s.steps and not interrupted.is_set():
+            half = s.steps // 2
+            steps = min(size, (half if step < half else s.steps) - step)
+            began = time.monotonic()
+            recent = torch.cat((recent, take(steps)))[-_RECENT:]
+            step += steps
+            progress.update(steps, recent.mean().item())
+            size = int(steps * _BLOCK_SECONDS / (time.monotonic() - began))
+            size = min(most, max(1, size))
+    return step < s.steps
 
 
 class _Progress:

@@ -1,5 +1,7 @@
 """All engines take the same steps from the same start."""
 
+import importlib.util
+import statistics
 import time
 
 import pytest
@@ -10,6 +12,7 @@ from fused.makemore.engines import ENGINES
 from fused.makemore.model import Settings, calibrate, initial_parameters
 
 SETTINGS = Settings()
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +27,24 @@ def trained(engine: str, dataset: data.Dataset, steps: int, settings: Settings =
     parameters, generator = initial_parameters(settings, len(dataset.vocabulary), device)
     index = torch.randint(0, len(dataset.train), (steps, settings.batch), generator=generator)
     index = index.to(device)
-    losses = ENGINES[engine](parameters).run(dataset.train.x[index], dataset.train.y[index], 0.1)
+    losses = ENGINES[engine](parameters).run(dataset.train.x, dataset.train.y, index, 0.1)
     return parameters, losses
 
 
-@pytest.mark.parametrize("engine", ["chunked", "manual", "fused"])
+def engines(*names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "engine",
+        [
+            pytest.param(
+                name,
+                marks=[pytest.mark.skipif(name == "numba" and not HAS_NUMBA, reason="no numba")],
+            )
+            for name in names
+        ],
+    )
+
+
+@engines("persistent", "numba", "manual", "fused", "chunked")
 def test_parameters_after_10_steps(engine, dataset) -> None:
     expected, _ = trained("autograd", dataset, 10)
     parameters, _ = trained(engine, dataset, 10)
@@ -36,15 +52,19 @@ def test_parameters_after_10_steps(engine, dataset) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5, msg=f"{name} differs")
 
 
-@pytest.mark.parametrize("engine", ["chunked", "manual", "fused"])
-def test_losses_over_1000_steps(engine, dataset) -> None:
-    _, expected = trained("autograd", dataset, 1000)
+@pytest.fixture(scope="module")
+def losses_of_autograd(dataset) -> torch.Tensor:
+    return trained("autograd", dataset, 1000)[1]
+
+
+@engines("numba", "manual", "fused", "chunked")
+def test_losses_over_1000_steps(engine, dataset, losses_of_autograd) -> None:
     _, losses = trained(engine, dataset, 1000)
     assert losses.shape == (1000,)
-    torch.testing.assert_close(losses, expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(losses, losses_of_autograd, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@engines("fused", "chunked")
 @pytest.mark.parametrize(
     "settings",
     [Settings(context=1, hidden=5, batch=2), Settings(context=8, embedding=3, hidden=7, batch=48)],
@@ -58,7 +78,7 @@ def test_other_sizes(engine, settings) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@engines("fused", "chunked", "autograd")
 def test_blocks_do_not_matter(engine, dataset) -> None:
     """Ten steps at once or in three parts: the same parameters to the last bit."""
     whole, _ = trained(engine, dataset, 10)
@@ -67,7 +87,7 @@ def test_blocks_do_not_matter(engine, dataset) -> None:
     for steps in (1, 6, 3):
         index = torch.randint(0, len(dataset.train), (steps, SETTINGS.batch), generator=generator)
         index = index.to(dataset.train.x.device)
-        runner.run(dataset.train.x[index], dataset.train.y[index], 0.1)
+        runner.run(dataset.train.x, dataset.train.y, index, 0.1)
     for ours, theirs in zip(parameters, whole, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
@@ -90,12 +110,18 @@ def test_calibration_is_the_whole_sets_statistics(dataset) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU measurement")
-def test_manual_takes_at_most_half_the_time_of_autograd(dataset) -> None:
-    """Interleaved in one process, the best of each."""
-    best = {"autograd": float("inf"), "manual": float("inf")}
-    for _ in range(5):
-        for engine in best:
+def test_closed_forms_are_several_times_as_fast_as_autograd(dataset) -> None:
+    """Interleaved in one process on one thread, medians; on an idle machine 4.6 and 10.6."""
+    engines = ["autograd", "manual", "numba"] if HAS_NUMBA else ["autograd", "manual"]
+    times: dict[str, list[float]] = {engine: [] for engine in engines}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(9):
+        for engine in engines:
             started = time.perf_counter()
-            trained(engine, dataset, 300)
-            best[engine] = min(best[engine], time.perf_counter() - started)
-    assert best["manual"] <= best["autograd"] / 2
+            trained(engine, dataset, 500)
+            times[engine].append(time.perf_counter() - started)
+    torch.set_num_threads(threads)
+    median = {engine: statistics.median(t) for engine, t in times.items()}
+    assert median["manual"] <= median["autograd"] / 3.5
+    assert not HAS_NUMBA or median["numba"] <= median["autograd"] / 7

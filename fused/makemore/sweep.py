@@ -1,0 +1,110 @@
+"""Many networks at once: learning rates times seeds, each trained as if alone."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fused
+from fused.makemore import engines, training
+from fused.makemore.data import Dataset
+from fused.makemore.model import EPS, Settings, calibrate, initial_parameters
+from fused.mlp_train import MLPParameters
+
+VARIED = ("lr", "final_lr", "seed")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one network; the losses are None where it diverged."""
+
+    lr: float
+    seed: int
+    val_loss: float | None
+    last_loss: float | None  # of training, mean of the last 1,000 steps
+    diverged_at: int | None  # the step whose loss is no longer a finite number
+
+
+@dataclass
+class Models:
+    """The networks in the order of their learning rates, then of their seeds."""
+
+    settings: Settings  # without what is varied
+    lr: Tensor  # (M,), on the CPU
+    seeds: list[int]  # S
+    parameters: MLPParameters  # with the models in front
+    generators: list[torch.Generator]  # one a seed: seeds alike see the same minibatches
+    losses: Tensor  # (M, steps so far), on the CPU
+
+    def __len__(self) -> int:
+        return len(self.lr)
+
+    def results(self, dataset: Dataset) -> list[Result]:
+        """Sorted by validation loss, those that diverged last."""
+        results = []
+        for m, lr in enumerate(self.lr.tolist()):
+            seed, losses = self.seeds[m % len(self.seeds)], self.losses[m]
+            bad = losses.isfinite().logical_not().nonzero()
+            if len(bad) > 0:
+                results.append(Result(lr, seed, None, None, int(bad[0])))
+                continue
+            model = calibrate(MLPParameters(*(p[m] for p in self.parameters)), dataset.train)
+            last = losses[-1000:].mean().item()
+            results.append(Result(lr, seed, model.loss(dataset.val), last, None))
+        return sorted(results, key=lambda r: (r.val_loss is None, r.val_loss, r.lr, r.seed))
+
+
+def start(settings: Settings, lr: list[float], seeds: list[int], dataset: Dataset) -> Models:
+    """A network for each learning rate and seed, each as `train --lr --seed` starts it."""
+    device = dataset.train.x.device
+    drawn = [
+        initial_parameters(dataclasses.replace(settings, seed=s), len(dataset.vocabulary), device)
+        for s in seeds
+    ]
+    of_seeds = [torch.stack(tensors) for tensors in zip(*(p for p, _ in drawn), strict=True)]
+    parameters = MLPParameters(*(p.repeat(len(lr), *[1] * (p.dim() - 1)) for p in of_seeds))
+    rates = torch.tensor(lr, dtype=torch.float64).repeat_interleave(len(seeds))
+    losses = torch.empty(len(rates), 0)
+    return Models(settings, rates, seeds, parameters, [g for _, g in drawn], losses)
+
+
+def train(models: Models, engine: str, dataset: Dataset) -> training.Outcome:
+    """Trains until the last step, or until Ctrl-C. Raises InputError where the engine cannot."""
+    s, split = models.settings, dataset.train
+    lr, final_lr = (
+        rates.to(split.x.device, torch.float32) for rates in (models.lr, models.lr / 10)
+    )
+
+    method = engines.METHODS[engine]
+
+    def steps(index: Tensor, rates: Tensor) -> Tensor:
+        _, losses = fused.train_mlp(
+            models.parameters, split.x, split.y, index, rates, eps=EPS, method=method, inplace=True
+        )
+        return losses.cpu()
+
+    def take(count: int) -> Tensor:
+        streams = [training.minibatches(g, len(split), count, s.batch) for g in models.generators]
+        late = models.losses.shape[1] >= s.steps // 2
+        losses = steps(torch.stack(streams).to(split.x.device), final_lr if late else lr)
+        models.losses = torch.cat((models.losses, losses), 1)
+        return losses.nanmean(0)
+
+    with engines.input_errors(engine):
+        steps(torch.empty(0, s.batch, dtype=torch.int64, device=split.x.device), lr)
+    started = time.monotonic()
+    interrupted = training.take_blocks(take, 0, s, len(models), torch.empty(0))
+    return training.Outcome(interrupted, models.losses.shape[1] / (time.monotonic() - started))
+
+
+def table(results: list[Result]) -> str:
+    """A line a network, with a heading."""
+    lines = [f"{'':>4s}  {'lr':>8s}  {'seed':>10s}  {'validation':>10s}  {'last 1000':>10s}"]
+    for rank, r in enumerate(results, 1):
+        losses = f"no longer a number at step {r.diverged_at}"
+        if r.val_loss is not None:
+            losses = f"{r.val_loss:>10.4f}  {r.last_loss:>10.4f}"
+        lines.append(f"{rank:>4d}  {r.lr:>8g}  {r.seed:>10d}  {losses}")
+    return "\n".join(lines)

@@ -1,0 +1,218 @@
+"""Training the embedding MLP: many steps of many models in one call.
+
+The network is that of Andrej Karpathy's makemore notebooks: characters in, an embedding each, a
+linear layer, batch norm with Bessel's correction, tanh, a linear layer, cross-entropy. A step is
+forward, backward in closed form (docs/derivations.md), parameter -= lr * gradient.
+"""
+
+import importlib
+import importlib.util
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fused import backend
+
+# Where the loop runs, fastest first. All but the first run models one after the other or on
+# threads; there every model is one program of one launch.
+_MODULES = {
+    "persistent": "fused.kernels.mlp_train",
+    "graph": "fused.eager.mlp_graph",
+    "numba": "fused.compiled.mlp_train",
+    "eager": "fused.eager.mlp_train",
+}
+
+
+class MLPParameters(NamedTuple):
+    """The weights of one network, or of M networks if every tensor has M in front of its shape."""
+
+    C: Tensor  # (V, E) embedding of each character
+    W1: Tensor  # (T*E, H)
+    b1: Tensor  # (H,), cancelled by the batch norm behind it
+    W2: Tensor  # (H, V)
+    b2: Tensor  # (V,)
+    bngain: Tensor  # (1, H)
+    bnbias: Tensor  # (1, H)
+
+
+def train_mlp(
+    parameters: MLPParameters,
+    x: Tensor,
+    y: Tensor,
+    index: Tensor,
+    lr: float | Tensor,
+    *,
+    eps: float = 1e-5,
+    method: str = "auto",
+    inplace: bool = False,
+) -> tuple[MLPParameters, Tensor]:
+    """Takes K steps of gradient descent with each of M networks.
+
+    Of a minibatch of B contexts x, (B, T), and next characters y, (B,):
+
+        hprebn = C[x].flatten(1) @ W1 + b1
+        h      = tanh(bngain * (hprebn - mean) / sqrt(var + eps) + bnbias)     of the minibatch,
+        loss   = cross_entropy(h @ W2 + b2, y)                          var with Bessel's correction
+
+    Args:
+        parameters: where to start; seven tensors, in float32 (float64 with method "eager"), of the
+            shapes that `MLPParameters` says for one network, or with M in front of each.
+        x: contexts of all examples, (N, T), whole numbers in [0, V).
+        y: next characters, (N,), whole numbers in [0, V).
+        index: the minibatches as rows of x and y, (K, B), for all networks; or (S, K, B) with M a
+            multiple of S: network m then takes index[m % S].
+        lr: the learning rate, or a tensor (M,) of one for each network.
+        eps: what batch norm adds to the variance.
+        method: "persistent", one launch of a Triton kernel in which every network is one program
+            (fused/kernels/mlp_train.py); "graph", a CUDA graph of PyTorch's operations; "numba", a
+            compiled loop on the CPU, for the optional extra `numba`; "eager", PyTorch's operations.
+            "auto" takes the fastest of them that can serve these tensors (`train_mlp_method`).
+        inplace: write the new parameters into `parameters` instead of new tensors.
+
+    Returns:
+        The parameters after the last step, and the losses (K,) or (M, K), each from before its
+        update. They depend neither on how many networks are trained together nor on how steps are
+        divided into calls, to the last bit. b1 stays as it is: its gradient is 0.
+
+    Raises TypeError for a dtype, ValueError for shapes, devices or a method that cannot be served,
+    IndexError on the CPU for a character or row out of range. On a GPU nothing looks at values: a
+    target out of range makes its loss NaN.
+    """
+    parameters = MLPParameters(*parameters)
+    one = parameters.C.dim() == 2
+    models = _models(parameters, one)
+    lr = _checked(models, x, y, index, lr)
+    name = train_mlp_method(parameters, x, index.shape[-1]) if method == "auto" else method
+    implementation = _implementation(name, models.C)
+    if not inplace:
+        models = MLPParameters(*(p.clone(memory_format=torch.contiguous_format) for p in models))
+    elif not all(p.is_contiguous() for p in models):
+        raise ValueError("train_mlp: parameters to be updated in place must be contiguous")
+    C, W1, _, W2, b2, bngain, bnbias = (p.detach() for p in models)
+    losses = implementation.mlp_train(
+        C, W1, W2, b2, bngain.squeeze(1), bnbias.squeeze(1), x.long(), y.long(),
+        index.long() if index.dim() == 3 else index.long().unsqueeze(0), lr, eps,
+    )  # fmt: skip
+    if inplace:
+        return parameters, losses[0] if one else losses
+    if one:
+        return MLPParameters(*(p.squeeze(0) for p in models)), losses[0]
+    return models, losses
+
+
+def train_mlp_method(parameters: MLPParameters, x: Tensor, batch: int) -> str:
+    """What "auto" is for these parameters, contexts x (N, T) and minibatches of `batch`.
+
+    Where the Triton kernels serve (`fused.backend`): "persistent" if one multiprocessor can hold
+    the network, else "graph". Elsewhere "numba" if it is installed and the tensors are float32 on
+    the CPU, else "eager".
+    """
+    C, W1 = parameters[0], parameters[1]
+    if C.dtype == torch.float32 and backend.name_for(C) == "triton":
+        try:
+            _implementation("persistent", C).plan(C, W1, x.shape[1], batch)
+            return "persistent"
+        except ValueError:
+            if C.is_cuda:
+                return "graph"
+    if C.dtype == torch.float32 and C.device.type == "cpu" and _numba_installed():
+        return "numba"
+    return "eager"
+
+
+def _models(parameters: MLPParameters, one: bool) -> MLPParameters:
+    """The parameters with the models in front; checked against each other."""
+    C = parameters.C
+    models = MLPParameters(*(p.unsqueeze(0) if one else p for p in parameters))
+    if models.C.dim() != 3 or models.W1.dim() != 3:
+        raise ValueError(
+            "train_mlp: expected C of shape (V, E) and W1 of shape (T*E, H), or both with the "
+            f"models in front, got {tuple(parameters.C.shape)} and {tuple(parameters.W1.shape)}"
+        )
+    (M, V, E), (_, TE, H) = models.C.shape, models.W1.shape
+    shapes = MLPParameters((V, E), (TE, H), (H,), (H, V), (V,), (1, H), (1, H))  # type: ignore
+    for name, tensor, shape in zip(MLPParameters._fields, models, shapes, strict=True):
+        if tensor.shape != (M, *shape):
+            expected = shape if one else (M, *shape)
+            got = tuple(tensor.shape[1:] if one else tensor.shape)
+            raise ValueError(f"train_mlp: expected {name} of shape {expected}, got {got}")
+        if tensor.dtype != C.dtype or not tensor.is_floating_point():
+            raise TypeError(
+                f"train_mlp: expected parameters of one floating dtype, got C in {C.dtype} and "
+                f"{name} in {tensor.dtype}"
+            )
+    return models
+
+
+def _checked(
+    models: MLPParameters, x: Tensor, y: Tensor, index: Tensor, lr: float | Tensor
+) -> Tensor:
+    """Checks the data; returns the learning rates (M,)."""
+    (M, V, E), TE = models.C.shape, models.W1.shape[1]
+    if x.dim() != 2 or y.shape != x.shape[:1]:
+        raise ValueError(
+            f"train_mlp: expected x of shape (N, T) and y of shape (N,), got {tuple(x.shape)} and "
+            f"{tuple(y.shape)}"
+        )
+    if x.shape[1] * E != TE:
+        raise ValueError(
+            f"train_mlp: {x.shape[1]} characters of context with {E} numbers each need W1 with "
+            f"{x.shape[1] * E} rows, got {TE}"
+        )
+    if index.dim() not in (2, 3) or (index.dim() == 3 and (len(index) == 0 or M % len(index))):
+        raise ValueError(
+            f"train_mlp: expected index of shape (K, B), or (S, K, B) with {M} models a multiple "
+            f"of S, got {tuple(index.shape)}"
+        )
+    if index.shape[-1] < 2:
+        raise ValueError(
+            "train_mlp: a minibatch needs at least 2 examples to have a variance, got "
+            f"{index.shape[-1]}"
+        )
+    for name, tensor in (("x", x), ("y", y), ("index", index)):
+        if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+            raise TypeError(f"train_mlp: expected {name} of whole numbers, got {tensor.dtype}")
+        if tensor.device != models.C.device:
+            raise ValueError(
+                f"train_mlp: expected {name} on {models.C.device}, as the parameters, got "
+                f"{tensor.device}"
+            )
+    if models.C.device.type == "cpu":
+        for name, tensor, end in (("x", x, V), ("y", y, V), ("index", index, len(x))):
+            if tensor.numel() and not 0 <= tensor.min() <= tensor.max() < end:
+                raise IndexError(
+                    f"train_mlp: expected {name} in [0, {end}), got {int(tensor.min())} to "
+                    f"{int(tensor.max())}"
+                )
+    if not isinstance(lr, Tensor):
+        return torch.full((M,), lr, dtype=models.C.dtype, device=models.C.device)
+    if lr.shape not in ((), (M,)):
+        raise ValueError(f"train_mlp: expected lr of shape ({M},), got {tuple(lr.shape)}")
+    return lr.to(models.C.device, models.C.dtype).expand(M).contiguous()
+
+
+def _implementation(method: str, C: Tensor) -> ModuleType:
+    """The module of a method; ValueError where it cannot serve parameters like C."""
+    if method not in _MODULES:
+        raise ValueError(
+            f"train_mlp: expected method to be one of auto, {', '.join(_MODULES)}, got {method!r}"
+        )
+    if method != "eager" and C.dtype != torch.float32:
+        raise ValueError(f"train_mlp: method {method!r} takes float32, got {C.dtype}; use 'eager'")
+    if method == "persistent":
+        with backend.use("triton"):
+            backend.name_for(C)  # raises where Triton cannot serve C
+    if method == "graph" and not C.is_cuda:
+        raise ValueError(f"train_mlp: method 'graph' needs a CUDA device, got {C.device}")
+    if method == "numba" and (C.device.type != "cpu" or not _numba_installed()):
+        raise ValueError(
+            f"train_mlp: method 'numba' needs tensors on the CPU, got {C.device}, and numba: "
+            'pip install "fused-backprop[numba]"'
+        )
+    return importlib.import_module(_MODULES[method])
+
+
+def _numba_installed() -> bool:
+    return importlib.util.find_spec("numba") is not None
