@@ -1,4 +1,4 @@
-"""The training loop of the notebook's network: seconds a step, of every engine.
+"""The training loop of the notebook's network: steps a second of every engine, and of many models.
 
 pytest-benchmark: python -m pytest bench/bench_makemore.py
 """
@@ -9,23 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fused
 from bench.cases import Case, Contender, Phase, generator, require
-from fused.makemore.engines import ENGINES, AutogradEngine, Engine, torch_loss
-from fused.makemore.model import Settings, initial_parameters
-from fused.reference.mlp import EPS, Parameters
+from fused.makemore.engines import ENGINES, METHODS, AutogradEngine, Engine, torch_loss
+from fused.makemore.model import EPS, Settings, initial_parameters
+from fused.mlp_train import MLPParameters
 
 OPERATION = "makemore"
 BYTES = {"step": "no bound by bytes: the parameters (49 KB) could stay on the chip"}
 _LR = 0.1
+_EXAMPLES = 1000
 
 
 def cases(suite: str) -> list[Case]:
-    """Batch, context, vocabulary: the notebook's network, whose other sizes are the defaults."""
-    return [Case(OPERATION, (32, 3, 27), torch.float32, headline=True)]
+    """Batch, context, vocabulary of the notebook's network, whose other sizes are the defaults; and
+    many models at once, a step of one model being the unit."""
+    shape = (32, 3, 27)
+    return [
+        Case(OPERATION, shape, torch.float32, headline=True),
+        Case(OPERATION, shape, torch.float32, "64models" if suite == "quick" else "128models"),
+    ]
 
 
 def kernel_cases() -> list[Case]:
-    return []
+    return [Case(OPERATION, (32, 3, 27), torch.float32)]
 
 
 def traffic_case(case: Case) -> Case:
@@ -37,30 +44,25 @@ def least_bytes(case: Case) -> dict[str, int]:
 
 
 def launch(case: Case, device: torch.device) -> None:
-    raise NotImplementedError("no kernel of its own")
+    parameters, x, y, index = _problem(case, device, steps=2)
+    fused.train_mlp(parameters, x, y, index, _LR, eps=EPS, method="persistent")
 
 
 def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:
-    batch, context, vocabulary = case.shape
-    settings = Settings(batch=batch, context=context)
-    start, _ = initial_parameters(settings, vocabulary, device)
+    if case.variant:
+        return _many_models(case, device)
 
-    def minibatches(steps: int) -> tuple[Tensor, Tensor]:
-        numbers = generator(device)
-        X = torch.randint(0, vocabulary, (steps, batch, context), device=device, generator=numbers)
-        Y = torch.randint(0, vocabulary, (steps, batch), device=device, generator=numbers)
-        return X, Y
-
-    def trained(make: Callable[[Parameters], Engine], steps: int = 200) -> Contender:
+    def trained(make: Callable[[MLPParameters], Engine], steps: int = 200) -> Contender:
         def outputs() -> dict[str, Tensor]:
-            parameters = Parameters(*(p.clone() for p in start))
-            make(parameters).run(*minibatches(10), _LR)
-            # b1 is cancelled by batch norm: its gradient is rounding.
-            return {k: p for k, p in parameters._asdict().items() if k != "b1"}
+            parameters, x, y, index = _problem(case, device, steps=10)
+            make(parameters).run(x, y, index, _LR)
+            return _compared(parameters)
 
-        engine = make(Parameters(*(p.clone() for p in start)))
-        X, Y = minibatches(steps)
-        return Contender(outputs, {"step": Phase(lambda _: engine.run(X, Y, _LR), units=steps)})
+        parameters, x, y, index = _problem(case, device, steps)
+        engine = make(parameters)
+        return Contender(
+            outputs, {"step": Phase(lambda _: engine.run(x, y, index, _LR), units=steps)}
+        )
 
     def torch_compiled() -> Contender:
         torch._dynamo.reset()
@@ -76,10 +78,65 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
     return builders | {"compile": torch_compiled, "jax": lambda: trained(_JaxEngine)}
 
 
+def _many_models(case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:
+    """Every method of `fused.train_mlp` with many models, against one model in torch at a time."""
+    models = int(case.variant.removesuffix("models"))
+
+    def alone() -> Contender:
+        def run(steps: int) -> MLPParameters:
+            parameters, x, y, index = _problem(case, device, steps)
+            ENGINES["autograd"](parameters).run(x, y, index, _LR)
+            return parameters
+
+        return Contender(lambda: _compared(run(10)), {"step": Phase(lambda _: run(100), units=100)})
+
+    def together(method: str) -> Contender:
+        def run(steps: int) -> MLPParameters:
+            parameters, x, y, index = _problem(case, device, steps)
+            stacked = MLPParameters(*(torch.stack([p] * models) for p in parameters))
+            done, _ = fused.train_mlp(stacked, x, y, index, _LR, eps=EPS, method=method)
+            return MLPParameters(*(p[-1] for p in done))
+
+        steps = 1000 if device.type == "cuda" else 20
+        return Contender(
+            lambda: _compared(run(10)),
+            {"step": Phase(lambda _: run(steps), units=steps * models)},
+        )
+
+    def builder(method: str) -> Callable[[], Contender]:
+        return lambda: together(method)
+
+    return {"torch": alone} | {name: builder(method) for name, method in METHODS.items()}
+
+
+def _problem(
+    case: Case, device: torch.device, steps: int
+) -> tuple[MLPParameters, Tensor, Tensor, Tensor]:
+    """Parameters of the notebook's start, and random contexts, targets and minibatches."""
+    batch, context, vocabulary = case.shape
+    parameters, _ = initial_parameters(Settings(batch=batch, context=context), vocabulary, device)
+    if device.type == "meta":
+        x = torch.zeros(_EXAMPLES, context, dtype=torch.int64, device=device)
+        index = torch.zeros(steps, batch, dtype=torch.int64, device=device)
+        return parameters, x, x[:, 0], index
+    numbers = generator(device)
+
+    def draw(end: int, *shape: int) -> Tensor:
+        return torch.randint(0, end, shape, device=device, generator=numbers)
+
+    x, y = draw(vocabulary, _EXAMPLES, context), draw(vocabulary, _EXAMPLES)
+    return parameters, x, y, draw(_EXAMPLES, steps, batch)
+
+
+def _compared(parameters: MLPParameters) -> dict[str, Tensor]:
+    """All but b1, which batch norm cancels: its gradient is rounding."""
+    return {name: p for name, p in parameters._asdict().items() if name != "b1"}
+
+
 class _JaxEngine:
     """lax.scan over the minibatches, compiled as a whole."""
 
-    def __init__(self, parameters: Parameters) -> None:
+    def __init__(self, parameters: MLPParameters) -> None:
         require("jax")
         import jax
         import jax.numpy as jnp
@@ -99,12 +156,12 @@ class _JaxEngine:
         self._run = jax.jit(lambda p, X, Y: jax.lax.scan(step, p, (X, Y)))
         self._parameters = parameters
 
-    def run(self, X: Tensor, Y: Tensor, lr: float) -> Tensor:
+    def run(self, x: Tensor, y: Tensor, index: Tensor, lr: float) -> Tensor:
         import jax
 
         take = jax.dlpack.from_dlpack
-        p = Parameters(*(take(t.detach()) for t in self._parameters))
-        p, losses = self._run(p, take(X.int()), take(Y.int()))
+        p = MLPParameters(*(take(t.detach()) for t in self._parameters))
+        p, losses = self._run(p, take(x[index].int()), take(y[index].int()))
         for mine, new in zip(self._parameters, p, strict=True):
             mine.copy_(torch.from_dlpack(new))
         return torch.from_dlpack(losses)

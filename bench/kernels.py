@@ -206,9 +206,10 @@ def report(
     found = []
     for name, op in ops.items():
         cases = [case for case in op.kernel_cases() if (only or "") in str(case)]
-        counts = traffic.counted(name, only) if cases else []
+        bounded = [bool(op.least_bytes(case)) for case in cases]
+        counts = traffic.counted(name, only) if any(bounded) else [[] for _ in cases]
         for case, count in zip(cases, counts, strict=True):
-            size = op.traffic_case(case).bytes
+            size, least = op.traffic_case(case).bytes, op.least_bytes(case).get("fwd_bwd")
             launches = caught(op, case)
             names = [launch.kernel.__name__ for launch in launches]
             # With fewer rows or channels another plan may have been taken: then nothing is said.
@@ -221,7 +222,7 @@ def report(
                         "kernel": names[i].strip("_").removesuffix("_kernel"),
                         "reads": count[i][1] / size if same else None,
                         "writes": count[i][2] / size if same else None,
-                        "least": op.least_bytes(case)["fwd_bwd"] / case.bytes,
+                        "least": None if least is None else least / case.bytes,
                         "targets": {t: asdict(compile_launch(launch, t)) for t in targets},
                     }
                 )

@@ -168,6 +168,8 @@ def kernel_traffic(rows: list[dict[str, Any]]) -> str:
         cases.setdefault(f"{row['operation']} {row['case']}", []).append(row)
     lines = []
     for case, launches in cases.items():
+        if launches[0]["least"] is None:
+            continue
         known = all(row["reads"] is not None for row in launches)
         totals = [sum(row[k] for row in launches) if known else None for k in ("reads", "writes")]
         cells = ["" if total is None else f"{total:.2f}" for total in totals]
