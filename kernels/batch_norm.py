@@ -13,12 +13,12 @@ recomputes it from x (and the residual), exactly, where a half-precision y would
 derivation is in docs/derivations.md.
 
 With S the bytes of x, forward and backward move 2S and 3S where one program has all rows of its
-channels (tuning.batch_norm says when), 3S and 5S where programs share them: the first launch leaves
-partial sums, which every program of the second merges in the same order. A residual costs S more
-forward and, behind an activation, 2S backward (its own gradient among them), or 4S where programs
-share channels. Each activation asks for z: tanh could take 1 - y^2 from y, at as many bytes as the
-residual and with y's rounding; relu could take one bit, 2S/16 instead of 2S of bfloat16, for a
-second output of the forward pass.
+channels, on chip or in cache (tuning.batch_norm says when), 3S and 5S elsewhere: there the first
+launch leaves partial results, which every program of the second merges in the same order. A
+residual costs S more forward and, behind an activation, 2S backward. The derivative of every
+activation takes z, from x and the residual: tanh and relu could take y, which is as many bytes as
+the residual and, for tanh, not as exact; a bit an element would serve relu, at 2S/16 instead of S
+of bfloat16, if the forward pass had a second output.
 """
 
 import math

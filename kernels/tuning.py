@@ -154,8 +154,7 @@ class BatchNormPlan:
 
     def stages(self, *tensors: torch.Tensor | None) -> int:
         """Of the loop over tiles of `tensors`: 48 KB under way hide the latency of memory, even
-        where this is a multiprocessor's only program, and two such programs fit into the shared
-        memory of every GPU from sm_80 on."""
+        where this is a multiprocessor's only program, and fit into any shared memory."""
         if self.n_tiles == 1:
             return 1
         values = self.BLOCK_N * self.BLOCK_L * self.BLOCK_C
@@ -177,6 +176,12 @@ _MULTIPROCESSORS = 132
 # Float32 values that 8 warps hold of a tile and still compute with: 32 a thread, twice that in the
 # forward pass, which holds one tensor where the backward pass holds two.
 _ON_CHIP_VALUES = 8192
+# Values of a tile where a program walks over several: 16 a thread of 8 warps.
+_TILE_VALUES = 4096
+# Bytes that a program reads twice from L1, or at least from L2, its neighbours' beside its own.
+_CACHED_BYTES = 131072
+# Programs that are enough to read at full speed: about half of the multiprocessors.
+_ENOUGH_PROGRAMS = 64
 
 
 def batch_norm(
@@ -208,15 +213,17 @@ def batch_norm(
             block_c *= 2
         values = block_n * block_l * block_c
         return BatchNormPlan(block_n, block_l, block_c, 4 if values <= 1024 else 8, 1, 1, 1)
-    # Of a tile, 16 a thread of 8 warps: 16 bytes or more at a time of each tensor. Narrow accesses
-    # need an address each, and 16 of those did not fit into the registers of sm_100.
-    values = 4096 if align * itemsize >= 16 else 2048
-    # One program a channel block while its rows are 128 KB or less: they are in L1, or at least L2,
-    # when they are read again. 64 such programs keep half of the multiprocessors reading.
-    whole = bool(tensors) and rows * itemsize * least <= 131072 and c >= 64 * least
+    # Narrow accesses need an address each, and 16 of those did not fit into sm_100's registers.
+    values = _TILE_VALUES if align * itemsize >= 16 else _TILE_VALUES // 2
+    # One program a block of channels, of a sector or one, and one launch.
+    whole = (
+        tensors > 0
+        and rows * itemsize * least <= _CACHED_BYTES
+        and _ceil_div(c, least) >= _ENOUGH_PROGRAMS
+    )
     if columns:
-        # 64 channels a row, 128 bytes or more, where that is free; not where it splits the rows.
-        block_c = least if whole else min(64, next_power_of_2(c))
+        # 128 bytes a row or more; of 64 channels half, for the fewer results to merge in a program.
+        block_c = least if whole else min(64 if c > 64 else 32, next_power_of_2(c), values)
         block_l = min(values // block_c, block_l)
     else:
         block_c = 1
@@ -228,10 +235,10 @@ def batch_norm(
     tiles = _ceil_div(n, block_n) * _ceil_div(length, block_l)
     n_programs = 1
     if not whole:
-        # Two programs for each multiprocessor are resident at once; every consumer merges what the
-        # others found, 8,192 values of each kind at most.
-        wanted = _ceil_div(2 * _MULTIPROCESSORS, _ceil_div(c, block_c))
-        n_programs = max(1, min(tiles, wanted, 8192 // block_c))
+        # No more than two programs for each multiprocessor, which are resident at once; each of the
+        # second launch merges what the first's found, two tiles at most.
+        wanted = 2 * _MULTIPROCESSORS // _ceil_div(c, block_c)
+        n_programs = max(1, min(tiles, wanted, 2 * _TILE_VALUES // block_c))
     tiles_per_program = max(1, _ceil_div(tiles, n_programs))
     n_programs = max(1, _ceil_div(tiles, tiles_per_program))
     return BatchNormPlan(

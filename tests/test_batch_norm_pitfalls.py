@@ -20,7 +20,7 @@ def test_one_value_per_channel_is_refused(implementation, device) -> None:
     assert fused.batch_norm(**t, training=True).isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(2000, 3), (9000, 1), (8, 3, 25, 10)], ids=str)
+@pytest.mark.parametrize("shape", [(2000, 3), (9000, 2), (2, 3, 96, 100)], ids=str)
 @pytest.mark.parametrize("correction", [0, 1])
 def test_large_offset(correction, shape, implementation, device) -> None:
     """Mean 1e4, standard deviation 1, float32: the variance is right to 1e-3 and no worse than
@@ -93,7 +93,12 @@ def test_evaluation_has_its_own_gradient(shape, correction, implementation, devi
     torch.testing.assert_close(dx, upstream * slope)
 
 
-HUGE = [(65536, 2), (131071, 3), (100000, 4), (880802, 1), (1000003, 1)]
+HUGE = [
+    (65536, 2),
+    (131071, 3),
+    pytest.param((880802, 1), marks=pytest.mark.slow),
+    pytest.param((1000003, 1), marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("shape", HUGE, ids=str)

@@ -1,0 +1,159 @@
+"""Every plan of the batch norm kernels at its edges: results, launches, and that two runs agree."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import fused
+from tests.test_batch_norm import check_against_torch, example, run
+
+pytest.importorskip("triton")
+
+from fused.kernels import batch_norm as kernels
+from fused.kernels import tuning
+
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+# (rows, channels, length), channels adjacent?, dtype: what a forward and a backward program reduces
+PLANS: list[tuple[tuple[int, int, int], bool, torch.dtype, str, str]] = [
+    ((32, 64, 1), True, BF16, "tile", "tile"),
+    ((32, 200, 1), True, F32, "tile", "tile"),
+    ((512, 1024, 1), True, BF16, "tile", "tile"),
+    ((513, 1024, 1), True, BF16, "tile", "program"),
+    ((1024, 1024, 1), True, BF16, "tile", "program"),
+    ((1025, 1024, 1), True, BF16, "program", "program"),
+    ((2048, 1024, 1), True, F32, "tile", "program"),
+    ((2048, 1024, 1), True, F64, "tile", "program"),
+    ((4096, 1024, 1), True, BF16, "program", "program"),
+    ((4096, 1024, 1), True, F32, "program", "program"),
+    ((4096, 16384, 1), True, BF16, "program", "program"),
+    ((4097, 8384, 1), True, BF16, "partial", "partial"),
+    ((4097, 8512, 1), True, BF16, "program", "program"),  # 133 blocks of channels
+    ((4096, 1008, 1), True, BF16, "partial", "partial"),  # 63 programs
+    ((65536, 1024, 1), True, BF16, "partial", "partial"),
+    ((125000, 50, 1), True, F32, "partial", "partial"),
+    ((32, 2048, 49), False, BF16, "tile", "tile"),
+    ((32, 64, 256), False, F32, "tile", "tile"),
+    ((32, 64, 257), False, F32, "tile", "program"),
+    ((32, 64, 513), False, F32, "program", "program"),
+    ((32, 64, 1024), False, F32, "program", "program"),
+    ((32, 64, 1025), False, F32, "partial", "partial"),
+    ((32, 63, 1024), False, F32, "partial", "partial"),
+    ((256, 64, 12544), False, BF16, "partial", "partial"),
+    ((20, 6, 65536), False, BF16, "partial", "partial"),
+]
+
+
+@pytest.mark.parametrize("shape, columns, dtype, forward, backward", PLANS, ids=str)
+def test_plan(shape, columns, dtype, forward, backward) -> None:
+    plans = [tuning.batch_norm(*shape, columns, 16, dtype, tensors) for tensors in (1, 2)]
+    assert [plan.reduction for plan in plans] == [forward, backward]
+    rows = shape[0] * shape[2]
+    for plan in plans:
+        tile = plan.BLOCK_N * plan.BLOCK_L
+        assert plan.n_tiles * tile >= rows > 0
+        assert plan.n_programs * plan.tiles_per_program >= plan.n_tiles
+        assert (plan.n_programs - 1) * plan.tiles_per_program < plan.n_tiles  # none is idle
+        # A thread holds no more than fits into its registers.
+        assert tile * plan.BLOCK_C <= plan.num_warps * 32 * 64
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The kernels launched, by name"""
+    names: list[str] = []
+
+    class Counted:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            names.append(self.name)
+            return self.kernel[grid]
+
+    for name in ("moments", "fwd", "sums", "bwd"):
+        attribute = f"_batch_norm_{name}_kernel"
+        monkeypatch.setattr(kernels, attribute, Counted(name, getattr(kernels, attribute)))
+    with fused.backend.use("triton"):
+        yield names
+
+
+@pytest.fixture
+def small_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All thresholds a sixteenth of theirs or less, so that small shapes meet every plan."""
+    monkeypatch.setattr(tuning, "_ON_CHIP_VALUES", 512)
+    monkeypatch.setattr(tuning, "_TILE_VALUES", 256)
+    monkeypatch.setattr(tuning, "_CACHED_BYTES", 8192)
+    monkeypatch.setattr(tuning, "_MULTIPROCESSORS", 4)
+    monkeypatch.setattr(tuning, "_ENOUGH_PROGRAMS", 2)
+
+
+ONE, SHARED = ["fwd", "bwd"], ["moments", "fwd", "sums", "bwd"]
+# float32: a sector is 8 channels. Shape, and what is launched with batch statistics.
+EDGES: list[tuple[tuple[int, ...], list[str]]] = [
+    ((64, 12), ONE),  # on chip both ways
+    ((65, 12), ONE),  # on chip forward
+    ((129, 12), ONE),  # in cache
+    ((256, 12), ONE),
+    ((257, 12), SHARED),
+    ((129, 7), SHARED),  # one block of channels: too few programs
+    ((130, 36), SHARED),
+    ((2000, 1), SHARED),  # one channel: its rows are adjacent
+    ((2, 3, 256), ONE),
+    ((3, 3, 256), ONE),
+    ((8, 3, 256), ONE),
+    ((8, 3, 260), SHARED),  # tiles that end within an image
+    ((3, 1, 999), SHARED),
+    ((5, 3, 8, 60), SHARED),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["", "channels_last"])
+@pytest.mark.parametrize("shape, expected", EDGES, ids=str)
+def test_edge(shape, expected, channels_last, small_plans, launches, device) -> None:
+    """With a residual and an activation; the results are torch's, and the same twice."""
+    tensors = example(shape, F32, device, residual=True)
+    if channels_last:
+        if len(shape) < 4:
+            pytest.skip("has no such format")
+        for name in ("input", "residual"):
+            tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
+    upstream = torch.randn_like(tensors["input"])
+    options = {"training": True, "correction": 1, "activation": "silu"}
+    check_against_torch(tensors, "triton", **options)
+    assert launches == expected
+    if expected is SHARED:
+        first, second = (run(fused.batch_norm, tensors, upstream, **options) for _ in range(2))
+        for name in first:
+            torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+    launches.clear()
+    check_against_torch(tensors, "triton", training=False, activation="silu")
+    # dx does not wait for sums: one pass, and a sum of the programs' results
+    assert launches == ["fwd", "sums" if expected is SHARED else "bwd"]
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (32, 200)], ids=str)
+def test_a_small_step_is_one_launch_each_way(shape, launches, device) -> None:
+    """Normalisation, activation, residual, running statistics and the batch counter."""
+    norm = fused.BatchNorm1d(shape[1], activation="tanh", device=device)
+    x = torch.randn(shape, device=device, requires_grad=True)
+    residual = torch.randn(shape, device=device, requires_grad=True)
+    norm(x, residual).sum().backward()
+    assert launches == ["fwd", "bwd"]
+    assert norm.num_batches_tracked == 1
+
+
+def test_statistics_of_data_that_drifts(small_plans, implementation, device) -> None:
+    """From 0 to 1e4 over the rows, in every order, and with a first row far off."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2000, 2, generator=generator, dtype=F64)
+    ramp = torch.linspace(0, 1e4, 2000, dtype=F64).unsqueeze(1)
+    far = torch.zeros(2000, 1, dtype=F64)
+    far[0] = 1e4
+    for data in (ramp + noise, ramp.flip(0) + noise, far + noise, 1e4 - far + noise):
+        x = data.to(device, F32)
+        mean, var = torch.zeros(2, 2, device=device).unbind()
+        fused.batch_norm(x, mean, var, training=True, momentum=1.0)
+        torch.testing.assert_close(mean.double(), x.double().mean(0), rtol=1e-6, atol=1e-3)
+        torch.testing.assert_close(var.double(), x.double().var(0), rtol=1e-5, atol=0)
