@@ -5,25 +5,15 @@ between the few operations on each, and every operation writes into memory that 
 a CPU a new tensor costs more, in page faults, than the arithmetic on it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-}
-_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": torch.tanh_,
-    "relu": torch.relu_,
-    "gelu": torch.ops.aten.gelu_.default,
-    "silu": torch.ops.aten.silu_.default,
-}
+from fused.eager.activation import IN_PLACE, NEW, activation_backward
+from fused.eager.batch_norm_small import is_small, small_bwd, small_fwd
+
 _CHUNK = 2**18  # elements: a megabyte of float32
 
 
@@ -53,8 +43,8 @@ def batch_norm_fwd(
             tracked.add_(1)
         mean, m2 = batch_norm_moments(x)
         return torch.empty_like(x), mean, m2
-    if _is_small(x) and not skip_nonfinite and momentum is not None:
-        small = _small_fwd(
+    if is_small(x) and not skip_nonfinite and momentum is not None:
+        small = small_fwd(
             x,
             gamma,
             beta,
@@ -170,9 +160,9 @@ def batch_norm_bwd(
     is not wanted. `batch_statistics` says whether mean and rstd came from x (training) or were
     frozen. y is the forward's, where keeps_output said so.
     """
-    if batch_statistics and not want_dresidual and _is_small(x) and dy.is_contiguous():
+    if batch_statistics and not want_dresidual and is_small(x) and dy.is_contiguous():
         if activation is None or y is not None:
-            small = _small_bwd(dy, x, gamma, mean, rstd, correction, activation, y)
+            small = small_bwd(dy, x, gamma, mean, rstd, correction, activation, y)
             return (*small, None)
     step = _Backward(x, gamma, beta, residual, mean, rstd, activation, y)
     dz, sums = step.dz_and_sums(dy)
@@ -182,80 +172,6 @@ def batch_norm_bwd(
     n = x.numel() // max(1, x.shape[1])
     dx = step.dx(dz, sums if batch_statistics and n else None, n, correction, out)
     return dx, sums[0], sums[1].clone(), dresidual  # no two of them share memory
-
-
-def _is_small(x: Tensor) -> bool:
-    """Whether calls cost more than arithmetic: PyTorch's own kernels take the fewest."""
-    return (
-        x.dim() == 2 and x.numel() <= 2**15 and x.shape[0] <= 1024
-        and x.dtype.itemsize >= 4 and x.device.type == "cpu" and x.is_contiguous()
-    )  # fmt: skip
-
-
-def _small_fwd(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    eps: float,
-    correction: int,
-    activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """batch_norm_fwd by PyTorch's kernel, or None where that is not exact.
-
-    With t = (n - 1) / n, Bessel's correction is the biased form with gamma * sqrt(t) and eps * t.
-    """
-    n, c = x.shape
-    t = (n - 1) / n if correction else 1.0
-    if correction:
-        gamma = x.new_full((c,), t**0.5) if gamma is None else gamma * t**0.5
-    batch = x.new_zeros(2, c)  # becomes the mean and the unbiased variance
-    batch_mean, batch_var = batch.unbind()
-    y, mean, rstd = torch.native_batch_norm(
-        x, gamma, beta, batch_mean, batch_var, True, 1.0, eps * t
-    )
-    # Its sums are plain ones in float32: a mean of R standard deviations is off by R * n**0.5 /
-    # 2**24 of one, and the variance of values near 1e30 overflows.
-    if not (mean * rstd).abs_().max() < 16.0 or not rstd.min() > 0.0:
-        return None
-    if running_mean is not None:
-        running_mean.lerp_(batch_mean, momentum)
-    if running_var is not None:
-        running_var.lerp_(batch_var, momentum)
-    if residual is not None:
-        y.add_(residual)
-    if activation is not None:
-        _IN_PLACE[activation](y)
-    return y, mean, rstd.mul_(t**0.5) if correction else rstd
-
-
-def _small_bwd(
-    dy: Tensor,
-    x: Tensor,
-    gamma: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    correction: int,
-    activation: str | None,
-    y: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx, dgamma and dbeta by PyTorch's kernels, with _small_fwd's identity"""
-    if activation is not None:
-        assert y is not None
-        dz = torch.empty_like(dy)
-        _backward_of(activation, dy, y, dz)
-        dy = dz
-    root = ((x.shape[0] - 1) / x.shape[0]) ** 0.5 if correction else 1.0
-    if correction:
-        gamma = x.new_full(mean.shape, root) if gamma is None else gamma * root
-        rstd = rstd / root
-    dx, dgamma, dbeta = torch.ops.aten.native_batch_norm_backward(
-        dy, x, gamma, None, None, mean, rstd, True, 0.0, [True, True, True]
-    )
-    return dx, dgamma.mul_(root) if correction else dgamma, dbeta
 
 
 def keeps_output(activation: str | None, x: Tensor, residual: Tensor | None) -> bool:
@@ -292,7 +208,7 @@ def batch_norm_composed(
         z = z + _per_channel(beta, x)
     if residual is not None:
         z = z + residual
-    return (z if activation is None else _ACTIVATIONS[activation](z)).to(x.dtype), mean, m2
+    return (z if activation is None else NEW[activation](z)).to(x.dtype), mean, m2
 
 
 def update_running(
@@ -434,7 +350,7 @@ def _normalised(
         if residual_ is not None:
             z.add_(residual_)
         if activation is not None:
-            _IN_PLACE[activation](z)
+            IN_PLACE[activation](z)
         if z is not y_:
             y_.copy_(z)
     return y
@@ -480,7 +396,7 @@ class _Backward:
                     if residual_ is not None:
                         z.add_(residual_)
                     y_ = z.tanh_() if f == "tanh" else z
-                _backward_of(f, dy_.to(acc), y_, dz_)
+                activation_backward(f, dy_.to(acc), y_, dz_)
             else:
                 dz_ = dz_.to(acc)
             total[1] += form.sum(dz_)
@@ -515,16 +431,3 @@ class _Backward:
             if not direct:
                 dx_.copy_(d)
         return dx
-
-
-def _backward_of(activation: str | None, dy: Tensor, z: Tensor, dz: Tensor) -> None:
-    """dz = dy * f'(z), into dz; z is y for tanh, and may be for relu"""
-    aten = torch.ops.aten
-    if activation == "tanh":
-        aten.tanh_backward.grad_input(dy, z, grad_input=dz)
-    elif activation == "relu":
-        aten.threshold_backward.grad_input(dy, z, 0, grad_input=dz)
-    elif activation == "gelu":
-        aten.gelu_backward.grad_input(dy, z, grad_input=dz)
-    else:
-        aten.silu_backward.grad_input(dy, z, grad_input=dz)

@@ -1,0 +1,33 @@
+"""Activations and their derivatives in plain PyTorch."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NEW: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+}
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh_,
+    "relu": torch.relu_,
+    "gelu": torch.ops.aten.gelu_.default,
+    "silu": torch.ops.aten.silu_.default,
+}
+
+
+def activation_backward(activation: str | None, dy: Tensor, z: Tensor, dz: Tensor) -> None:
+    """dz = dy * f'(z), into dz; z is y for tanh, and may be for relu"""
+    aten = torch.ops.aten
+    if activation == "tanh":
+        aten.tanh_backward.grad_input(dy, z, grad_input=dz)
+    elif activation == "relu":
+        aten.threshold_backward.grad_input(dy, z, 0, grad_input=dz)
+    elif activation == "gelu":
+        aten.gelu_backward.grad_input(dy, z, grad_input=dz)
+    else:
+        aten.silu_backward.grad_input(dy, z, grad_input=dz)
