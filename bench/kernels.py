@@ -1,17 +1,16 @@
-"""What the compiler makes of the kernels, without a GPU: python -m bench.kernels
+"""What the compiler makes of the kernels, without a GPU: python -m bench kernels
 
-Every kernel is compiled as its launcher launches it (the launcher itself runs, on CPU tensors, with
-the launch caught instead of carried out) for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942.
+Every kernel is compiled as a user's call launches it (the call is made on meta tensors, its
+launches caught instead of carried out) for NVIDIA sm_80, sm_90, sm_100 and AMD gfx942; and the
+bytes that it asks memory for are counted in Triton's interpreter.
 """
 
-import os
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from fused.kernels import batch_norm, cross_entropy
+import fused
+from bench import assembly, traffic
+from bench.assembly import Code
+from bench.cases import Case, Operation
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -61,9 +63,11 @@ class Launch:
             kind = _kind(parameter, value)
             if kind == "constexpr":
                 constants[path] = value
-            elif isinstance(value, torch.Tensor) or (
-                isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
-            ):
+            elif isinstance(value, torch.Tensor):
+                # As far as the allocator goes, every tensor starts at a multiple of 16 bytes.
+                if value.storage_offset() * value.dtype.itemsize % 16 == 0:
+                    attributes[path] = [["tt.divisibility", 16]]
+            elif isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[path] = [["tt.divisibility", 16]]
             return kind
 
@@ -74,12 +78,37 @@ class Launch:
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What a compiled kernel takes of a multiprocessor; None where no tool tells (AMD)."""
+class Compiled:
+    """What a kernel takes of a multiprocessor, and what its instructions do."""
 
-    registers: int | None
-    stack_bytes: int | None
-    shared_bytes: int
+    registers: int  # a thread
+    spilled: int  # bytes a thread of local memory (NVIDIA), spilled registers (AMD)
+    shared: int  # bytes a program
+    warps: int  # a program
+    programs: int  # that fit one multiprocessor at once
+    code: Code
+    loops: tuple[Code, ...]  # the innermost ones that access global memory, in their order
+
+
+@dataclass(frozen=True)
+class _Multiprocessor:
+    """What programs share; from the vendors' occupancy tables."""
+
+    registers: int  # of 32 bits
+    register_unit: int  # they are allotted to a warp in these
+    shared: int
+    reserved: int  # shared memory that every program takes besides its own
+    warps: int
+    programs: int
+
+
+_MULTIPROCESSORS = {
+    "sm_80": _Multiprocessor(65536, 256, 164 << 10, 1024, 64, 32),
+    "sm_90": _Multiprocessor(65536, 256, 228 << 10, 1024, 64, 32),
+    "sm_100": _Multiprocessor(65536, 256, 228 << 10, 1024, 64, 32),
+    # 4 SIMDs with 512 registers of 64 lanes each, 8 waves a SIMD.
+    "gfx942": _Multiprocessor(4 * 512 * 64, 8 * 64, 64 << 10, 0, 32, 32),
+}
 
 
 def _kind(parameter: Any, value: Any) -> str:
@@ -116,110 +145,84 @@ def catch_launches() -> Iterator[list[Launch]]:
         JITFunction.run = run
 
 
-def compile_launch(launch: Launch, target: GPUTarget) -> Resources:
-    """Compiles the kernel of a launch for `target`; raises what Triton raises where it cannot."""
-    compiled = triton.compile(launch.source(), target=target, options=launch.options)
-    if target.backend != "cuda":
-        return Resources(None, None, compiled.metadata.shared)
+def compile_launch(launch: Launch, target: str) -> Compiled:
+    """Compiles the kernel of a launch for one of TARGETS; raises what Triton does if it cannot."""
+    compiled = triton.compile(launch.source(), target=TARGETS[target], options=launch.options)
+    if target == "gfx942":
+        text = compiled.asm["amdgcn"]
+        numbers = {k: int(v) for k, v in re.findall(r"\.(vgpr_\w+):\s+(\d+)", text)}
+        registers, spilled = numbers["vgpr_count"], numbers["vgpr_spill_count"]
+        instructions = assembly.parse_amdgcn(text)
+    else:
+        usage, listing = _cuobjdump(compiled.asm["cubin"], "-res-usage", "--dump-sass")
+        numbers = {k: int(v) for k, v in re.findall(r"\b(REG|STACK):(\d+)", usage)}
+        registers, spilled = numbers["REG"], numbers["STACK"]
+        instructions = assembly.parse_sass(listing)
+    loops = tuple(assembly.summary(loop) for loop in assembly.inner_loops(instructions))
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    return Compiled(
+        registers,
+        spilled,
+        shared,
+        warps,
+        _programs(_MULTIPROCESSORS[target], registers, shared, warps, TARGETS[target].warp_size),
+        assembly.summary(instructions),
+        tuple(loop for loop in loops if loop.moved),
+    )
+
+
+def _cuobjdump(cubin: bytes, *options: str) -> list[str]:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        usage = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"\b(REG|STACK):(\d+)", usage)}
-    return Resources(numbers["REG"], numbers["STACK"], compiled.metadata.shared)
+        return [
+            subprocess.run([tool, o, file.name], capture_output=True, text=True, check=True).stdout
+            for o in options
+        ]
 
 
-def cross_entropy_launches(n: int, c: int, dtype: torch.dtype) -> None:
-    """Forward and backward, mean, as `fused.cross_entropy` calls them."""
-    x, target = torch.empty(n, c, dtype=dtype), torch.zeros(n, dtype=torch.int64)
-    loss, stats, scale, _ = cross_entropy.cross_entropy_fwd(
-        x, target, None, -100, "mean", 0.0, 0.0, 0.0, 1.0, dtype, False
-    )
-    cross_entropy.cross_entropy_bwd(
-        loss, x, target, None, stats, scale, -100, 0.0, 0.0, 0.0, 1.0, True, False, False
+def _programs(m: _Multiprocessor, registers: int, shared: int, warps: int, lanes: int) -> int:
+    a_warp = -(-registers * lanes // m.register_unit) * m.register_unit
+    return min(
+        m.programs,
+        m.warps // warps,
+        m.registers // (a_warp * warps),
+        m.shared // (shared + m.reserved) if shared + m.reserved else m.programs,
     )
 
 
-def cross_entropy_options_launches(n: int, c: int, dtype: torch.dtype) -> None:
-    """Every option at once: probabilities, then weighted class indices of an (N, C, S) input."""
-    weight, numbers = torch.ones(c, dtype=dtype), (0.1, 1e-4, 30.0, 0.5)
-    rows = torch.empty(n, c, dtype=dtype)
-    inner = torch.empty(n // 16, c, 16, dtype=dtype)
-    indices = torch.zeros(n // 16, 16, dtype=torch.int64)
-    for x, target in ((rows, rows), (inner, indices)):
-        loss, stats, scale, _ = cross_entropy.cross_entropy_fwd(
-            x, target, weight, -100, "mean", *numbers, dtype, True
-        )
-        cross_entropy.cross_entropy_bwd(
-            loss, x, target, weight, stats, scale, -100, *numbers, True, target is rows, False
-        )
+def caught(op: Operation, case: Case) -> list[Launch]:
+    """The launches of a user's forward and backward of the case."""
+    with fused.backend.use("triton"), catch_launches() as launches:
+        op.launch(case, torch.device("meta"))
+    return launches
 
 
-def batch_norm_launches(n: int, c: int, dtype: torch.dtype) -> None:
-    """Training forward and backward and evaluation, with float32 parameters and statistics."""
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    x, v = torch.empty(n, c, dtype=dtype), torch.ones(c, dtype=acc)
-    tracked = torch.zeros((), dtype=torch.int64)
-    y, mean, rstd = batch_norm.batch_norm_fwd(
-        x, v, v, None, v, v, tracked, 0.1, 1e-5, 0, None, False
-    )
-    batch_norm.batch_norm_bwd(y, x, v, v, None, mean, rstd, 0, None, True, False)
-    y, mean, rstd = batch_norm.batch_norm_eval(x, v, v, None, v, v, 1e-5, None)
-    batch_norm.batch_norm_bwd(y, x, v, v, None, mean, rstd, 0, None, False, False)
-
-
-def batch_norm_options_launches(n: int, c: int, dtype: torch.dtype) -> None:
-    """Contiguous (N, C, S) and channels_last, with activations and a residual."""
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    inner = torch.empty(n // 16, c, 4, 4, dtype=dtype)
-    v, tracked = torch.ones(c, dtype=acc), torch.zeros((), dtype=torch.int64)
-    last = inner.contiguous(memory_format=torch.channels_last)
-    for x, activation in ((inner, "tanh"), (inner, "gelu"), (last, "relu"), (last, "silu")):
-        y, mean, rstd = batch_norm.batch_norm_fwd(
-            x, v, v, x, v, v, tracked, None, 1e-5, 1, activation, True
-        )
-        batch_norm.batch_norm_bwd(y, x, v, v, x, mean, rstd, 1, activation, True, True)
-
-
-GRID: list[tuple[str, Callable[[int, int, torch.dtype], None], int, int]] = [
-    ("cross_entropy", cross_entropy_launches, 32, 27),
-    ("cross_entropy", cross_entropy_launches, 4096, 1000),
-    ("cross_entropy", cross_entropy_launches, 4096, 32000),
-    ("cross_entropy", cross_entropy_launches, 4096, 50257),
-    ("cross_entropy", cross_entropy_options_launches, 32, 27),
-    ("cross_entropy", cross_entropy_options_launches, 4096, 32000),
-    ("batch_norm", batch_norm_launches, 32, 64),
-    ("batch_norm", batch_norm_launches, 32, 200),
-    ("batch_norm", batch_norm_launches, 65536, 1024),
-    ("batch_norm", batch_norm_options_launches, 32, 200),
-    ("batch_norm", batch_norm_options_launches, 65536, 64),
-]
-
-
-def main() -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("unset TRITON_INTERPRET: interpreted kernels are not compiled")
-    print(f"triton {triton.__version__}; registers a thread / stack bytes / shared bytes")
-    print(
-        f"{'kernel':32s} {'shape':>12s} {'dtype':>9s}  " + "  ".join(f"{t:>14s}" for t in TARGETS)
-    )
-    for _, launchers, n, c in GRID:
-        for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            with catch_launches() as launches:
-                launchers(n, c, dtype)
-            for launch in launches:
-                cells = []
-                for target in TARGETS.values():
-                    r = compile_launch(launch, target)
-                    reg, stack = ("-" if v is None else v for v in (r.registers, r.stack_bytes))
-                    cells.append(f"{f'{reg} / {stack} / {r.shared_bytes}':>14s}")
-                name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
-                shape, kind = f"{n}x{c}", str(dtype).removeprefix("torch.")
-                print(f"{name:32s} {shape:>12s} {kind:>9s}  " + "  ".join(cells), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+def report(
+    ops: dict[str, Operation], targets: list[str], only: str | None = None
+) -> list[dict[str, Any]]:
+    """Compiles every launch of every kernel case, or of those whose name contains `only`."""
+    found = []
+    for name, op in ops.items():
+        cases = [case for case in op.kernel_cases() if (only or "") in str(case)]
+        counts = traffic.counted(name, only) if cases else []
+        for case, count in zip(cases, counts, strict=True):
+            size = op.traffic_case(case).bytes
+            launches = caught(op, case)
+            names = [launch.kernel.__name__ for launch in launches]
+            # With fewer rows or channels another plan may have been taken: then nothing is said.
+            same = names == [kernel for kernel, _, _ in count]
+            for i, launch in enumerate(launches):
+                found.append(
+                    {
+                        "operation": name,
+                        "case": str(case),
+                        "kernel": names[i].strip("_").removesuffix("_kernel"),
+                        "reads": count[i][1] / size if same else None,
+                        "writes": count[i][2] / size if same else None,
+                        "least": op.least_bytes(case)["fwd_bwd"] / case.bytes,
+                        "targets": {t: asdict(compile_launch(launch, t)) for t in targets},
+                    }
+                )
+    return found

@@ -27,8 +27,9 @@ def use(name: str) -> Iterator[None]:
     """Within the block, serve every operation by `name`: "triton", "eager" or "auto" (the default).
 
     "triton" on CPU tensors works only in Triton's interpreter (TRITON_INTERPRET=1 in the
-    environment before triton is imported), which is for tests: it is slow. A backward pass is
-    served by whatever served its forward.
+    environment before triton is imported), which is for tests: it is slow. On meta tensors it shows
+    what would be launched (`bench.kernels.catch_launches`). A backward pass is served by whatever
+    served its forward.
     """
     token = _override.set(_checked(name))
     try:
@@ -51,7 +52,7 @@ def name_for(tensor: torch.Tensor) -> str:
                 "the Triton kernels were asked for, but triton is not installed "
                 "(it exists for Linux: pip install triton); backend 'eager' needs nothing but torch"
             )
-        if not tensor.is_cuda and not _interpreting():
+        if not (tensor.is_cuda or tensor.is_meta or _interpreting()):
             raise RuntimeError(
                 f"the Triton kernels were asked for on a {tensor.device.type} tensor; move it to a "
                 "CUDA device, or set TRITON_INTERPRET=1 before Python starts to interpret them"

@@ -280,9 +280,14 @@ def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.d
         dtype = torch.promote_types(dtype, target.dtype)
         if weight is not None:
             dtype = torch.promote_types(dtype, weight.dtype)
-    if dtype.itemsize == 2 and torch.is_autocast_enabled(input.device.type):
+    if dtype.itemsize == 2 and _under_autocast(input):
         return torch.float32  # autocast computes losses in float32
     return dtype
+
+
+def _under_autocast(input: Tensor) -> bool:
+    # torch raises for devices that have no autocast, as meta.
+    return not input.is_meta and torch.is_autocast_enabled(input.device.type)
 
 
 def _check(input: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> None:
@@ -367,8 +372,7 @@ def _check_weight(weight: Tensor, classes: int, input: Tensor, target: Tensor) -
     if target.is_floating_point():
         return
     if weight.dtype != input.dtype and not (
-        torch.is_autocast_enabled(input.device.type)
-        and torch.float64 not in (weight.dtype, input.dtype)
+        _under_autocast(input) and torch.float64 not in (weight.dtype, input.dtype)
     ):
         raise RuntimeError(
             f"cross_entropy: expected weight of dtype {input.dtype}, as input, got {weight.dtype}"

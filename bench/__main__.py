@@ -1,0 +1,119 @@
+"""The command line: python -m bench [--suite quick|full], bench kernels, compare, report."""
+
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler talks to stderr
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import machine, report, runner, tables
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    try:
+        arguments.command(arguments)
+    except (ValueError, OSError) as error:
+        sys.exit(f"bench: {error}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--suite", choices=["quick", "full"], default="quick")
+    parser.add_argument("--op", action="append", metavar="NAME", help="an operation; repeatable")
+    parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains it")
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--threads", type=int, help="of torch on the CPU (default: torch's own choice)"
+    )
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="default: by the suite")
+    parser.add_argument(
+        "--out", type=Path, help="the JSON (default: bench/results/DEVICE-DATE.json)"
+    )
+    parser.set_defaults(command=_run)
+    commands = parser.add_subparsers(title="commands")
+    kernels = commands.add_parser("kernels", help="what the compiler made of the kernels; no GPU")
+    kernels.add_argument("--op", action="append", metavar="NAME")
+    kernels.add_argument("--case", metavar="TEXT", help="only cases whose name contains it")
+    kernels.add_argument("--target", action="append", metavar="NAME", help="default: all four")
+    kernels.add_argument("--out", type=Path)
+    kernels.set_defaults(command=_kernels)
+    compare = commands.add_parser("compare", help="what changed between two runs")
+    compare.add_argument("a", type=Path, metavar="A.json")
+    compare.add_argument("b", type=Path, metavar="B.json")
+    compare.set_defaults(command=_compare)
+    page = commands.add_parser("report", help="docs/benchmarks.md from bench/results/*.json")
+    page.set_defaults(command=lambda _: print(f"wrote {_shown(report.write())}"))
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    budget = arguments.budget or runner.BUDGETS[arguments.suite]
+    result = runner.run(arguments.suite, arguments.op, arguments.case, device, budget)
+    name = f"{machine.slug(result['machine'])}-{result['date'][:10]}.json"
+    path = _save(result, arguments.out or report.RESULTS / name)
+    print(tables.summary(result))
+    print(f"\nwrote {_shown(path)}")
+    for picture in report.plot(result, path.stem, path.parent):
+        print(f"wrote {_shown(picture)}")
+
+
+def _kernels(arguments: argparse.Namespace) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("unset TRITON_INTERPRET: interpreted kernels are not compiled")
+    import triton
+
+    from bench import kernels
+
+    targets = arguments.target or list(kernels.TARGETS)
+    unknown = set(targets) - set(kernels.TARGETS)
+    if unknown:
+        raise ValueError(f"expected --target of {', '.join(kernels.TARGETS)}, got {unknown.pop()}")
+    rows = kernels.report(runner.operations(arguments.op), targets, arguments.case)
+    print(tables.kernel_traffic(rows), tables.KERNELS, tables.kernels(rows), sep="\n\n")
+    result = {"triton": triton.__version__, "kernels": rows}
+    path = arguments.out
+    if path is None and not (arguments.op or arguments.case or arguments.target):
+        path = report.RESULTS / f"kernels-triton-{triton.__version__}.json"
+    if path is not None:
+        print(f"\nwrote {_shown(_save(result, path))}")
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    a, b = (_load(path) for path in (arguments.a, arguments.b))
+    print(f"A: {tables.heading(a)}\nB: {tables.heading(b)}\n\n{tables.compare(a, b)}")
+
+
+def _load(path: Path) -> dict[str, Any]:
+    result = json.loads(path.read_text())
+    if "rows" not in result:
+        raise ValueError(f"{path}: expected the JSON of a run of this benchmark")
+    return result
+
+
+def _save(result: dict[str, Any], path: Path) -> Path:
+    result["command"] = shlex.join(["python", "-m", "bench", *sys.argv[1:]])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    return path
+
+
+def _shown(path: Path) -> Path:
+    path = path.resolve()
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Cross-entropy of logits (N, C) with class indices, mean, in the logits' dtype.
+
+pytest-benchmark: python -m pytest bench/bench_cross_entropy.py
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fused
+from bench.cases import (
+    Case,
+    Contender,
+    Phase,
+    Unavailable,
+    compiled,
+    differentiable,
+    generator,
+    in_graph,
+    require,
+)
+
+OPERATION = "cross_entropy"
+BYTES = {
+    "fwd": "1 read of the logits",
+    "bwd": "1 read and 1 write of the logits",
+    "fwd_bwd": "1 read and 1 write of the logits: the gradient can be formed in the forward",
+}
+_SHAPES = [
+    (32, 27),
+    (4096, 27),
+    (8192, 1000),
+    (8192, 32000),
+    (8192, 50257),
+    (8192, 128256),
+    (4096, 151936),
+    (16384, 32000),
+    (2048, 262144),
+]
+_QUICK = [(32, 27), (4096, 27), (8192, 1000), (2048, 32000), (512, 128256)]
+
+
+def cases(suite: str) -> list[Case]:
+    """Upstream gradient 1, as `loss.backward()` gives it; and another, as of a loss scale."""
+    shapes = _QUICK if suite == "quick" else _SHAPES
+    headline = {(8192, 1000), (2048, 32000), (8192, 32000), (8192, 128256), (512, 128256)}
+    found = [
+        Case(OPERATION, shape, dtype, headline=shape in headline)
+        for shape in shapes
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    if suite == "full":
+        found.append(Case(OPERATION, (8192, 32000), torch.bfloat16, "scaled"))
+    return found
+
+
+def kernel_cases() -> list[Case]:
+    shapes = [(32, 27), (4096, 27), (8192, 1000), (8192, 32000), (8192, 50257), (8192, 128256)]
+    return [
+        Case(OPERATION, shape, dtype)
+        for shape in shapes
+        for dtype in (torch.bfloat16, torch.float32)
+    ]
+
+
+def traffic_case(case: Case) -> Case:
+    return case.with_rows(max(1, min(case.shape[0], (1 << 19) // case.shape[1])))
+
+
+def least_bytes(case: Case) -> dict[str, int]:
+    labels = 8 * case.shape[0]
+    return {
+        "fwd": case.bytes + labels,
+        "bwd": 2 * case.bytes + labels,
+        "fwd_bwd": 2 * case.bytes + labels,
+    }
+
+
+def launch(case: Case, device: torch.device) -> None:
+    n, c = case.shape
+    x = torch.zeros(n, c, dtype=case.dtype, device=device, requires_grad=True)
+    fused.cross_entropy(x, torch.zeros(n, dtype=torch.int64, device=device)).backward()
+
+
+def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:
+    n, c = case.shape
+    numbers = generator(device)
+    x = torch.randn(n, c, device=device, generator=numbers).to(case.dtype).requires_grad_()
+    target = torch.randint(0, c, (n,), device=device, generator=numbers)
+    scale = 1.0 if case.variant != "scaled" else 0.7310585
+    upstream = torch.full((), scale, dtype=case.dtype, device=device)
+
+    def autograd(function: Callable[[Tensor, Tensor], Tensor]) -> Contender:
+        return differentiable(lambda: function(x, target), {"input": x}, upstream)
+
+    def torch_compiled(mode: str | None) -> Callable[[], Contender]:
+        return compiled(lambda wrap: autograd(wrap(F.cross_entropy)), mode)
+
+    builders: dict[str, Callable[[], Contender]] = {
+        "torch": lambda: autograd(F.cross_entropy),
+        "fused": lambda: autograd(fused.cross_entropy),
+        "chunked": lambda: chunked(x.detach(), target, upstream),
+        "torch graph": in_graph(lambda: autograd(F.cross_entropy), device),
+        "fused graph": in_graph(lambda: autograd(fused.cross_entropy), device),
+        "compile": torch_compiled(None),
+        "compile max": torch_compiled("max-autotune-no-cudagraphs"),
+        "liger": lambda: _liger(x, target, upstream),
+        "jax": lambda: _jax(x, target, upstream),
+    }
+    return builders
+
+
+def chunked(x: Tensor, target: Tensor, upstream: Tensor) -> Contender:
+    """The notebook's: every intermediate tensor written down, forward and backward."""
+    n = x.shape[0]
+    rows = torch.arange(n, device=x.device)
+
+    def forward(_: Any = None) -> tuple[Tensor, ...]:
+        norm_logits = x - x.max(1, keepdim=True).values
+        counts = norm_logits.exp()
+        counts_sum = counts.sum(1, keepdim=True)
+        probs = counts * counts_sum**-1
+        logprobs = probs.log()
+        return -logprobs[rows, target].mean(), counts, counts_sum, probs, logprobs
+
+    def backward(tensors: tuple[Tensor, ...]) -> Tensor:
+        _, counts, counts_sum, probs, logprobs = tensors
+        dlogprobs = torch.zeros_like(logprobs)
+        dlogprobs[rows, target] = -upstream / n
+        dprobs = dlogprobs / probs
+        dcounts_sum_inv = (counts * dprobs).sum(1, keepdim=True)
+        dcounts_sum = -(counts_sum**-2) * dcounts_sum_inv
+        dcounts = counts_sum**-1 * dprobs + dcounts_sum
+        dnorm_logits = counts * dcounts
+        # The maximum's gradient is 0 up to rounding; the notebook carries it, and so does this.
+        dlogits = dnorm_logits.clone()
+        dmaxes = -dnorm_logits.sum(1, keepdim=True)
+        return dlogits.scatter_add_(1, x.max(1, keepdim=True).indices, dmaxes)
+
+    def outputs() -> dict[str, Tensor]:
+        tensors = forward()
+        return {"output": tensors[0], "dinput": backward(tensors)}
+
+    return Contender(
+        outputs,
+        {
+            "fwd": Phase(forward),
+            "bwd": Phase(backward, forward),
+            "fwd_bwd": Phase(lambda _: backward(forward())),
+        },
+    )
+
+
+def _liger(x: Tensor, target: Tensor, upstream: Tensor) -> Contender:
+    require("liger_kernel")
+    if x.device.type != "cuda":
+        raise Unavailable("Liger's kernels need a GPU")
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    # It writes the gradient over the logits, so it has its own; from the second call on it takes
+    # its own gradient for logits, which lasts as long.
+    own = x.detach().clone().requires_grad_()
+    return differentiable(lambda: liger_cross_entropy(own, target), {"input": own}, upstream)
+
+
+def _jax(x: Tensor, target: Tensor, upstream: Tensor) -> Contender:
+    require("jax")
+    import jax
+    import jax.numpy as jnp
+
+    x_jax = jax.dlpack.from_dlpack(x.detach())
+    y_jax = jax.dlpack.from_dlpack(target.int())
+    scale = float(upstream)
+
+    def loss(logits: Any, labels: Any) -> Any:
+        wide = logits.astype(jnp.float32)
+        picked = jnp.take_along_axis(wide, labels[:, None], 1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(wide, axis=1) - picked).astype(logits.dtype)
+
+    forward = jax.jit(loss)
+    both = jax.jit(jax.value_and_grad(lambda a, b: scale * loss(a, b)))
+
+    def outputs() -> dict[str, Tensor]:
+        value = torch.from_dlpack(forward(x_jax, y_jax))
+        return {"output": value, "dinput": torch.from_dlpack(both(x_jax, y_jax)[1])}
+
+    return Contender(
+        outputs,
+        {
+            "fwd": Phase(lambda _: jax.block_until_ready(forward(x_jax, y_jax))),
+            "fwd_bwd": Phase(lambda _: jax.block_until_ready(both(x_jax, y_jax))),
+        },
+    )
+
+
+def test_cross_entropy(benchmark: Any, phase: Phase) -> None:
+    benchmark.pedantic(phase.run, setup=lambda: ((phase.prepare(),), {}), rounds=10)

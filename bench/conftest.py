@@ -1,0 +1,58 @@
+"""pytest-benchmark: `python -m pytest bench/bench_*.py`, a benchmark a contender, case and phase.
+
+The cases of the quick suite, as large as memory and a second or so a case allow; the runner
+(`python -m bench`) interleaves the contenders and is what figures are quoted from.
+"""
+
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from bench.cases import Case, Contender, Phase, Unavailable
+from bench.measure import synchronise
+from bench.runner import SLOW_TO_BUILD, fitted
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    op = metafunc.module
+    if "phase" not in metafunc.fixturenames:
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    asked, ids = [], []
+    for case in op.cases("quick"):
+        names = set(op.contenders(case.with_rows(2), torch.device("cpu"))) - set(SLOW_TO_BUILD)
+        for phase in op.BYTES:
+            for name in sorted(names):
+                asked.append((op, case, device, name, phase))
+                ids.append(f"{op.OPERATION}-{phase}[{name}-{case}]")
+    metafunc.parametrize("phase", asked, ids=ids, indirect=True)
+
+
+@pytest.fixture
+def phase(request: pytest.FixtureRequest) -> Phase:
+    op, case, device, name, phase = request.param
+    found = _contender(op, case, device, name).phases
+    if phase not in found:
+        pytest.skip(f"{name} has no such phase of its own")
+
+    def run(prepared: Any) -> None:
+        found[phase].run(prepared)
+        synchronise(torch.device(device))
+
+    return Phase(run, found[phase].prepare)
+
+
+@cache
+def _fitted(op: ModuleType, case: Case, device: str) -> Case:
+    return fitted(op, case, torch.device(device), seconds=10.0)
+
+
+def _contender(op: ModuleType, case: Case, device: str, name: str) -> Contender:
+    where = torch.device(device)
+    try:
+        return op.contenders(_fitted(op, case, device), where)[name]()
+    except Unavailable as reason:
+        pytest.skip(str(reason))

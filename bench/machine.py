@@ -1,0 +1,90 @@
+"""What a figure depends on: the device, the versions, and how fast memory is copied here."""
+
+import importlib
+import platform
+import re
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The device and the versions of what runs on it, for the JSON of a run."""
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "triton", "liger-kernel", "jax", "numba"):
+        try:
+            module = importlib.import_module(package) if package in ("torch", "triton") else None
+            # What is imported may not be what is installed: a PYTHONPATH may stand before it.
+            versions[package] = getattr(module, "__version__", None) or version(package)
+        except (ImportError, PackageNotFoundError):
+            continue
+    found: dict[str, Any] = {"type": device.type, "versions": versions}
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        found |= {
+            "name": p.name,
+            "memory_bytes": p.total_memory,
+            "multiprocessors": p.multi_processor_count,
+            "l2_bytes": p.L2_cache_size,
+            "capability": f"{p.major}.{p.minor}",
+            "cuda": torch.version.cuda or torch.version.hip,
+        }
+    else:
+        found |= {
+            "name": _processor(),
+            "memory_bytes": _memory(),
+            "threads": torch.get_num_threads(),
+        }
+    return found
+
+
+def memory_bytes(device: torch.device) -> int:
+    """What the cases may take: free memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return _memory("MemAvailable")
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes a second of a large copy, reads and writes both counted: the most that is possible."""
+    size = 1 << 30 if device.type == "cuda" else 1 << 28
+    source, goal = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(10):
+        if device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            goal.copy_(source)
+            end.record()
+            torch.cuda.synchronize(device)
+            best = min(best, start.elapsed_time(end) / 1e3)
+        else:
+            began = time.perf_counter()
+            goal.copy_(source)
+            best = min(best, time.perf_counter() - began)
+    return 2 * size / best
+
+
+def slug(machine: dict[str, Any]) -> str:
+    """The name of a machine as part of a file's name."""
+    name = re.sub(r"[^a-z0-9]+", "-", machine["name"].lower()).strip("-")
+    return name if machine["type"] != "cpu" else f"cpu-{name}-{machine['threads']}-threads"
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()
+
+
+def _memory(line: str = "MemTotal") -> int:
+    try:
+        found = re.search(rf"{line}:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return int(found[1]) * 1024 if found else 8 << 30

@@ -1,0 +1,131 @@
+"""Times and peak memory of several contenders at one thing, interleaved.
+
+On CUDA a sample is device time between two events, with the L2 cache warm or emptied before, or
+wall time of calls in a row; on the CPU it is wall time.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.cases import Phase
+
+_LEAST_SAMPLE = 2e-4  # seconds; faster calls are timed several at a time
+_LEAST_ROUNDS, _MOST_ROUNDS = 5, 100
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds a unit: the median and the 10th and 90th percentile of `samples` rounds."""
+
+    median: float
+    low: float
+    high: float
+    samples: int
+
+    @staticmethod
+    def of(samples: list[float]) -> "Times":
+        if len(samples) == 1:
+            return Times(samples[0], samples[0], samples[0], 1)
+        tenths = statistics.quantiles(samples, n=10, method="inclusive")
+        return Times(statistics.median(samples), tenths[0], tenths[-1], len(samples))
+
+
+Sampler = Callable[[], float]
+
+
+def interleave(samplers: dict[str, Sampler], seconds: float) -> dict[str, list[float]]:
+    """Samples of everything, a round at a time and each round from another start, for `seconds`.
+
+    At least 5 rounds, so that a median means something, and at most 100.
+    """
+    names = list(samplers)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    began = time.perf_counter()
+    for done in range(_MOST_ROUNDS):
+        if done >= _LEAST_ROUNDS and time.perf_counter() - began > seconds:
+            break
+        shift = done % len(names)
+        for name in names[shift:] + names[:shift]:
+            found[name].append(samplers[name]())
+    return found
+
+
+def wall(phase: Phase, device: torch.device) -> Sampler:
+    """Wall time of a unit, of as many calls in a row as make it measurable."""
+
+    def timed(calls: int) -> float:
+        prepared = [phase.prepare() for _ in range(calls)]
+        synchronise(device)
+        began = time.perf_counter()
+        for argument in prepared:
+            phase.run(argument)
+        synchronise(device)
+        return (time.perf_counter() - began) / (calls * phase.units)
+
+    timed(1)  # what is built on the first call is not timed
+    calls = max(1, min(100, math.ceil(_LEAST_SAMPLE / (timed(1) * phase.units))))
+    return lambda: timed(calls)
+
+
+def on_device(phase: Phase, device: torch.device, cold: bool) -> Sampler:
+    """Time of a unit between two events on a CUDA device, without what the host needs.
+
+    The device sleeps before the first event for as long as the host takes to call, so that it never
+    waits for the host; where `cold`, something larger than the L2 cache is written before.
+    """
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    flush = torch.empty(4 * cache if cold else 0, dtype=torch.uint8, device=device)
+    call = wall(phase, device)
+    cycles = int(2e9 * min(2e-2, 2 * call() * phase.units + 2e-5))
+
+    def sample() -> float:
+        argument = phase.prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        torch.cuda._sleep(cycles)
+        start.record()
+        phase.run(argument)
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end) / (1e3 * phase.units)
+
+    return sample
+
+
+def peak_bytes(phase: Phase, device: torch.device) -> int:
+    """The most memory that `prepare` and `run` together hold at once, inputs not counted."""
+    if device.type != "cuda":
+        return _peak_bytes_cpu(phase)
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    kept: Any = phase.run(phase.prepare())
+    torch.cuda.synchronize(device)
+    del kept
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _peak_bytes_cpu(phase: Phase) -> int:
+    """From the profiler's record of torch's allocations: what others allocate is not seen."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        kept: Any = phase.run(phase.prepare())
+        del kept
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held, peak = 0, 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,107 @@
+"""docs/benchmarks.md from the JSONs in bench/results/, so that no figure is typed by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bench import runner, tables
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+_PREFACE = """# Benchmarks
+
+Written by `python -m bench report` from the JSON files in [bench/results](../bench/results); each
+section names the command that made its file.
+
+- Contenders ran interleaved in one process, on the same inputs, after their outputs were compared
+  with PyTorch's (sum of the differences over the sum); what failed that is listed, not timed.
+- `fwd` runs without a graph, `bwd` is the backward alone, `fwd_bwd` both. `torch` is PyTorch's
+  eager operation; every other contender is given as the ratio of its time to torch's, below 1 being
+  faster: the median over the rounds. On a GPU that is device time with a cold L2 cache.
+- `chunked` is the notebook's unfused form. `compile` is `torch.compile` of torch's operation, with
+  `max` for its max-autotune mode; `graph` a replay from a CUDA graph.
+- GB/s is of the `fused` column: the least number of bytes that has to be moved over the time, so
+  that re-reads show as lost bandwidth; `of copy` is its share of a large copy's rate in that run.
+- Memory is the most that is held above the inputs, in units of the case's one large tensor.
+- A size that does not fit the machine's memory or the time is measured with fewer rows: the case
+  names what was measured.
+
+The least possible bytes:
+"""
+
+
+def write() -> Path:
+    """Writes the page and the plots; returns the page's path."""
+    for path, result in _results():
+        if "rows" in result:
+            plot(result, path.stem)
+    PAGE.write_text(text())
+    return PAGE
+
+
+def text() -> str:
+    """The page."""
+    parts = [_PREFACE.rstrip(), _least_bytes()]
+    for path, result in _results():
+        if "rows" in result:
+            parts.append(_section(path, result))
+        elif "kernels" in result:
+            parts.append(_kernel_section(path, result))
+    return "\n\n".join(parts) + "\n"
+
+
+def _results() -> list[tuple[Path, dict[str, Any]]]:
+    return [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+
+
+def plot(result: dict[str, Any], stem: str, folder: Path = RESULTS) -> list[Path]:
+    """The PNGs of a run, beside its JSON; none where matplotlib is not installed."""
+    try:
+        from bench import plots
+    except ImportError:
+        return []
+    return plots.draw(result, folder, stem)
+
+
+def _least_bytes() -> str:
+    rows = [
+        [name, phase, text]
+        for name, op in runner.operations().items()
+        for phase, text in op.BYTES.items()
+    ]
+    return tables.markdown(["operation", "phase", "bytes"], rows)
+
+
+def _section(path: Path, result: dict[str, Any]) -> str:
+    m = result["machine"]
+    parts = [
+        f"## {m['name']}, {result['suite']} suite, {result['date'][:10]}",
+        f"`{result['command']}` ({path.name})\n\n{tables.heading(result)}",
+    ]
+    for operation in tables.operations(result):
+        parts += [f"### {operation}", tables.table(result, operation)]
+        if m["type"] == "cuda":
+            parts += ["Wall time of calls in a row:", tables.host(result, operation)]
+        if any(r["least_bytes"] for r in result["rows"] if r["operation"] == operation):
+            parts += ["Peak memory:", tables.memory(result, operation)]
+        for picture in sorted(RESULTS.glob(f"{path.stem}-{operation}-*.png")):
+            parts.append(f"![{picture.stem}](../bench/results/{picture.name})")
+    if result["skipped"]:
+        parts += ["Skipped:", tables.skipped(result)]
+    return "\n\n".join(parts)
+
+
+def _kernel_section(path: Path, result: dict[str, Any]) -> str:
+    return "\n\n".join(
+        [
+            "## What the compiler made of the kernels",
+            f"`{result['command']}` ({path.name}), Triton {result['triton']}, without a GPU.",
+            "What forward and backward ask memory for, in units of the case's one large tensor:",
+            tables.kernel_traffic(result["kernels"]),
+            tables.KERNELS,
+            "For sm_90; the file has the other targets too.",
+            tables.kernels(result["kernels"], "sm_90"),
+        ]
+    )

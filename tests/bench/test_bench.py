@@ -1,0 +1,234 @@
+"""The benchmark's own figures: what it measures, what it refuses, what it writes."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import assembly, report, runner, tables
+from bench.cases import Case, Contender, Phase, differentiable
+from bench.measure import Times, interleave, peak_bytes, wall
+from tests.test_package import ROOT
+
+CPU = torch.device("cpu")
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-m", "bench", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+
+
+def test_times_are_the_median_and_the_outer_tenths() -> None:
+    assert Times.of([float(i) for i in range(101)]) == Times(50.0, 10.0, 90.0, 101)
+    assert Times.of([3.0]) == Times(3.0, 3.0, 3.0, 1)
+
+
+def test_rounds_are_interleaved_and_start_at_another_each_time() -> None:
+    order: list[str] = []
+
+    def sampler(name: str) -> Callable[[], float]:
+        def sample() -> float:
+            order.append(name)
+            return 1.0
+
+        return sample
+
+    found = interleave({"a": sampler("a"), "b": sampler("b")}, seconds=0.0)
+    assert found == {"a": [1.0] * 5, "b": [1.0] * 5}
+    assert order == list("abba" * 2 + "ab")
+
+
+def test_wall_time_is_per_unit_and_leaves_preparation_out() -> None:
+    calls: list[str] = []
+
+    def prepare() -> str:
+        calls.append("prepare")
+        return "run"
+
+    phase = Phase(calls.append, prepare, units=4)
+    assert 0 < wall(phase, CPU)() < 1e-3
+    assert calls.count("prepare") == calls.count("run") > 100
+
+
+def test_peak_memory_is_of_what_is_held_at_once() -> None:
+    def twice_then_once(_: object) -> Tensor:
+        a = torch.zeros(250_000)  # 1 MB
+        b = a + 1
+        del a
+        return b * 2
+
+    assert 2_000_000 <= peak_bytes(Phase(twice_then_once), CPU) < 2_010_000
+
+
+class Square:
+    """An operation with a contender whose gradient is wrong."""
+
+    OPERATION = "square"
+    BYTES = {"fwd_bwd": "1 read and 1 write"}
+
+    def cases(self, suite: str) -> list[Case]:
+        return [Case("square", (64, 8), torch.float32)]
+
+    def least_bytes(self, case: Case) -> dict[str, int]:
+        return {"fwd_bwd": 2 * case.bytes}
+
+    def contenders(self, case: Case, device: torch.device):
+        x = torch.randn(case.shape, requires_grad=True)
+        dy = torch.randn(case.shape)
+
+        def wrong() -> Contender:
+            phases = {"fwd_bwd": Phase(lambda _: 2 * x * dy)}
+            return Contender(lambda: {"output": x**2, "dinput": x * dy}, phases)
+
+        return {
+            "torch": lambda: differentiable(lambda: x**2, {"input": x}, dy),
+            "fused": lambda: differentiable(lambda: x * x, {"input": x}, dy),
+            "wrong": wrong,
+        }
+
+
+def test_what_computes_something_else_is_not_timed(monkeypatch) -> None:
+    monkeypatch.setattr(runner, "operations", lambda names=None: {"square": Square()})
+    result = runner.run("quick", None, None, CPU, 20.0)
+    assert {r["contender"] for r in result["rows"]} == {"torch", "fused"}
+    (skip,) = result["skipped"]
+    assert skip["contender"] == "wrong" and skip["reason"].startswith("wrong: dinput")
+    row = result["rows"][0]
+    assert row["contender"] == "torch" and row["ratio_to_torch"]["wall"] == 1.0
+    assert row["times"]["wall"]["samples"] >= 5
+
+
+def test_cases_shrink_to_the_budget() -> None:
+    op = runner.operations(["cross_entropy"])["cross_entropy"]
+    case = Case("cross_entropy", (8192, 32000), torch.float32)
+    fitted = runner.fitted(op, case, CPU, seconds=0.5)
+    assert 1 <= fitted.shape[0] < 8192 and fitted.shape[1] == 32000
+
+
+def test_compare_says_what_changed(tmp_path) -> None:
+    def result(median: float) -> dict:
+        times = {"wall": {"median": median, "low": 0.9 * median, "high": 1.1 * median}}
+        row = {"operation": "op", "case": "8x8", "phase": "fwd", "contender": "fused"}
+        machine = {"name": "here", "type": "cpu", "threads": 1, "versions": {}}
+        return {
+            "rows": [{**row, "times": times}],
+            "machine": machine,
+            "date": "2026-01-01",
+            "suite": "quick",
+            "copy_bytes_per_second": 1e9,
+        }
+
+    for name, median in (("a", 1e-3), ("b", 2e-3), ("c", 1.1e-3)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(result(median)))
+    paths = [str(tmp_path / f"{name}.json") for name in "abc"]
+    slower = bench("compare", paths[0], paths[1])
+    assert slower.returncode == 0, slower.stderr
+    assert "2.00 | changed" in slower.stdout
+    assert "changed" not in bench("compare", paths[0], paths[2]).stdout
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--op", "nope"], "bench: expected --op to be one of"),
+        (["--case", "nope"], "bench: no case of the suite has 'nope' in its name"),
+        (["compare", "no.json", "no.json"], "bench: [Errno 2]"),
+        (["kernels", "--target", "sm_1"], "bench: expected --target of sm_80"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message) -> None:
+    result = bench(*arguments)
+    assert result.returncode == 1 and not result.stdout
+    assert result.stderr.startswith(message) and result.stderr.count("\n") == 1
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    """docs/benchmarks.md is up to date: python -m bench report."""
+    assert report.PAGE.read_text() == report.text()
+
+
+def test_a_table_reads_without_being_rendered() -> None:
+    assert tables.markdown(["a", "bb"], [["x", "1"], ["long", "22"]]).splitlines() == [
+        "| a    |  bb |",
+        "| ---- | --: |",
+        "| x    |   1 |",
+        "| long |  22 |",
+    ]
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;            /* 0x00000a00ff017b82 */
+        /*0010*/               @P1 LDG.E.128 R8, desc[UR16][R24.64] ;
+        /*0020*/              @!P0 BRA 0x60 ;
+        /*0030*/                   LDG.E.U16 R8, desc[UR16][R24.64] ;
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;
+        /*0050*/              @!P4 BRA 0x30 ;
+        /*0060*/                   STG.E desc[UR16][R2.64], R15 ;
+        /*0070*/              @!P4 BRA 0x10 ;
+        /*0080*/                   EXIT ;
+        /*0090*/                   BRA 0x90;
+"""
+GCN = """
+	s_cbranch_scc1 .LBB0_2
+.LBB0_1:                                ; =>This Inner Loop Header: Depth=1
+	global_load_dwordx4 v[4:7], v[4:5], off
+	s_cbranch_execz .LBB0_3
+	buffer_store_short v1, v2, s[0:3], 0 offen
+.LBB0_3:
+	s_cbranch_scc0 .LBB0_1
+.LBB0_2:
+	global_store_dword v0, v1, s[0:1]
+	s_endpgm
+"""
+
+
+@pytest.mark.parametrize(
+    "instructions, whole, loop",
+    [
+        (
+            assembly.parse_sass(SASS),
+            assembly.Code(10, 1, {16: 1, 2: 1}, {4: 1}),
+            assembly.Code(3, 1, {2: 1}, {}),
+        ),
+        (
+            assembly.parse_amdgcn(GCN),
+            assembly.Code(7, 0, {16: 1}, {4: 1, 2: 1}),
+            assembly.Code(4, 0, {16: 1}, {2: 1}),
+        ),
+    ],
+    ids=["sass", "amdgcn"],
+)
+def test_loops_and_accesses_are_read_from_assembly(instructions, whole, loop) -> None:
+    assert assembly.summary(instructions) == whole
+    assert [assembly.summary(found) for found in assembly.inner_loops(instructions)] == [loop]
+
+
+def test_a_second_read_shows_in_the_kernel_report() -> None:
+    pytest.importorskip("triton")
+    script = Path(__file__).with_name("second_read.py")
+    found = {}
+    for interpret in ("0", "1"):
+        environment = {**os.environ, "TRITON_INTERPRET": interpret}
+        done = subprocess.run(
+            [sys.executable, script], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        found[interpret] = json.loads(done.stdout)
+    once, twice = found["0"]
+    assert (len(once["loops"]), len(twice["loops"])) == (2, 3)
+    assert once["spilled"] == twice["spilled"] == 0
+    assert [*once["loops"][0]["loads"]] == [*once["loops"][-1]["stores"]] == ["16"]
+    size = 4 * 4096
+    assert found["1"] == [["_copy_kernel", size, size], ["_copy_kernel", 2 * size, size]]
