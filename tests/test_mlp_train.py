@@ -311,8 +311,6 @@ BAD = {
     "whole": (lambda a: a | {"x": a["x"].float()}, TypeError, "x of whole numbers"),
     "device": (lambda a: a | {"y": a["y"].to("meta")}, ValueError, "expected y on cpu"),
     "rates": (lambda a: a | {"lr": torch.ones(3)}, ValueError, r"lr of shape \(1,\)"),
-    "character": (lambda a: a | {"x": a["x"] + 20}, IndexError, r"x in \[0, 11\)"),
-    "row": (lambda a: a | {"index": a["index"] - 300}, IndexError, r"index in \[0, 300\)"),
     "in place": (
         lambda a: (
             a | {"inplace": True, "parameters": a["parameters"]._replace(W1=torch.zeros(20, 6).T)}
@@ -332,6 +330,17 @@ def test_bad_arguments(case) -> None:
         fused.train_mlp(**change(arguments))
 
 
+@pytest.mark.parametrize("method", METHODS[2:])
+@pytest.mark.parametrize("what", ["row", "character", "target"])
+def test_out_of_range(what, method) -> None:
+    p, x, y, index = start(SMALL, 2, method)
+    index[1, 2] = 300 if what == "row" else 7
+    x[7, 1] = 11 if what == "character" else 0
+    y[7] = -1 if what == "target" else 0
+    with pytest.raises((IndexError, RuntimeError), match="not in|out of"):
+        fused.train_mlp(p, x, y, index, 0.1, method=method)
+
+
 def test_what_one_multiprocessor_cannot_hold() -> None:
     from fused.kernels import tuning
 
@@ -347,6 +356,7 @@ import json, sys; sys.path.insert(0, {root!r})
 import torch
 from bench import kernels
 from fused.kernels import mlp_train
+torch.set_default_device("meta")  # where there are no values to look at
 for T, E, H, V, B in {sizes}:
     shapes = (1, V, E), (1, T * E, H), (1, H, V), (1, V), (1, H), (1, H)
     p = [torch.zeros(s) for s in shapes]
@@ -354,15 +364,15 @@ for T, E, H, V, B in {sizes}:
     with kernels.catch_launches() as launches:
         mlp_train.mlp_train(*p, x, y, torch.zeros(1, 2, B, dtype=torch.int64), torch.ones(1), 1e-5)
     (launch,) = launches
-    for name, target in kernels.TARGETS.items():
-        if target.backend != "cuda":
-            launch.options.pop("maxnreg", None)
-        print(json.dumps([H, name, kernels.compile_launch(launch, target).stack_bytes]))
+    for target in kernels.TARGETS:
+        if target == "gfx942":
+            del launch.options["maxnreg"]
+        print(json.dumps([H, target, kernels.compile_launch(launch, target).spilled]))
 """
 
 
 def compiled(*sizes: tuple[int, ...]) -> list[list]:
-    """(hidden units, target, stack bytes) for sizes (T, E, H, V, B)."""
+    """(hidden units, target, what is spilled) for sizes (T, E, H, V, B)."""
     pytest.importorskip("triton")
     result = python(COMPILE.format(root=str(ROOT), sizes=sizes))
     assert result.returncode == 0, result.stderr
@@ -373,14 +383,14 @@ def compiled(*sizes: tuple[int, ...]) -> list[list]:
 
 def test_the_kernel_compiles_for_every_target() -> None:
     """With 64 hidden units nothing spills on sm_90; what does with 200 is in docs/performance.md"""
-    stacks = {target: stack for _, target, stack in compiled((3, 10, 64, 27, 32))}
-    assert stacks["sm_90"] == stacks["sm_80"] == 0
+    spilled = {target: bytes for _, target, bytes in compiled((3, 10, 64, 27, 32))}
+    assert spilled["sm_90"] == spilled["sm_80"] == spilled["gfx942"] == 0
 
 
 @pytest.mark.slow
 def test_the_kernel_compiles_for_large_networks() -> None:
     rows = compiled((3, 10, 200, 27, 32), (8, 4, 100, 65, 20), (1, 10, 400, 27, 32))
-    assert all(stack <= 640 for H, _, stack in rows if H == 200 and stack is not None)
+    assert all(spilled <= 640 for H, _, spilled in rows if H == 200)
 
 
 @pytest.mark.cuda

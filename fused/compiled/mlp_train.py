@@ -140,6 +140,19 @@ def _cross_entropy(z: Any, b2: Any, y: Any, rate: Any, n: Any) -> Any:
 
 
 @_compiled
+def _in_range(x: Any, y: Any, index: Any, V: Any) -> bool:
+    """Whether the loop may use index (K, B), and what it selects of x and y, as addresses."""
+    for step in range(index.shape[0]):
+        for row in index[step]:
+            if row < 0 or row >= len(y) or y[row] < 0 or y[row] >= V:
+                return False
+            for character in x[row]:
+                if character < 0 or character >= V:
+                    return False
+    return True
+
+
+@_compiled
 def _train(
     C: Any, W1: Any, W2: Any, b2: Any, gain: Any, bias: Any, x: Any, y: Any, index: Any,
     lr: Any, eps: Any, losses: Any,
@@ -215,6 +228,12 @@ def mlp_train(
     W2_transposed = W2.transpose(1, 2).contiguous()
     parameters = [p.numpy() for p in (C, W1, W2_transposed, b2, gain, bias)]
     examples, minibatches = (x.numpy(), y.numpy()), index.numpy()
+
+    if not all(_in_range(*examples, rows, C.shape[1]) for rows in minibatches):
+        raise IndexError(
+            f"train_mlp: a minibatch has a row not in [0, {len(y)}) or a character not in "
+            f"[0, {C.shape[1]})"
+        )
 
     def train(m: int) -> None:
         _train(
