@@ -167,10 +167,10 @@ def _mlp_train_kernel(
     rows_at = rows_at[None] + group * (BLOCK_B * BLOCK_F)  # (G, T*B, E)
     rows_mask = (r_mask[:, None] & (e < E)[None, :])[None] & (group < G)
 
-    word = tl.load(words_ptr + b, mask=b_mask & (n_steps > 0), other=0)
+    word = tl.load(words_ptr + b, mask=b_mask & (b < n_steps * B), other=0)
     for step in range(n_steps):
         # A step ahead: from memory it takes a good part of a step.
-        ahead = tl.load(words_ptr + B + b, mask=b_mask & (step + 1 < n_steps), other=0)
+        ahead = tl.load(words_ptr + B + b, mask=b_mask & (b < (n_steps - 1 - step) * B), other=0)
         # Hidden units are rows and examples columns: their sums over the batch stay in a warp.
         x = (word[None, :] >> emb_shift) & CHARACTER
         emb = tl.load(C_ptr + (emb_col + x * E), mask=emb_mask & (x < V), other=0.0)  # (F, B)

@@ -111,7 +111,7 @@ def test_calibration_is_the_whole_sets_statistics(dataset) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU measurement")
 def test_closed_forms_are_several_times_as_fast_as_autograd(dataset) -> None:
-    """Interleaved in one process on one thread, medians; on an idle machine 4.6 and 10.6."""
+    """Interleaved in one process on one thread, medians; 4.8 and 11 where little else runs."""
     engines = ["autograd", "manual", "numba"] if HAS_NUMBA else ["autograd", "manual"]
     times: dict[str, list[float]] = {engine: [] for engine in engines}
     threads = torch.get_num_threads()
