@@ -200,16 +200,14 @@ def batch_norm(
     sector = 32 // itemsize  # channels in 32 bytes, the least that memory is read by
     least = min(sector, next_power_of_2(c)) if columns else 1
     if tensors and block_n * block_l * least <= capacity:
-        # Twice the sector where that leaves a program for every multiprocessor, and where channels
-        # are not adjacent, as many as give every thread of 4 warps 8 values. More values a warp
-        # than that spilled on sm_100 where accesses are narrow.
-        block_c = least
-        wide = 2 * sector if columns else max(1, 1024 // (block_n * block_l))
-        while (
-            block_c < min(wide, next_power_of_2(c))
-            and 2 * block_c * block_n * block_l <= capacity
-            and c >= 2 * block_c * _MULTIPROCESSORS
-        ):
+        # 16 bytes or more for every thread of 4 warps; and twice the sector, where that leaves a
+        # program for every multiprocessor. More than 8 values a thread of 4 warps spilled on sm_100
+        # where accesses are narrow.
+        block_c, tile = least, block_n * block_l
+        while block_c < next_power_of_2(c) and 2 * block_c * tile <= capacity:
+            wider = columns and block_c < 2 * sector and c >= 2 * block_c * _MULTIPROCESSORS
+            if 2 * block_c * tile > 1024 and not wider:
+                break
             block_c *= 2
         values = block_n * block_l * block_c
         return BatchNormPlan(block_n, block_l, block_c, 4 if values <= 1024 else 8, 1, 1, 1)

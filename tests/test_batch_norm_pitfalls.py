@@ -95,7 +95,7 @@ def test_evaluation_has_its_own_gradient(shape, correction, implementation, devi
 
 HUGE = [
     (65536, 2),
-    (131071, 3),
+    pytest.param((131071, 3), marks=pytest.mark.slow),
     pytest.param((880802, 1), marks=pytest.mark.slow),
     pytest.param((1000003, 1), marks=pytest.mark.slow),
 ]
