@@ -133,11 +133,12 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Resources:
 
 
 def cross_entropy_launches(n: int, c: int, dtype: torch.dtype) -> None:
-    """Forward and backward, mean, as `fused.cross_entropy` calls them."""
+    """Mean, as `fused.cross_entropy` calls it: its gradient in the forward, and in the backward."""
     x, target = torch.empty(n, c, dtype=dtype), torch.zeros(n, dtype=torch.int64)
-    loss, stats, scale, _ = cross_entropy.cross_entropy_fwd(
-        x, target, None, -100, "mean", 0.0, 0.0, 0.0, 1.0, dtype, False
-    )
+    plain = (x, target, None, -100, "mean", 0.0, 0.0, 0.0, 1.0, dtype, False)
+    loss, _, dx = cross_entropy.cross_entropy_fwd_bwd(*plain, False)
+    cross_entropy.cross_entropy_scale(dx, loss)
+    loss, stats, scale, _ = cross_entropy.cross_entropy_fwd(*plain)
     cross_entropy.cross_entropy_bwd(
         loss, x, target, None, stats, scale, -100, 0.0, 0.0, 0.0, 1.0, True, False, False
     )
@@ -150,9 +151,9 @@ def cross_entropy_options_launches(n: int, c: int, dtype: torch.dtype) -> None:
     inner = torch.empty(n // 16, c, 16, dtype=dtype)
     indices = torch.zeros(n // 16, 16, dtype=torch.int64)
     for x, target in ((rows, rows), (inner, indices)):
-        loss, stats, scale, _ = cross_entropy.cross_entropy_fwd(
-            x, target, weight, -100, "mean", *numbers, dtype, True
-        )
+        arguments = (x, target, weight, -100, "mean", *numbers, dtype, True)
+        cross_entropy.cross_entropy_fwd_bwd(*arguments, False)
+        loss, stats, scale, _ = cross_entropy.cross_entropy_fwd(*arguments)
         cross_entropy.cross_entropy_bwd(
             loss, x, target, weight, stats, scale, -100, *numbers, True, target is rows, False
         )

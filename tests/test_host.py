@@ -11,9 +11,10 @@ from tests.test_backend import python
 from tests.test_package import ROOT
 
 
+@pytest.mark.parametrize("grad_in_forward", [True, False])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_cross_entropy_of_the_closed_form(kind, reduction) -> None:
+def test_cross_entropy_of_the_closed_form(kind, reduction, grad_in_forward) -> None:
     x = torch.zeros(6, 9, 2, device="meta", requires_grad=True)
     weight = torch.zeros(9, device="meta")
     target = (
@@ -21,8 +22,9 @@ def test_cross_entropy_of_the_closed_form(kind, reduction) -> None:
     )
     with fused.backend.use("eager"):
         output = fused.cross_entropy_with_stats(
-            x, target, weight, reduction=reduction, label_smoothing=0.1, z_loss=0.1, softcap=3.0
-        )
+            x, target, weight, reduction=reduction, label_smoothing=0.1, z_loss=0.1, softcap=3.0,
+            grad_in_forward=grad_in_forward,
+        )  # fmt: skip
         (dx,) = torch.autograd.grad(output.loss, x, torch.ones_like(output.loss))
     assert dx.shape == x.shape
 
@@ -49,6 +51,7 @@ with torch.device("meta"), kernels.catch_launches() as caught:
     for _, launchers, n, c in kernels.GRID:
         launchers(n, c, torch.bfloat16)
     kernels.batch_norm.batch_norm_moments(torch.empty(65536, 3))
+    kernels.cross_entropy_launches(65536, 27, torch.bfloat16)
 print(len(caught), *sorted({{launch.kernel.__name__ for launch in caught}}))
 """
 
@@ -58,4 +61,4 @@ def test_launchers() -> None:
     result = python(LAUNCHERS)
     assert result.returncode == 0, result.stderr
     count, *names = result.stdout.split()
-    assert int(count) > 50 and len(names) == 7
+    assert int(count) > 50 and len(names) == 9
