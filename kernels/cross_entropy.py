@@ -480,7 +480,7 @@ def _forward(
 
     counts, n_counts = None, 0
     if mean and not soft and n_rows > plan.max_rows_to_count:
-        n_counts = tuning.count_programs(n_rows)
+        block, n_counts = tuning.count(n_rows)
         counts = new(n_counts)
         _cross_entropy_count_kernel[(n_counts,)](
             target3,
@@ -492,20 +492,14 @@ def _forward(
             t_strides,
             ignore_index,
             ACC=_TRITON[acc],
-            BLOCK=plan.BLOCK_COUNT,
-            num_warps=plan.num_warps,
+            BLOCK=block,
+            num_warps=8,
         )
-    # One program's part is the whole.
-    parts = (
-        None
-        if not reduced
-        else new(dtype=loss_dtype)
-        if plan.n_programs == 1
-        else new(plan.n_programs)
-    )
-    rows_loss = (
-        None if reduced and not want_extras else new(n_rows, dtype=acc if reduced else loss_dtype)
-    )
+    rows_loss = parts = None
+    if want_extras or not reduced:
+        rows_loss = new(n_rows, dtype=acc if reduced else loss_dtype)
+    if reduced:  # one program's part is the whole
+        parts = new(dtype=loss_dtype) if plan.n_programs == 1 else new(plan.n_programs)
     if n_rows > 0 or reduced:
         _cross_entropy_fwd_kernel[(plan.n_programs,)](
             x3,

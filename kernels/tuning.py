@@ -111,9 +111,9 @@ def _accesses(x: torch.Tensor) -> tuple[int, bool]:
     return 1, False
 
 
-def count_programs(n_rows: int) -> int:
-    """Programs that count rows for the mean: 8,192 rows each, one step of its reader at most."""
-    return min((n_rows + 8191) // 8192, 512)
+def count(n_rows: int) -> tuple[int, int]:
+    """Block and programs that count `n_rows` for the mean: 4 steps of 8 targets a thread."""
+    return 2048, min((n_rows + 8191) // 8192, 512)
 
 
 def scale(n: int, device: torch.device) -> tuple[int, int]:
