@@ -9,16 +9,29 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
-from fused.eager.cross_entropy import cross_entropy_composed
+from fused.eager import cross_entropy as eager
 from tests.exactness import assert_as_exact_as, ulps_for
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
-# One row, one class, around a power of two, more than one tile of classes in every dtype.
-SHAPES = [(1, 27), (5, 1), (32, 27), (3, 127), (3, 128), (3, 129), (70, 8), (2, 1000), (2, 8200)]
+# On both sides of every threshold of kernels/tuning.py: what one program holds, and so one launch
+# computes (32 rows); several rows a program (128 classes); rows that are held (8,192 classes, 4,096
+# of float64), with and without edges (from 4,096 classes on).
+SHAPES = [
+    *[(1, 27), (5, 1), (32, 27), (33, 27), (70, 8), (33, 127), (9, 129)],
+    *[(2, 4096), (2, 4097), (2, 8192), (2, 8201)],
+]
 EXTRAS = ("z_loss", "softcap", "logit_scale")
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The closed form itself, in several chunks, in shapes that one or torch's own would serve."""
+    monkeypatch.setattr(eager, "SMALL", 0)
+    monkeypatch.setattr(eager, "_CHUNK", 128)
 
 
 def example(
@@ -51,7 +64,7 @@ def torchs(logits: Tensor, target: Tensor, weight: Tensor | None = None, **optio
     no_batch = logits.dim() == 1
     if no_batch:
         logits, target = logits.unsqueeze(0), target.unsqueeze(0)
-    loss = cross_entropy_composed(
+    loss = eager.cross_entropy_composed(
         logits,
         target,
         weight,
@@ -119,8 +132,12 @@ def check_against_torch(
     ulps = ulps_for(logits.dtype, implementation)
     scale = size_of_terms(logits, target, weight, **options)
     names = ("loss", "dinput", *(["dtarget"] if soft else []), "dweight")
+    # A row's loss is log s - (z_y - m), with s at least 1: of a confident row's little is left.
+    reduced = options.get("reduction", "mean") != "none"
+    rows = logits.numel() // logits.shape[min(1, logits.dim() - 1)] if reduced else 1
+    least_of = {"dinput": scale, "loss": scale * rows / options.get("logit_scale", 1.0)}
     for name, a, b, c in zip(names, ours, theirs, exact, strict=False):
-        least = scale if name == "dinput" else 0.0
+        least = least_of.get(name, 0.0)
         size = max(least, c.detach()[c.isfinite()].abs().max().item()) if c.isfinite().any() else 1
         # Sums over classes (a row's loss) and rows (the mean's, dweight's) round once more each.
         assert_as_exact_as(a, b, c, ulps=2 * ulps, scale=size, what=name)
@@ -131,6 +148,114 @@ def check_against_torch(
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_torch(shape, dtype, reduction, implementation, device) -> None:
     check_against_torch(*example(shape, dtype, device), implementation, reduction=reduction)
+
+
+def test_more_rows_than_each_program_counts(implementation, device) -> None:
+    check_against_torch(*example((4097, 8), torch.float32, device, weighted=True), implementation)
+
+
+@pytest.mark.parametrize("options, dtype", [("plain", torch.float32), ("all", torch.bfloat16)])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 40, 3)], ids=str)
+def test_gradient_in_the_forward_is_the_backwards(
+    shape, dtype, options, implementation, device
+) -> None:
+    """To the last bit, where the upstream gradient is 1; and so in a second run."""
+    logits, target, weight = example(shape, dtype, device, weighted=options == "all")
+    numbers = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.7}
+    logits.requires_grad_()
+    results = []
+    for grad_in_forward in (True, False, True):
+        loss = fused.cross_entropy(
+            logits, target, weight, grad_in_forward=grad_in_forward,
+            **numbers if options == "all" else {},
+        )  # fmt: skip
+        results.append((loss, *torch.autograd.grad(loss, logits)))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(results[0], results[2], rtol=0, atol=0, equal_nan=True)
+
+
+# (shape, options, upstream gradient): the launches of forward and backward
+LAUNCHES: list[tuple[tuple[int, int], dict[str, Any], list[str], list[str]]] = [
+    ((32, 27), {}, ["fwd"], ["scale"]),
+    ((33, 27), {}, ["fwd", "sum"], ["scale"]),
+    ((4097, 8), {}, ["count", "fwd", "sum"], ["scale"]),
+    ((4097, 8), {"reduction": "sum"}, ["fwd", "sum"], ["scale"]),
+    ((32, 27), {"reduction": "none"}, ["fwd"], ["bwd"]),
+    ((32, 27), {"grad_in_forward": False}, ["fwd"], ["bwd"]),
+]
+
+
+@pytest.mark.parametrize("shape, options, forward, backward", LAUNCHES, ids=str)
+def test_launches(shape, options, forward, backward, monkeypatch, device) -> None:
+    kernels = pytest.importorskip("fused.kernels.cross_entropy")
+    launched: list[str] = []
+
+    class Counted:
+        def __init__(self, name: str, kernel: Any) -> None:
+            self.name, self.kernel = name, kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            launched.append(self.name)
+            return self.kernel[grid]
+
+    for name, kernel in list(vars(kernels).items()):
+        if name.endswith("_kernel"):
+            short = name.removeprefix("_cross_entropy_").removesuffix("_kernel")
+            monkeypatch.setattr(kernels, name, Counted(short, kernel))
+    logits, target, _ = example(shape, torch.float32, device)
+    with fused.backend.use("triton"):
+        loss = fused.cross_entropy(logits.requires_grad_(), target, **options)
+        assert launched == forward
+        loss.backward(torch.ones_like(loss))
+    assert launched == forward + backward
+
+
+class LargeResults(TorchDispatchMode):
+    """Counts new tensors of at least so many elements."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.seen = elements, set[int]()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (list, tuple)) else [result]:
+            if isinstance(tensor, Tensor) and tensor.numel() >= self.elements:
+                self.seen.add(tensor.data_ptr())
+        return result
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_memory_but_the_gradients(dtype, inplace, monkeypatch, device) -> None:
+    """Nothing else of half the logits' size, with the closed form in chunks."""
+    monkeypatch.setattr(eager, "_CHUNK", 8 * 300)
+    leaf, target, weight = example((64, 300), dtype, "cpu", weighted=True)
+    logits = leaf.requires_grad_() * 1
+    with fused.backend.use("eager"), LargeResults(leaf.numel() // 2) as large:
+        loss = fused.cross_entropy(
+            logits, target, weight, inplace=inplace, label_smoothing=0.1, z_loss=0.1, softcap=9.0
+        )
+        (gradient,) = torch.autograd.grad(loss, logits)
+    assert large.seen - {logits.data_ptr()} == (set() if inplace else {gradient.data_ptr()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(27,), (32, 27), (2, 27, 3)], ids=str)
+def test_small_calls_on_a_cpu_are_torchs(shape, reduction, dtype, monkeypatch) -> None:
+    """In float32, so that nothing is rounded before the end."""
+    monkeypatch.undo()
+    logits, target, _ = example(shape, dtype, "cpu")
+    ours, theirs = logits.clone().requires_grad_(), logits.float().requires_grad_()
+    with fused.backend.use("eager"):
+        loss = fused.cross_entropy(ours, target, reduction=reduction)
+    expected = F.cross_entropy(theirs, target, reduction=reduction)
+    assert type(loss.grad_fn).__name__ != "CrossEntropyFunctionBackward"
+    torch.testing.assert_close(loss, expected.to(dtype), rtol=0, atol=0, equal_nan=True)
+    loss.backward(torch.ones_like(loss))
+    expected.backward(torch.ones_like(expected))
+    torch.testing.assert_close(ours.grad, theirs.grad.to(dtype), rtol=0, atol=0)
 
 
 OPTIONS = list(itertools.product(["indices", "probabilities"], [False, True], [0.0, 0.1, 1.0]))
@@ -191,7 +316,7 @@ def test_extras_by_their_formulas(implementation, device) -> None:
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("shape", [(7,), (9, 2100), (2, 5, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(7,), (9, 300), (2, 8201), (2, 5, 3)], ids=str)
 def test_stats(shape, reduction, kind, implementation, device) -> None:
     logits, target, weight = example(shape, torch.float32, device, kind, weighted=True)
     logits.requires_grad_()
@@ -211,10 +336,11 @@ def test_stats(shape, reduction, kind, implementation, device) -> None:
     assert [t.requires_grad for t in output] == [True, False, False, False]
 
 
-def test_first_of_several_largest_logits_is_the_prediction(implementation, device) -> None:
-    logits = torch.zeros(3, 2100, device=device)
-    logits[:, [5, 9, 2050]] = 1.0
-    target = torch.tensor([5, 9, 2050], device=device)
+@pytest.mark.parametrize("classes", [2100, 8201])
+def test_first_of_several_largest_logits_is_the_prediction(classes, implementation, device) -> None:
+    logits = torch.zeros(3, classes, device=device)
+    logits[:, [5, 9, classes - 1]] = 1.0
+    target = torch.tensor([5, 9, classes - 1], device=device)
     assert fused.cross_entropy_with_stats(logits, target).correct == 1
 
 
@@ -272,19 +398,33 @@ def test_notebook_gradient_within_1e_8(implementation, device) -> None:
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": False}], ids=str)
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-@pytest.mark.parametrize("inner", [(), (5,)], ids=str)
-def test_inplace_takes_the_logits_memory(inner, kind, implementation, device) -> None:
-    leaf, target, _ = example((9, 27, *inner), torch.float32, device, kind)
+@pytest.mark.parametrize("shape", [(9, 27), (9, 27, 5), (2, 8192), (2, 8201)], ids=str)
+def test_inplace_takes_the_logits_memory(shape, kind, options, implementation, device) -> None:
+    leaf, target, _ = example(shape, torch.float32, device, kind)
     leaf.requires_grad_()
     (expected,) = torch.autograd.grad(fused.cross_entropy(leaf, target), leaf)
     logits = leaf * 1.0
-    loss = fused.cross_entropy(logits, target, inplace=True)
+    loss = fused.cross_entropy(logits, target, inplace=True, **options)
     received: list[Tensor] = []
     logits.register_hook(received.append)
     (gradient,) = torch.autograd.grad(loss, leaf)
-    torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
+    torch.testing.assert_close(gradient, expected)
     assert received[0].data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_inplace_in_a_padded_vocabulary(upstream, implementation, device) -> None:
+    """Logits that are a slice: what is beside them stays as it is."""
+    leaf, target, _ = example((9, 27), torch.float32, device)
+    leaf.requires_grad_()
+    (expected,) = torch.autograd.grad(fused.cross_entropy(leaf, target) * upstream, leaf)
+    padded = torch.cat((leaf, torch.full_like(leaf, 7.0)), 1) * 1.0
+    loss = fused.cross_entropy(padded[:, :27], target, inplace=True) * upstream
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(padded[:, 27:], torch.full_like(leaf, 7.0), rtol=0, atol=0)
 
 
 def test_inplace_misuse_raises(implementation, device) -> None:
@@ -300,6 +440,10 @@ def test_inplace_misuse_raises(implementation, device) -> None:
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+    loss = fused.cross_entropy(leaf * 1.0, target, inplace=True)
+    with pytest.raises(RuntimeError, match="inplace=False for create_graph=True"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
 
     logits = leaf * 1.0  # a graph that saved the logits before
     squares = (logits**2).sum()
@@ -325,7 +469,8 @@ def test_module(implementation, device) -> None:
     assert isinstance(ours, torch.nn.CrossEntropyLoss)
     torch.testing.assert_close(ours(logits, target), theirs(logits, target))
     ours.load_state_dict(theirs.state_dict())
-    capped = fused.CrossEntropyLoss(softcap=3.0, z_loss=0.1, logit_scale=0.5)
+    capped = fused.CrossEntropyLoss(softcap=3.0, z_loss=0.1, logit_scale=0.5, grad_in_forward=False)
+    assert not capped.grad_in_forward and ours.grad_in_forward
     expected = fused.cross_entropy(logits, target, softcap=3.0, z_loss=0.1, logit_scale=0.5)
     torch.testing.assert_close(capped(logits, target), expected)
 

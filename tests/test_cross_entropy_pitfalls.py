@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused
-from tests.test_cross_entropy import REDUCTIONS, check_against_torch, example
+from tests.test_cross_entropy import REDUCTIONS, check_against_torch, example, small_chunks  # noqa: F401
 
 INF = float("inf")
 

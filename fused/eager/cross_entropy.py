@@ -18,6 +18,8 @@ from torch import Tensor
 # Elements of a chunk: 2 MB of float32. Of 0.25 to 4 MB, 1 to 2 were fastest; smaller ones are
 # Python's overhead, larger ones leave the cache.
 _CHUNK = 2**19
+# Up to so many elements a call is mostly Python, and torch's own has less of it.
+SMALL = 2**13
 # Below this the probability of a target has lost digits, or everything, to underflow.
 _TINY = 1e-30
 
@@ -102,10 +104,10 @@ def cross_entropy_fwd_bwd(
     for rows in _chunks(x):
         chunk, out = _Rows(x[rows], target[rows], weight, *numbers), dx[rows]
         losses = None if plain else with_errors(_losses, chunk, want_extras)
-        z = scores(chunk.x, target, softcap, logit_scale)
-        p = torch.softmax(z, dim=1, out=scratch.beside(out, z))
+        z = scratch.scores(chunk)
+        p = scratch.softmax(z, chunk, out)
         if losses is None:
-            losses = with_errors(_losses_from, p, z, chunk), None, None
+            losses = with_errors(_losses_from, p, chunk), None, None
         outputs.append(losses)
         _gradient_from(p, z, chunk, scale, out)
     loss, extras = _reduced(outputs, reduction, scale, loss_dtype)
@@ -143,13 +145,13 @@ def cross_entropy_bwd(
     scratch = _Scratch()
     for rows in _chunks(x):
         chunk = _Rows(x[rows], target[rows], weight, *numbers)
-        z = scores(chunk.x, target, softcap, logit_scale)
+        z = scratch.scores(chunk)
         f = factor[rows].unsqueeze(1) if factor.dim() else factor
         if dtarget is not None:
             dt = torch.log_softmax(z, dim=1).mul_((label_smoothing - 1) * f)
             dtarget[rows] = dt if weight is None else dt.mul_(_per_class(weight, z))
         if dx is not None:
-            p = torch.softmax(z, dim=1, out=scratch.beside(dx[rows], z))
+            p = scratch.softmax(z, chunk, dx[rows])
             _gradient_from(p, z, chunk, f, dx[rows])
     return dx, dtarget
 
@@ -161,6 +163,23 @@ def cross_entropy_scale(dx: Tensor, dloss: Tensor) -> Tensor:
     return dx.mul_(dloss)
 
 
+def cross_entropy_small(
+    x: Tensor, target: Tensor, ignore_index: int, reduction: str, loss_dtype: torch.dtype
+) -> Tensor:
+    """The loss of logits (N, C, *S) and class indices by torch's own function, in float32.
+
+    For autograd to differentiate.
+    """
+    if x.dtype != torch.float32:
+        x = x.float()
+    try:
+        loss = F.cross_entropy(x, target, ignore_index=ignore_index, reduction=reduction)
+    except IndexError:
+        _raise_if_outside(target, x.shape[1], ignore_index)
+        raise
+    return loss if loss_dtype == torch.float32 else loss.to(loss_dtype)
+
+
 def _chunks(x: Tensor) -> Iterator[slice]:
     """Slices of rows: at least one, which is everything where x is not on the CPU."""
     n = max(1, x.shape[0])
@@ -169,18 +188,35 @@ def _chunks(x: Tensor) -> Iterator[slice]:
 
 
 class _Scratch:
-    """Memory of a chunk's size for softmax, taken once a call."""
+    """Memory of a chunk's size, taken once a call: fresh pages cost more than what is done here."""
 
-    memory: Tensor | None = None
+    def __init__(self) -> None:
+        self._z: Tensor | None = None
+        self._p: Tensor | None = None
 
-    def beside(self, out: Tensor, z: Tensor) -> Tensor:
-        """Room for a result shaped as z: `out`, if it is contiguous, of z's dtype and not z itself;
-        what is not written for good at once must not go where z still is."""
-        if z.dtype == out.dtype and z.data_ptr() != out.data_ptr() and out.is_contiguous():
-            return out
-        if self.memory is None:
-            self.memory = torch.empty_like(z, memory_format=torch.contiguous_format)
-        return self.memory[: z.shape[0]]
+    def scores(self, rows: _Rows) -> Tensor:
+        """`scores` of a chunk: its own logits where there is nothing to compute."""
+        x, dtype = rows.x, _computed_in(rows.x, rows.target)
+        if x.dtype == dtype and rows.softcap == 0 and rows.logit_scale == 1:
+            return x
+        if self._z is None:
+            self._z = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        z = self._z[: x.shape[0]].copy_(x)
+        if rows.logit_scale != 1:
+            z.mul_(rows.logit_scale)
+        return z if rows.softcap == 0 else z.div_(rows.softcap).tanh_().mul_(rows.softcap)
+
+    def softmax(self, z: Tensor, rows: _Rows, out: Tensor) -> Tensor:
+        """softmax(z), never over the logits: in `out` if it fits, else over z if that is free."""
+        if z.dtype == out.dtype and out.is_contiguous() and z.data_ptr() != out.data_ptr():
+            p = out
+        elif z.data_ptr() != rows.x.data_ptr() and not (rows.softcap or rows.z_loss):
+            p = z
+        else:
+            if self._p is None:
+                self._p = torch.empty_like(z, memory_format=torch.contiguous_format)
+            p = self._p[: z.shape[0]]
+        return torch.softmax(z, dim=1, out=p)
 
 
 def _computed_in(x: Tensor, target: Tensor) -> torch.dtype:
@@ -238,17 +274,18 @@ def _losses(rows: _Rows, want_extras: bool) -> tuple[Tensor, Tensor | None, Tens
     return loss, lse, hit
 
 
-def _losses_from(p: Tensor, z: Tensor, rows: _Rows) -> Tensor:
-    """Loss of each row (N, *S), of class indices on the CPU, from p = softmax(z)."""
+def _losses_from(p: Tensor, rows: _Rows) -> Tensor:
+    """Loss of each row (N, *S), of class indices on the CPU, from its softmax p."""
     ignored, _, index = _split_targets(rows.target, p.shape[1], rows.ignore_index)
     p_y = _pick(p, index)
     lost = p_y < _TINY
     loss = p_y.log_().neg_()
     if lost.any():
-        z_y = _pick(z, index)[lost]
-        loss[lost] = torch.logsumexp(z.movedim(1, -1)[lost], 1) - z_y
+        x, y = rows.x.movedim(1, -1)[lost], index.movedim(1, -1)[lost]
+        z = scores(x, rows.target, rows.softcap, rows.logit_scale)
+        loss[lost] = _pick(torch.log_softmax(z, dim=1), y).neg_()
     if rows.weight is not None:
-        loss *= _pick(_per_class(rows.weight, z), index)
+        loss *= _pick(_per_class(rows.weight, p), index)
     return loss.masked_fill_(ignored, 0.0)
 
 
