@@ -212,7 +212,7 @@ def cross_entropy(
     The formulas are derived in docs/derivations.md. The z-loss is that of PaLM (Chowdhery et al.,
     2022), the cap that of Gemma 2 (2024).
     """
-    options = _options(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
+    options = options_of(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
     return _run(input, target, weight, options, inplace, grad_in_forward, False)[0]
 
 
@@ -236,7 +236,7 @@ def cross_entropy_with_stats(
     three carry no gradient. `correct` over the number of rows that are not ignored is the accuracy;
     of several largest logits the first counts. For probabilities the target's largest counts.
     """
-    options = _options(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
+    options = options_of(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
     return CrossEntropyOutput(*_run(input, target, weight, options, inplace, grad_in_forward, True))
 
 
@@ -289,7 +289,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         )
 
 
-def _options(
+def options_of(
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
@@ -311,8 +311,8 @@ def _run(
     want_extras: bool,
 ) -> tuple[Tensor, ...]:
     """Checks, chooses, computes: (loss,), or (loss, row_loss, lse, correct)."""
-    _check(input, target, weight, options)
-    loss_dtype = _loss_dtype(input, target, weight)
+    check(input, target, weight, options)
+    loss_dtype = loss_dtype_of(input, target, weight)
     no_batch = input.dim() == 1
     if no_batch:
         input = input.unsqueeze(0)
@@ -363,7 +363,7 @@ def _is_small(input: Tensor, target: Tensor, weight: Tensor | None, options: _Op
     )
 
 
-def _loss_dtype(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+def loss_dtype_of(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
     dtype = input.dtype
     if target.is_floating_point():
         dtype = torch.promote_types(dtype, target.dtype)
@@ -379,7 +379,7 @@ def _under_autocast(input: Tensor) -> bool:
     return not input.is_meta and torch.is_autocast_enabled(input.device.type)
 
 
-def _check(input: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> None:
+def check(input: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> None:
     """Refuses what torch refuses, with the same kind of error."""
     if options.reduction not in _REDUCTIONS:
         raise ValueError(

@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _WeightedLoss
 
 from fused import backend
-from fused.cross_entropy import CrossEntropyOutput
-from fused.cross_entropy import _check as check
-from fused.cross_entropy import _loss_dtype as loss_dtype_of
-from fused.cross_entropy import _options as options_of
+from fused.cross_entropy import CrossEntropyOutput, check, loss_dtype_of, options_of
 from fused.eager import cross_entropy as eager
 from fused.eager import linear_cross_entropy as chunked
 from fused.eager.linear_cross_entropy import Problem
