@@ -175,7 +175,7 @@ def cross_entropy_small(
     try:
         loss = F.cross_entropy(x, target, ignore_index=ignore_index, reduction=reduction)
     except IndexError:
-        _raise_if_outside(target, x.shape[1], ignore_index)
+        raise_if_outside(target, x.shape[1], ignore_index)
         raise
     return loss if loss_dtype == torch.float32 else loss.to(loss_dtype)
 
