@@ -40,7 +40,9 @@ def test_gradcheck_and_gradgradcheck(
 
     leaves = [t[name].requires_grad_() for name in names]
     torch.autograd.gradcheck(function, leaves)
-    torch.autograd.gradgradcheck(function, leaves)
+    # Second derivatives are torch's own operations on both; one case shows that Triton gets there.
+    if implementation == "eager" or (training, correction, activation) == (True, 1, "tanh"):
+        torch.autograd.gradgradcheck(function, leaves)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

@@ -40,7 +40,9 @@ def test_gradcheck_and_gradgradcheck(reduction, kind, options, implementation, d
     leaves, function = differentiable(kind, device)
     call = lambda *t: function(*t, reduction=reduction, **OPTIONS[options])  # noqa: E731
     torch.autograd.gradcheck(call, leaves)
-    torch.autograd.gradgradcheck(call, leaves)
+    # Second derivatives are torch's own operations on both; one case shows that Triton gets there.
+    if implementation == "eager" or (reduction, kind, options) == ("mean", "indices", "plain"):
+        torch.autograd.gradgradcheck(call, leaves)
 
 
 def test_hessian_is_torchs(implementation, device) -> None:
@@ -175,7 +177,15 @@ def samples_of_torch(dtype: torch.dtype, device: torch.device) -> Iterator[tuple
 
 # Ignored: what torch warns of when its test tools are imported.
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.float32,
+        torch.bfloat16,
+        *(pytest.param(d, marks=pytest.mark.slow) for d in DTYPES[1::2]),
+    ],
+    ids=str,
+)
 def test_pytorchs_own_samples(dtype, implementation, device) -> None:
     count = 0
     for input, target, keywords in samples_of_torch(dtype, device):
