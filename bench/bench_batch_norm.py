@@ -130,8 +130,8 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
 
     builders: dict[str, Callable[[], Contender]] = {
         "torch": lambda: autograd(torch_norm),
-        "fused": lambda: autograd(fused_norm),
         "chunked": lambda: chunked(x.detach(), weight.detach(), bias.detach(), dy, activation),
+        "fused": lambda: autograd(fused_norm),
         "torch graph": in_graph(lambda: autograd(torch_norm), device),
         "fused graph": in_graph(lambda: autograd(fused_norm), device),
         "compile": compiled(lambda wrap: autograd(wrap(torch_norm)), None),

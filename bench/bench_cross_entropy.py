@@ -101,8 +101,8 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
 
     builders: dict[str, Callable[[], Contender]] = {
         "torch": lambda: autograd(F.cross_entropy),
-        "fused": lambda: autograd(fused.cross_entropy),
         "chunked": lambda: chunked(x.detach(), target, upstream),
+        "fused": lambda: autograd(fused.cross_entropy),
         "torch graph": in_graph(lambda: autograd(F.cross_entropy), device),
         "fused graph": in_graph(lambda: autograd(fused.cross_entropy), device),
         "compile": torch_compiled(None),

@@ -74,8 +74,8 @@ class Operation(Protocol):
         """By phase: the least number of bytes that has to be moved."""
 
     def contenders(self, case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:
-        """Builders by name, "torch" first: the others are checked against it. A builder raises
-        Unavailable where it cannot run."""
+        """Builders by name, "torch" and "chunked" first: the others are checked against
+        them. A builder raises Unavailable where it cannot run."""
 
     def traffic_case(self, case: Case) -> Case:
         """A smaller case that takes the same kernels in the same way, for the interpreter."""

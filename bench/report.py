@@ -16,7 +16,8 @@ Written by `python -m bench report` from the JSON files in [bench/results](../be
 section names the command that made its file.
 
 - Contenders ran interleaved in one process, on the same inputs, after their outputs were compared
-  with PyTorch's (sum of the differences over the sum); what failed that is listed, not timed.
+  with those of PyTorch and of the unfused form (sum of the differences over the sum); what agreed
+  with neither is listed, not timed, and so is where the two differ.
 - `fwd` runs without a graph, `bwd` is the backward alone, `fwd_bwd` both. `torch` is PyTorch's
   eager operation; every other contender is given as the ratio of its time to torch's, below 1 being
   faster: the median over the rounds. On a GPU that is device time with a cold L2 cache.
@@ -90,6 +91,8 @@ def _section(path: Path, result: dict[str, Any]) -> str:
             parts.append(f"![{picture.stem}](../bench/results/{picture.name})")
     if result["skipped"]:
         parts += ["Skipped:", tables.skipped(result)]
+    if result["notes"]:
+        parts += ["Notes:", tables.notes(result)]
     return "\n\n".join(parts)
 
 

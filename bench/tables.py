@@ -106,6 +106,10 @@ def skipped(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def notes(result: dict[str, Any]) -> str:
+    return "\n".join(f"- {note}" for note in result["notes"])
+
+
 def summary(result: dict[str, Any]) -> str:
     """Everything, as the runner prints it at the end."""
     parts = [heading(result)]
@@ -113,6 +117,8 @@ def summary(result: dict[str, Any]) -> str:
         parts += [f"{operation}:", table(result, operation)]
     if result["skipped"]:
         parts += ["Skipped:", skipped(result)]
+    if result["notes"]:
+        parts += ["Notes:", notes(result)]
     return "\n\n".join(parts)
 
 

@@ -92,8 +92,13 @@ class Square:
             phases = {"fwd_bwd": Phase(lambda _: 2 * x * dy)}
             return Contender(lambda: {"output": x**2, "dinput": x * dy}, phases)
 
+        def chunked() -> Contender:
+            phases = {"fwd_bwd": Phase(lambda _: 2 * x * dy)}
+            return Contender(lambda: {"output": x**2 + 1, "dinput": 2 * x * dy}, phases)
+
         return {
             "torch": lambda: differentiable(lambda: x**2, {"input": x}, dy),
+            "chunked": chunked,
             "fused": lambda: differentiable(lambda: x * x, {"input": x}, dy),
             "wrong": wrong,
         }
@@ -102,7 +107,9 @@ class Square:
 def test_what_computes_something_else_is_not_timed(monkeypatch) -> None:
     monkeypatch.setattr(runner, "operations", lambda names=None: {"square": Square()})
     result = runner.run("quick", None, None, CPU, 20.0)
-    assert {r["contender"] for r in result["rows"]} == {"torch", "fused"}
+    assert {r["contender"] for r in result["rows"]} == {"torch", "chunked", "fused"}
+    (note,) = result["notes"]  # that the references differ
+    assert note.startswith("square 64x8-f32: chunked's output is ")
     (skip,) = result["skipped"]
     assert skip["contender"] == "wrong" and skip["reason"].startswith("wrong: dinput")
     row = result["rows"][0]
