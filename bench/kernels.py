@@ -24,6 +24,7 @@ import fused
 from bench import assembly, traffic
 from bench.assembly import Code
 from bench.cases import Case, Operation
+from bench.runner import progress
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -203,13 +204,20 @@ def report(
     ops: dict[str, Operation], targets: list[str], only: str | None = None
 ) -> list[dict[str, Any]]:
     """Compiles every launch of every kernel case, or of those whose name contains `only`."""
+    todo = [
+        (name, op, case)
+        for name, op in ops.items()
+        for case in op.kernel_cases()
+        if (only or "") in str(case)
+    ]
+    bounded = {name for name, op, case in todo if op.least_bytes(case)}
+    counts = {name: iter(traffic.counted(name, only)) for name in bounded}
     found = []
-    for name, op in ops.items():
-        cases = [case for case in op.kernel_cases() if (only or "") in str(case)]
-        bounded = [bool(op.least_bytes(case)) for case in cases]
-        counts = traffic.counted(name, only) if any(bounded) else [[] for _ in cases]
-        for case, count in zip(cases, counts, strict=True):
+    with progress(len(todo)) as advance:
+        for name, op, case in todo:
+            advance(f"{name} {case}")
             size, least = op.traffic_case(case).bytes, op.least_bytes(case).get("fwd_bwd")
+            count = next(counts[name]) if name in counts else []
             launches = caught(op, case)
             names = [launch.kernel.__name__ for launch in launches]
             # With fewer rows or channels another plan may have been taken: then nothing is said.

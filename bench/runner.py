@@ -74,7 +74,7 @@ def run(
     if not todo:
         raise ValueError(f"no case of the suite has {only!r} in its name")
     build_seconds: dict[str, float] = {}
-    with _progress(len(todo)) as advance:
+    with progress(len(todo)) as advance:
         for i, (op, case) in enumerate(todo):
             share = (budget - (time.perf_counter() - began)) / (len(todo) - i)
             advance(f"{op.OPERATION} {case}")
@@ -239,7 +239,7 @@ def _skip(case: Case, contender: str, reason: str) -> dict[str, str]:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Callable[[str], None]]:
+def progress(total: int) -> Iterator[Callable[[str], None]]:
     """A bar on a terminal where tqdm is installed, a line a case elsewhere."""
     if not sys.stderr.isatty() or importlib.util.find_spec("tqdm") is None:
         done = 0

@@ -14,7 +14,8 @@ accesses to global memory as count x bytes a thread, and instructions over the b
 H100 issues 128 thread-instructions a clock and multiprocessor and reads or writes about 14 bytes of
 memory, so that a loop above 9 is limited by its instructions. `reads` and `writes` are what the
 launch asks memory for, caches included, counted in Triton's interpreter with fewer rows or
-channels, in units of the case's one large tensor."""
+channels, in units of the case's one large tensor; they are left out where that would change what is
+launched, or take minutes."""
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:

@@ -99,7 +99,8 @@ def check_nothing_is_spilled(rows: list[dict[str, Any]]) -> None:
 
 def check_accesses_of_16_bytes(rows: list[dict[str, Any]]) -> None:
     """What streams a tensor does so 16 bytes at a time, in the loop that does it."""
-    streams = [row for row in rows if row["reads"] + row["writes"] >= 0.9]
+    # What is not counted, being too large for the interpreter, streams.
+    streams = [r for r in rows if r["reads"] is None or r["reads"] + r["writes"] >= 0.9]
     assert streams
     for row in streams:
         for target in ("sm_90", "sm_100"):
@@ -108,7 +109,7 @@ def check_accesses_of_16_bytes(rows: list[dict[str, Any]]) -> None:
             # A loop over rows has a few narrow accesses besides: of a row's target, for one.
             wide = [part for part in parts if moved(part, 16) >= 0.8 * moved(part)]
             assert any(part["loads"] for part in wide), (row["kernel"], row["case"], parts)
-            if row["writes"] >= 0.9:
+            if row["writes"] is None or row["writes"] >= 0.9:
                 assert any(part["stores"] for part in wide), (row["kernel"], row["case"], parts)
 
 
