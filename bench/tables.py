@@ -87,8 +87,8 @@ def rates(result: dict[str, Any], operation: str) -> str:
             rows.append(
                 [
                     f"{case} {name}",
-                    f"{1 / t['median']:,.0f}",
-                    f"{1 / t['high']:,.0f} to {1 / t['low']:,.0f}",
+                    _rate(t["median"]),
+                    f"{_rate(t['high'])} to {_rate(t['low'])}",
                     f"{1 / row['ratio_to_torch']['wall']:.2f}",
                 ]
             )
@@ -217,6 +217,10 @@ def duration(seconds: float) -> str:
         if seconds * factor >= 1 or unit == "us":
             break
     return f"{seconds * factor:.3g} {unit}"
+
+
+def _rate(seconds: float) -> str:
+    return f"{1 / seconds:,.0f}" if seconds < 0.1 else f"{1 / seconds:.2g}"
 
 
 def _bandwidth(row: Row | None, metric: str, copy: float) -> list[str]:

@@ -68,7 +68,8 @@ def main() -> None:
 
     name, only = sys.argv[1], "".join(sys.argv[2:])
     op = operations([name])[name]
-    counter, found = Counter(), []
+    counter = Counter()
+    found: list[Any] = []
     for case in op.kernel_cases():
         if only not in str(case):
             continue

@@ -212,8 +212,9 @@ def batch_norm(
             block_c *= 2
         values = block_n * block_l * block_c
         return BatchNormPlan(block_n, block_l, block_c, 4 if values <= 1024 else 8, 1, 1, 1)
-    # Narrow accesses need an address each, and 16 of those did not fit into sm_100's registers.
-    values = _TILE_VALUES if align * itemsize >= 16 else _TILE_VALUES // 2
+    # Narrow accesses need an address each, and 16 of those did not fit into sm_100's registers; nor
+    # did 16 positions of images beside what is read ahead, on sm_80 and sm_100.
+    values = _TILE_VALUES if align * itemsize >= 16 and columns else _TILE_VALUES // 2
     # One program a block of channels, of a sector or one, and one launch.
     whole = (
         tensors > 0
