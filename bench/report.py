@@ -25,6 +25,7 @@ section names the command that made its file.
   `max` for its max-autotune mode; `graph` a replay from a CUDA graph.
 - GB/s is of the `fused` column: the least number of bytes that has to be moved over the time, so
   that re-reads show as lost bandwidth; `of copy` is its share of a large copy's rate in that run.
+- `bwd` of `fused` cross-entropy only hands over what its forward formed: compare `fwd_bwd`.
 - Memory is the most that is held above the inputs, in units of the case's one large tensor.
 - A size that does not fit the machine's memory or the time is measured with fewer rows: the case
   names what was measured.
@@ -85,7 +86,8 @@ def _section(path: Path, result: dict[str, Any]) -> str:
         parts += [f"### {operation}", tables.table(result, operation)]
         if m["type"] == "cuda":
             parts += ["Wall time of calls in a row:", tables.host(result, operation)]
-        if any(r["least_bytes"] for r in result["rows"] if r["operation"] == operation):
+        phases = {r["phase"] for r in result["rows"] if r["operation"] == operation}
+        if "fwd_bwd" in phases:
             parts += ["Peak memory:", tables.memory(result, operation)]
         for picture in sorted(RESULTS.glob(f"{path.stem}-{operation}-*.png")):
             parts.append(f"![{picture.stem}](../bench/results/{picture.name})")
