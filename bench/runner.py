@@ -113,7 +113,6 @@ class _Measurement:
             return
         phases = list(contenders["torch"].phases)
         for i, phase in enumerate(phases):
-            # The graph replays what a contender beside it computes, whose memory it has in use.
             left = (self.deadline - time.perf_counter()) / (len(phases) - i)
             self._time(phase, {n: c for n, c in contenders.items() if phase in c.phases}, left)
 

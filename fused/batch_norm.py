@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 from fused import backend
 from fused.eager import batch_norm as eager
 from fused.operators import batch_norm as operators
+from fused.second_order import differentiable_gradients
 
 ACTIVATIONS = (None, "tanh", "relu", "gelu", "silu")
 
@@ -294,10 +295,7 @@ def _composed_gradients(
     y, _, _ = eager.batch_norm_composed(
         input, weight, bias, residual, *frozen, o.eps, o.correction, o.activation
     )
-    wanted = [t for t, want in zip(tensors, wants, strict=True) if want and t is not None]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    gradients = [None if t is None or not want else next(found)
-                 for t, want in zip(tensors, wants, strict=True)]  # fmt: skip
+    gradients = differentiable_gradients(y, dy, tensors, wants)
     if wants[3] and residual is None:  # not kept without an activation: its gradient is dy
         gradients[3] = dy
     return gradients

@@ -9,6 +9,7 @@ from torch.autograd.graph import increment_version
 from fused import backend
 from fused.eager import cross_entropy as eager
 from fused.operators import cross_entropy as operators
+from fused.second_order import differentiable_gradients
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _REDUCTIONS = ("none", "mean", "sum")
@@ -127,10 +128,7 @@ def _composed_gradients(ctx: Any, dloss: Tensor) -> list[Tensor | None]:
     wants = ctx.needs_input_grad[:3]
     options: _Options = ctx.options
     (loss,) = eager.cross_entropy_composed(input, target, weight, *options, dloss.dtype, False)
-    tensors = zip((input, target, weight), wants, strict=True)
-    wanted = [t for t, want in tensors if want and t is not None]
-    found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))
-    return [next(found) if want else None for want in wants]
+    return differentiable_gradients(loss, dloss, (input, target, weight), wants)
 
 
 def cross_entropy(
@@ -369,12 +367,12 @@ def loss_dtype_of(input: Tensor, target: Tensor, weight: Tensor | None) -> torch
         dtype = torch.promote_types(dtype, target.dtype)
         if weight is not None:
             dtype = torch.promote_types(dtype, weight.dtype)
-    if dtype.itemsize == 2 and _under_autocast(input):
+    if dtype.itemsize == 2 and under_autocast(input):
         return torch.float32  # autocast computes losses in float32
     return dtype
 
 
-def _under_autocast(input: Tensor) -> bool:
+def under_autocast(input: Tensor) -> bool:
     # torch raises for devices that have no autocast, as meta.
     return not input.is_meta and torch.is_autocast_enabled(input.device.type)
 
@@ -461,7 +459,7 @@ def _check_weight(weight: Tensor, classes: int, input: Tensor, target: Tensor) -
     if target.is_floating_point():
         return
     if weight.dtype != input.dtype and not (
-        _under_autocast(input) and torch.float64 not in (weight.dtype, input.dtype)
+        under_autocast(input) and torch.float64 not in (weight.dtype, input.dtype)
     ):
         raise RuntimeError(
             f"cross_entropy: expected weight of dtype {input.dtype}, as input, got {weight.dtype}"

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _WeightedLoss
 
 from fused import backend
-from fused.cross_entropy import CrossEntropyOutput, check, loss_dtype_of, options_of
+from fused.cross_entropy import CrossEntropyOutput, check, loss_dtype_of, options_of, under_autocast
 from fused.eager import cross_entropy as eager
 from fused.eager import linear_cross_entropy as chunked
 from fused.eager.linear_cross_entropy import Problem
 from fused.operators import linear_cross_entropy as operators
+from fused.second_order import differentiable_gradients
 
 # What a chunk of logits may take. On a GPU its rows are what keeps the products efficient: 2048 of
 # 128k words in half precision; on a CPU it is to stay near the caches.
@@ -53,7 +54,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         problem = Problem(*ctx.saved_tensors, *ctx.numbers)
         wants, kernels = ctx.needs_input_grad[:3], ctx.kernels
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated
-            gradients = _composed_gradients(dloss, problem, wants)
+            (loss,) = _composed(problem, False)
+            gradients = differentiable_gradients(loss, dloss, problem[:3], wants)
         elif problem.reduction == "none":
             gradients = chunked.linear_cross_entropy_bwd(
                 kernels, dloss, problem, ctx.done.stats, wants
@@ -242,7 +244,7 @@ def _run(
 ) -> tuple[Tensor, ...]:
     """Checks, chooses, computes: (loss,), or (loss, row_loss, lse, correct)."""
     _check(input, linear_weight, linear_bias, memory_budget_bytes)
-    if not input.is_meta and torch.is_autocast_enabled(input.device.type):
+    if under_autocast(input):
         input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
     rows_shape = (*input.shape[:-1], *linear_weight.shape[:-1])
     # It stands in for the logits: no memory, but their shape, dtype and device.
@@ -326,8 +328,7 @@ def _check(
                 f"linear_cross_entropy: expected {name} on {input.device}, where input is, "
                 f"got {tensor.device}"
             )
-        autocast = not input.is_meta and torch.is_autocast_enabled(input.device.type)
-        if tensor.dtype != input.dtype and not autocast:
+        if tensor.dtype != input.dtype and not under_autocast(input):
             raise RuntimeError(
                 f"linear_cross_entropy: expected {name} of dtype {input.dtype}, as input, "
                 f"got {tensor.dtype}"
@@ -346,7 +347,7 @@ def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
 
 
 def _without_autocast(x: Tensor) -> Any:
-    if x.is_meta or not torch.is_autocast_enabled(x.device.type):
+    if not under_autocast(x):
         return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
@@ -362,13 +363,3 @@ def _composed(p: Problem, want_extras: bool) -> tuple[Tensor, ...]:
     b = None if p.b is None else p.b.reshape(-1)
     logits = F.linear(p.x, p.flat_w, b).view(p.x.shape[0], *p.w.shape[:-1])
     return eager.cross_entropy_composed(logits, *p[3:12], want_extras)
-
-
-def _composed_gradients(
-    dloss: Tensor, p: Problem, wants: tuple[bool, bool, bool]
-) -> list[Tensor | None]:
-    """Gradients of input, weight and bias that can be differentiated again."""
-    (loss,) = _composed(p, False)
-    wanted = [t for t, want in zip(p[:3], wants, strict=True) if want and t is not None]
-    found = iter(torch.autograd.grad(loss, wanted, dloss, create_graph=True))
-    return [next(found) if want else None for want in wants]

@@ -135,7 +135,8 @@ def _forward(
 
     counts, n_counts = None, 0
     if mean and not soft and n_rows > plan.max_rows_to_count:
-        block, n_counts = tuning.count(n_rows)
+        walk = tuning.count(n_rows)
+        n_counts = walk.n_programs
         counts = new(n_counts)
         _cross_entropy_count_kernel[(n_counts,)](
             target3,
@@ -147,8 +148,8 @@ def _forward(
             t_strides,
             ignore_index,
             ACC=_TRITON[acc],
-            BLOCK=block,
-            num_warps=8,
+            BLOCK=walk.BLOCK,
+            num_warps=walk.num_warps,
         )
     rows_loss = parts = None
     if want_extras or not reduced:
@@ -301,9 +302,14 @@ def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
     if span != dx.numel():  # a slice of larger memory: logits of a padded vocabulary, in place
         dx.mul_(dloss)
     else:
-        block, n_programs = tuning.scale(dx.numel(), dx.device)
-        _cross_entropy_scale_kernel[(n_programs,)](
-            dx, dloss, dx.numel(), ACC=_TRITON[_computed_in(dx, dx)], BLOCK=block, num_warps=8
+        walk = tuning.scale(dx.numel(), dx.device)
+        _cross_entropy_scale_kernel[(walk.n_programs,)](
+            dx,
+            dloss,
+            dx.numel(),
+            ACC=_TRITON[_computed_in(dx, dx)],
+            BLOCK=walk.BLOCK,
+            num_warps=walk.num_warps,
         )
     return dx
 

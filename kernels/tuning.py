@@ -12,23 +12,6 @@ def next_power_of_2(n: int) -> int:
 
 
 @dataclass(frozen=True)
-class Tile:
-    """BLOCK_N rows and BLOCK_C columns (classes or channels), worked on by num_warps warps."""
-
-    BLOCK_N: int
-    BLOCK_C: int
-    num_warps: int
-
-    def rows_grid(self, n_rows: int) -> tuple[int]:
-        """One program per BLOCK_N rows."""
-        return ((n_rows + self.BLOCK_N - 1) // self.BLOCK_N,)
-
-    def columns_grid(self, n_columns: int) -> tuple[int]:
-        """One program per BLOCK_C columns."""
-        return ((n_columns + self.BLOCK_C - 1) // self.BLOCK_C,)
-
-
-@dataclass(frozen=True)
 class CrossEntropyPlan:
     """Tiles of BLOCK_N rows and BLOCK_C classes, and how many programs share them."""
 
@@ -111,16 +94,25 @@ def _accesses(x: torch.Tensor) -> tuple[int, bool]:
     return 1, False
 
 
-def count(n_rows: int) -> tuple[int, int]:
-    """Block and programs that count `n_rows` for the mean: 4 steps of 8 targets a thread."""
-    return 2048, min((n_rows + 8191) // 8192, 512)
+@dataclass(frozen=True)
+class Pass:
+    """A pass over numbers, BLOCK at a time."""
+
+    BLOCK: int
+    num_warps: int
+    n_programs: int
 
 
-def scale(n: int, device: torch.device) -> tuple[int, int]:
-    """Block and programs of a pass over `n` numbers that mostly has nothing to do."""
+def count(n_rows: int) -> Pass:
+    """Over the targets of `n_rows`, for the mean: 4 steps of 8 targets a thread."""
+    return Pass(2048, 8, min((n_rows + 8191) // 8192, 512))
+
+
+def scale(n: int, device: torch.device) -> Pass:
+    """Over `n` numbers, where there is mostly nothing to do."""
     # Few programs: all that most calls cost is to start them.
     block = 8192
-    return block, min((n + block - 1) // block, 4 * _device(device)[0])
+    return Pass(block, 8, min((n + block - 1) // block, 4 * _device(device)[0]))
 
 
 @functools.cache

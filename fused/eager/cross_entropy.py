@@ -65,7 +65,7 @@ def cross_entropy_fwd(
     """
     numbers = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     with_errors = _checked(target, x.shape[1], ignore_index)
-    scale = with_errors(_scale, x, target, weight, ignore_index, reduction)
+    scale = with_errors(row_scale, x, target, weight, ignore_index, reduction)
     outputs = [
         with_errors(_losses, _Rows(x[rows], target[rows], weight, *numbers), want_extras)
         for rows in _chunks(x)
@@ -94,7 +94,7 @@ def cross_entropy_fwd_bwd(
     """
     numbers = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     with_errors = _checked(target, x.shape[1], ignore_index)
-    scale = with_errors(_scale, x, target, weight, ignore_index, reduction)
+    scale = with_errors(row_scale, x, target, weight, ignore_index, reduction)
     assert scale is not None
     dx = x if inplace else torch.empty_like(x)
     # The loss is in what the gradient takes anyway: its softmax. Not where more is asked, nor where
@@ -138,7 +138,7 @@ def cross_entropy_bwd(
     """
     assert stats is None, "stats belong to the Triton kernels"
     numbers = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    factor = dloss.to(_computed_in(x, target))
+    factor = dloss.to(computed_in(x, target))
     factor = factor if scale is None else factor * scale
     dx = None if not want_dx else x if inplace else torch.empty_like(x)
     dtarget = torch.empty_like(target) if want_dtarget else None
@@ -196,7 +196,7 @@ class _Scratch:
 
     def scores(self, rows: _Rows) -> Tensor:
         """`scores` of a chunk: its own logits where there is nothing to compute."""
-        x, dtype = rows.x, _computed_in(rows.x, rows.target)
+        x, dtype = rows.x, computed_in(rows.x, rows.target)
         if x.dtype == dtype and rows.softcap == 0 and rows.logit_scale == 1:
             return x
         if self._z is None:
@@ -219,17 +219,18 @@ class _Scratch:
         return torch.softmax(z, dim=1, out=p)
 
 
-def _computed_in(x: Tensor, target: Tensor) -> torch.dtype:
+def computed_in(x: Tensor, target: Tensor) -> torch.dtype:
+    """float64 if either is, else float32."""
     return torch.float64 if torch.float64 in (x.dtype, target.dtype) else torch.float32
 
 
-def _scale(
+def row_scale(
     x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor | None:
-    """The factor of every row in the mean or sum, one number."""
+    """The factor of every row in the mean or sum, one number; of x only shape and dtype count."""
     if reduction == "none":
         return None
-    one = torch.ones((), dtype=_computed_in(x, target), device=x.device)
+    one = torch.ones((), dtype=computed_in(x, target), device=x.device)
     if reduction == "sum":
         return one
     if target.shape == x.shape:
@@ -422,8 +423,7 @@ def cross_entropy_composed(
 
 def scores(x: Tensor, target: Tensor, softcap: float, logit_scale: float) -> Tensor:
     """z = cap * tanh(scale * x / cap), in the dtype that everything is computed in."""
-    wide = torch.float64 in (x.dtype, target.dtype)
-    z = x.to(torch.float64 if wide else torch.float32)
+    z = x.to(computed_in(x, target))
     if logit_scale != 1:
         z = z * logit_scale
     return z if softcap == 0 else (z / softcap).tanh() * softcap

@@ -44,8 +44,7 @@ class Problem(NamedTuple):
 
     @property
     def computed_in(self) -> torch.dtype:
-        wide = torch.float64 in (self.x.dtype, self.target.dtype)
-        return torch.float64 if wide else torch.float32
+        return cross_entropy.computed_in(self.x, self.target)
 
     def of(self, rows: Tensor) -> "Problem":
         return self._replace(x=self.x[rows], target=self.target[rows])
@@ -94,10 +93,8 @@ class Gradients:
             if gradient is None or like is None:
                 found.append(None)
                 continue
-            if factor is not None and gradient.dtype == like.dtype:
+            if factor is not None:
                 gradient = kernels.cross_entropy_scale(gradient, factor)
-            elif factor is not None:
-                gradient = gradient * factor
             found.append(gradient.to(like.dtype).view(like.shape))
         return found
 
@@ -168,7 +165,9 @@ def _forward(
     else:
         loss = torch.stack(losses).sum()
         if p.reduction == "mean":
-            scale = _counted(p).reciprocal()
+            logits = p.x.new_empty(()).expand(p.x.shape[0], *p.w.shape[:-1])  # of that shape
+            scale = cross_entropy.row_scale(logits, p.target, p.weight, p.ignore_index, p.reduction)
+            assert scale is not None
             loss = loss * scale
         loss = loss.to(p.loss_dtype)
     merged = None
@@ -246,19 +245,6 @@ def _logits(p: Problem) -> Iterator[tuple[slice, Tensor]]:
         else:
             torch.addmm(b, x, w.T, out=z)
         yield rows, z.view(z.shape[0], *p.w.shape[:-1])
-
-
-def _counted(p: Problem) -> Tensor:
-    """What the mean divides by: the weights of the rows that are not ignored, or their number."""
-    if p.target.dim() == p.w.dim() and p.target.is_floating_point():
-        return torch.full((), p.target.numel() / p.w.shape[0], dtype=p.computed_in).to(p.x.device)
-    index = p.target.long()
-    valid = index != p.ignore_index
-    if p.weight is None:
-        return valid.sum(dtype=p.computed_in)
-    inside = valid & (index >= 0) & (index < len(p.weight))
-    weights = p.weight.to(p.computed_in)[torch.where(inside, index, 0)]
-    return torch.where(inside, weights, 0.0).sum()
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
