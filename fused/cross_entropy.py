@@ -309,6 +309,8 @@ def _run(
     want_extras: bool,
 ) -> tuple[Tensor, ...]:
     """Checks, chooses, computes: (loss,), or (loss, row_loss, lse, correct)."""
+    if not (want_extras or inplace) and _is_small(input, target, weight, options):
+        return (_small(input, target, options),)
     check(input, target, weight, options)
     loss_dtype = loss_dtype_of(input, target, weight)
     no_batch = input.dim() == 1
@@ -320,12 +322,6 @@ def _run(
     elif torch._C._are_functorch_transforms_active():
         outputs = eager.cross_entropy_composed(
             input, target, weight, *options, loss_dtype, want_extras
-        )
-    elif not (want_extras or inplace) and _is_small(input, target, weight, options):
-        outputs = (
-            eager.cross_entropy_small(
-                input, target, options.ignore_index, options.reduction, loss_dtype
-            ),
         )
     else:
         wants_gradient = input.requires_grad and torch.is_grad_enabled()
@@ -351,14 +347,30 @@ def _run(
 def _is_small(input: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> bool:
     """Whether torch's own function serves as well and is quicker to call: little, on the CPU."""
     return (
-        input.numel() <= eager.SMALL
+        not torch.compiler.is_compiling()
+        and input.numel() <= eager.SMALL
         and input.is_cpu
         and input.dtype != torch.float64
         and target.dtype == torch.int64
         and weight is None
         and options[2:] == (0.0, 0.0, 0.0, 1.0)
         and backend.name_for(input) == "eager"
+        and not torch._C._are_functorch_transforms_active()
     )
+
+
+def _small(input: Tensor, target: Tensor, options: _Options) -> Tensor:
+    try:
+        return eager.cross_entropy_small(
+            input,
+            target,
+            options.ignore_index,
+            options.reduction,
+            loss_dtype_of(input, target, None),
+        )
+    except Exception:
+        check(input, target, None, options)  # torch refuses the same; this says it better
+        raise
 
 
 def loss_dtype_of(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
