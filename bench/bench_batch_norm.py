@@ -137,10 +137,33 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
         mean, var = torch.zeros(c, device=device), torch.ones(c, device=device)
         return differentiable(lambda: norm(x, mean, var, weight, bias), leaves, dy)
 
+    def corrected() -> Contender:
+        """With Bessel's correction, of n / (n - 1) times eps and the square root of that times
+        weight: its output is the others'."""
+        n = x.numel() // c
+        t = n / (n - 1)
+        root = (weight.detach() * t**0.5).requires_grad_()
+        mean, var = torch.zeros(c, device=device), torch.ones(c, device=device)
+        found = differentiable(
+            lambda: fused.batch_norm(
+                x, mean, var, root, bias, True, _MOMENTUM, _EPS * t,
+                correction=1, activation=activation,
+            ),
+            {**leaves, "weight": root},
+            dy,
+        )  # fmt: skip
+
+        def outputs() -> dict[str, Tensor]:
+            computed = found.outputs()
+            return {**computed, "dweight": computed["dweight"] * t**0.5}
+
+        return replace(found, outputs=outputs)
+
     builders: dict[str, Callable[[], Contender]] = {
         "torch": lambda: autograd(torch_norm),
         "chunked": lambda: chunked(x.detach(), weight.detach(), bias.detach(), dy, activation),
         "fused": lambda: autograd(fused_norm),
+        "fused correction=1": corrected,
         "torch graph": in_graph(lambda: autograd(torch_norm), device),
         "fused graph": in_graph(lambda: autograd(fused_norm), device),
         "compile": compiled(lambda wrap: autograd(wrap(torch_norm)), None),

@@ -1,6 +1,7 @@
 """What a figure depends on: the device, the versions, and how fast memory is copied here."""
 
 import importlib
+import os
 import platform
 import re
 import time
@@ -37,6 +38,8 @@ def describe(device: torch.device) -> dict[str, Any]:
             "name": _processor(),
             "memory_bytes": _memory(),
             "threads": torch.get_num_threads(),
+            # PyTorch asks for large pages then: a new tensor costs fewer page faults.
+            "large_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1",
         }
     return found
 
@@ -71,7 +74,10 @@ def copy_bandwidth(device: torch.device) -> float:
 def slug(machine: dict[str, Any]) -> str:
     """The name of a machine as part of a file's name."""
     name = re.sub(r"[^a-z0-9]+", "-", machine["name"].lower()).strip("-")
-    return name if machine["type"] != "cpu" else f"cpu-{name}-{machine['threads']}-threads"
+    if machine["type"] == "cpu":
+        pages = "-large-pages" if machine["large_pages"] else ""
+        return f"cpu-{name}-{machine['threads']}-threads{pages}"
+    return name
 
 
 def _processor() -> str:

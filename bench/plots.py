@@ -14,6 +14,7 @@ from bench import tables
 _COLOURS = {
     "fused": "tab:red",
     "fused graph": "tab:pink",
+    "fused correction=1": "tab:brown",
     "torch": "tab:blue",
     "torch graph": "tab:cyan",
     "compile": "tab:green",
@@ -54,7 +55,7 @@ def _speed(result: dict[str, Any], rows: list[dict[str, Any]], operation: str) -
                 "o-",
                 ms=4,
                 lw=1,
-                color=_COLOURS.get(name, "tab:brown"),
+                color=_COLOURS.get(name, "black"),
                 label=name,
             )
         copy = result["copy_bytes_per_second"] / 1e9
@@ -82,7 +83,7 @@ def _memory(rows: list[dict[str, Any]], operation: str) -> Any:
                 places,
                 list(found.values()),
                 width,
-                color=_COLOURS.get(name, "tab:brown"),
+                color=_COLOURS.get(name, "black"),
                 label=name,
             )
         ax.set_xticks(range(len(cases)), cases, rotation=30, ha="right", fontsize=7)
@@ -95,7 +96,7 @@ def _rates(rows: list[dict[str, Any]], operation: str) -> Any:
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     names = [r["contender"] for r in rows]
     times = [r["times"]["wall"]["median"] * 1e6 for r in rows]
-    ax.barh(names, times, color=[_COLOURS.get(name, "tab:brown") for name in names])
+    ax.barh(names, times, color=[_COLOURS.get(name, "black") for name in names])
     ax.set(xlabel="microseconds a step", title=operation, xscale="log")
     return figure
 

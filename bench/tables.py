@@ -131,7 +131,9 @@ def table(result: dict[str, Any], operation: str) -> str:
 
 def heading(result: dict[str, Any]) -> str:
     m = result["machine"]
-    where = f"{m['name']}, {m['threads']} threads" if m["type"] == "cpu" else m["name"]
+    where = m["name"]
+    if m["type"] == "cpu":
+        where += f", {m['threads']} threads{', large pages' if m.get('large_pages') else ''}"
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
     return (
         f"{where}; {versions}; {result['date'][:10]}; suite {result['suite']}; "

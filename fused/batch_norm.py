@@ -9,6 +9,7 @@ from torch.autograd.graph import increment_version
 
 from fused import backend
 from fused.eager import batch_norm as eager
+from fused.eager.batch_norm_small import batch_norm_small, is_small
 from fused.operators import batch_norm as operators
 from fused.second_order import differentiable_gradients
 
@@ -253,7 +254,26 @@ def run(
         return operators.call(*tensors, running_mean, running_var, tracked, **o._asdict())
     if torch._C._are_functorch_transforms_active():
         return _functional(*tensors, running_mean, running_var, tracked, o)
+    if _is_small(input, o):
+        assert o.momentum is not None
+        y = batch_norm_small(
+            *tensors, running_mean, running_var, tracked, o.momentum, o.eps, o.correction,
+            o.activation,
+        )  # fmt: skip
+        if y is not None:
+            return y
     return BatchNormFunction.apply(*tensors, running_mean, running_var, tracked, o)
+
+
+def _is_small(input: Tensor, o: _Options) -> bool:
+    """Whether torch's own operations may serve as well and are quicker to call."""
+    return (
+        o.batch_statistics
+        and is_small(input)
+        and o.momentum is not None
+        and not o.skip_nonfinite
+        and backend.name_for(input) == "eager"
+    )
 
 
 def _functional(

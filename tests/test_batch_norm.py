@@ -229,8 +229,8 @@ def test_evaluation_backward_does_not_follow_later_statistics(implementation, de
 
 @pytest.mark.parametrize("activation", [None, "relu"])
 def test_residual_is_kept_only_for_an_activation(activation, implementation, device) -> None:
-    x = torch.randn(4, 3, device=device, requires_grad=True)
-    residual = torch.randn(4, 3, device=device)
+    x = torch.randn(4, 3, 2, device=device, requires_grad=True)
+    residual = torch.randn(4, 3, 2, device=device)
     alive = weakref.ref(residual)
     y = fused.batch_norm(x, None, None, training=True, residual=residual, activation=activation)
     del residual

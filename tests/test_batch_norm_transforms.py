@@ -208,7 +208,7 @@ def test_pytorchs_own_samples(dtype, implementation, device) -> None:
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("twin", ["1d", "2d", "3d"])
 def test_pytorchs_own_module_samples(twin, training, implementation, device) -> None:
-    from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+    from torch.testing._internal.common_modules import module_db
 
     Ours, Theirs, _ = TWINS[twin]
     (info,) = (m for m in module_db if m.module_cls is Theirs)
@@ -226,6 +226,17 @@ def test_pytorchs_own_module_samples(twin, training, implementation, device) -> 
                 gradients = torch.autograd.grad(y, [x, *norm.parameters()], upstream)
                 results.append((y, *gradients, *norm.buffers()))
             torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("twin", list(TWINS))
+def test_pytorchs_own_module_error_inputs(twin, training, implementation, device) -> None:
+    from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
+
+    Ours, Theirs, _ = TWINS[twin]
+    (info,) = (m for m in module_db if m.module_cls is Theirs)
+    if info.module_error_inputs_func is None:
+        pytest.skip("this PyTorch has no error inputs for batch norm")
     errors = info.module_error_inputs_func(
         info, device, torch.float32, requires_grad=False, training=training
     )

@@ -208,6 +208,8 @@ def test_pytorchs_own_error_inputs(implementation, device) -> None:
     (info,) = (op for op in op_db if op.name == "nn.functional.cross_entropy")
     assert info.error_inputs_func is None, "PyTorch has error inputs now: try them here"
     (module,) = (m for m in module_db if m.module_cls is torch.nn.CrossEntropyLoss)
+    if module.module_error_inputs_func is None:
+        pytest.skip("this PyTorch has no error inputs for cross-entropy")
     errors = module.module_error_inputs_func(
         module, device, torch.float32, requires_grad=False, training=True
     )

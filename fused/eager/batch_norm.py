@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fused.eager.activation import IN_PLACE, NEW, activation_backward
-from fused.eager.batch_norm_small import is_small, small_bwd, small_fwd
 
 _CHUNK = 2**18  # elements: a megabyte of float32
 
@@ -43,23 +42,6 @@ def batch_norm_fwd(
             tracked.add_(1)
         mean, m2 = batch_norm_moments(x)
         return torch.empty_like(x), mean, m2
-    if is_small(x) and not skip_nonfinite and momentum is not None:
-        small = small_fwd(
-            x,
-            gamma,
-            beta,
-            residual,
-            running_mean,
-            running_var,
-            momentum,
-            eps,
-            correction,
-            activation,
-        )
-        if small is not None:
-            if tracked is not None:
-                tracked.add_(1)
-            return small
     form = _Form.of(x)
     exact_mean, m2 = _moments(form.view(x), form)
     mean = exact_mean.to(_compute_dtype(x))
@@ -160,10 +142,6 @@ def batch_norm_bwd(
     is not wanted. `batch_statistics` says whether mean and rstd came from x (training) or were
     frozen. y is the forward's, where keeps_output said so.
     """
-    if batch_statistics and not want_dresidual and is_small(x) and dy.is_contiguous():
-        if activation is None or y is not None:
-            small = small_bwd(dy, x, gamma, mean, rstd, correction, activation, y)
-            return (*small, None)
     step = _Backward(x, gamma, beta, residual, mean, rstd, activation, y)
     dz, sums = step.dz_and_sums(dy)
     dresidual = dz.to(x.dtype) if want_dresidual else None
