@@ -133,7 +133,7 @@ def summary(instructions: Iterable[Instruction]) -> Code:
     opcodes = [i.opcode for i in instructions]
     return Code(
         sum(op != "NOP" and op != "s_nop" for op in opcodes),
-        sum(op.startswith("BAR.") or op == "s_barrier" for op in opcodes),
+        sum(op.startswith(("BAR.", "UCGABAR_WAIT", "s_barrier")) for op in opcodes),
         _widths(opcodes, ("LDG", "LDGSTS"), ("global_load_", "buffer_load_")),
         _widths(opcodes, ("STG",), ("global_store_", "buffer_store_")),
     )

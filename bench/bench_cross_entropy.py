@@ -58,10 +58,16 @@ def cases(suite: str) -> list[Case]:
 
 
 def kernel_cases() -> list[Case]:
+    """The last ones are few rows shared by clusters, where the installed Triton can."""
+    from fused.kernels import tuning  # not where only the benchmarks run, without Triton
+
     shapes = [(32, 27), (4096, 27), (8192, 1000), (8192, 32000), (8192, 50257), (8192, 128256)]
+    variants = [(shape, "") for shape in shapes]
+    if tuning.clusters_reduce(torch.device("meta")):
+        variants += [(shape, "clusters") for shape in [(16, 32000), (16, 50257), (8, 128256)]]
     return [
-        Case(OPERATION, shape, dtype)
-        for shape in shapes
+        Case(OPERATION, shape, dtype, variant)
+        for shape, variant in variants
         for dtype in (torch.bfloat16, torch.float32)
     ]
 
@@ -80,9 +86,15 @@ def least_bytes(case: Case) -> dict[str, int]:
 
 
 def launch(case: Case, device: torch.device) -> None:
+    from fused.kernels import tuning
+
     n, c = case.shape
     x = torch.zeros(n, c, dtype=case.dtype, device=device, requires_grad=True)
-    fused.cross_entropy(x, torch.zeros(n, dtype=torch.int64, device=device)).backward()
+    before, tuning.CLUSTERS = tuning.CLUSTERS, case.variant == "clusters"
+    try:
+        fused.cross_entropy(x, torch.zeros(n, dtype=torch.int64, device=device)).backward()
+    finally:
+        tuning.CLUSTERS = before
 
 
 def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:

@@ -32,6 +32,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+_WITH_CLUSTERS = ("sm_90", "sm_100")
 _POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
@@ -231,7 +232,11 @@ def report(
                         "reads": count[i][1] / size if same else None,
                         "writes": count[i][2] / size if same else None,
                         "least": None if least is None else least / case.bytes,
-                        "targets": {t: asdict(compile_launch(launch, t)) for t in targets},
+                        "targets": {
+                            t: asdict(compile_launch(launch, t))
+                            for t in targets
+                            if launch.options.get("num_ctas", 1) == 1 or t in _WITH_CLUSTERS
+                        },
                     }
                 )
     return found

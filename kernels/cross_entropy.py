@@ -194,7 +194,9 @@ def _forward(
             VEC=plan.VEC,
             EDGES=plan.EDGES,
             HELD=plan.HELD,
+            NUM_CTAS=plan.num_ctas,
             num_warps=plan.num_warps,
+            num_ctas=plan.num_ctas,
         )
     layout.copy_back(dx, dx3)
     shape = x.shape[:1] + x.shape[2:]
@@ -251,7 +253,8 @@ def cross_entropy_bwd(
     dx3 = None if dx is None else x3 if dx is x else layout.inner(dx)
     dt3 = None if dtarget is None else layout.inner(dtarget)
     n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
-    plan = tuning.cross_entropy(x3)
+    # Without a reduction nothing keeps a cluster's blocks from writing over what others will read.
+    plan = tuning.cross_entropy(x3, clusters=False)
     dloss = dloss.reshape(-1)
     _cross_entropy_bwd_kernel[(triton.cdiv(n_rows, plan.BLOCK_N),)](
         dloss,

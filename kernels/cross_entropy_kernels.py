@@ -87,6 +87,7 @@ def _cross_entropy_fwd_kernel(
     VEC: tl.constexpr,
     EDGES: tl.constexpr,
     HELD: tl.constexpr,
+    NUM_CTAS: tl.constexpr,
 ):
     """loss = sum_c b_c * (log s - (z_c - m)) + z_loss * lse^2,  dx_c = scale * (a * p_c - b_c)
 
@@ -98,6 +99,9 @@ def _cross_entropy_fwd_kernel(
     dense: tl.constexpr = SOFT or SMOOTHED
     again: tl.constexpr = dx_ptr is not None and not HELD
     first_read: tl.constexpr = "evict_last" if again else ""
+    # What y takes off is written over the tile, behind a barrier, or compared for in it: where the
+    # blocks of a cluster share the row, as no barrier holds them; and of short rows, as it is less.
+    at_y: tl.constexpr = not SOFT and HELD and (BLOCK_N > 1 or NUM_CTAS > 1)
     scale = tl.full((), 1.0, ACC)
     if MEAN:
         if SOFT:
@@ -196,15 +200,15 @@ def _cross_entropy_fwd_kernel(
             dx_main, _, _ = row_parts(dx_rows, n_classes, VEC, EDGES)
             if EDGES:
                 put_dx(
-                    dx_ptr, dx_rows[:, None] + edge_classes, edge_z, edge_b, valid,
-                    row_mask[:, None] & edge_mask, m, p_factor, factor, z_scale, cap,
-                    dense, SCALED, CAPPED, "",
+                    dx_ptr, dx_rows[:, None] + edge_classes, edge_z, edge_b, edge_classes, y, b_y,
+                    valid, row_mask[:, None] & edge_mask, m, p_factor, factor, z_scale, cap,
+                    dense, at_y, SCALED, CAPPED, "",
                 )  # fmt: skip
             if HELD:
                 put_dx(
-                    dx_ptr, dx_main[:, None] + places * stride_dx[1], z, b, valid,
-                    row_mask[:, None] & mask, m, p_factor, factor, z_scale, cap,
-                    dense, SCALED, CAPPED, "",
+                    dx_ptr, dx_main[:, None] + places * stride_dx[1], z, b, classes, y, b_y,
+                    valid, row_mask[:, None] & mask, m, p_factor, factor, z_scale, cap,
+                    dense, at_y, SCALED, CAPPED, "",
                 )  # fmt: skip
             else:
                 for start in range(0, n_classes, BLOCK_C):
@@ -216,7 +220,7 @@ def _cross_entropy_fwd_kernel(
                         m, log_s, p_factor, factor, smoothing, z_scale, cap,
                         ACC, SOFT, SMOOTHED, SCALED, CAPPED, "evict_first",
                     )  # fmt: skip
-            if not SOFT:
+            if not SOFT and not at_y:
                 put_dx_y(
                     dx_ptr, dx_rows + y * stride_dx[1], z_y, b_y, weight_ptr, y, inside, n_classes,
                     m, p_factor, factor, smoothing, z_scale, cap, ACC, SMOOTHED, SCALED, CAPPED,

@@ -219,13 +219,14 @@ def merge_lanes(m, s, b_sum, bz_sum, LANES: tl.constexpr):
 
 @triton.jit
 def gradient(
-    z, b, m, p_factor, factor, logit_scale, softcap,
-    DENSE: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    z, taken, m, p_factor, logit_scale, softcap,
+    TAKES: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """dx_c = (a * p_c - b_c) * factor * dz/dx; p_c = exp(z_c - m) / s, p_factor = a * factor / s"""
+    """dx_c = ((a * p_c - b_c) * factor) * dz/dx; p_c = exp(z_c - m) / s, p_factor = a * factor / s,
+    taken = b_c * factor"""
     dx = exp(z - m) * p_factor
-    if DENSE:
-        dx -= b * factor
+    if TAKES:
+        dx -= taken
     if SCALED:
         dx = dx * logit_scale
     if CAPPED:
@@ -235,13 +236,24 @@ def gradient(
 
 @triton.jit
 def put_dx(
-    dx_ptr, offsets, z, b, valid, mask, m, p_factor, factor, logit_scale, softcap,
-    DENSE: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr, POLICY: tl.constexpr,
+    dx_ptr, offsets, z, b, classes, y, b_y, valid, mask, m, p_factor, factor, logit_scale, softcap,
+    DENSE: tl.constexpr, INDEXED: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
+    POLICY: tl.constexpr,
 ):  # fmt: skip
-    """Writes the dx of a tile, without what a class index takes off; 0 where a row is ignored."""
+    """Writes the dx of a tile, 0 where a row is ignored; what a class index y takes off, which is
+    b_y, only if it is INDEXED."""
+    taken = z
+    if INDEXED:
+        at_y = classes == y.to(tl.int32)[:, None]
+        if DENSE:
+            taken = (b + tl.where(at_y, b_y[:, None], 0.0)) * factor[:, None]
+        else:
+            taken = tl.where(at_y, (b_y * factor)[:, None], 0.0)
+    elif DENSE:
+        taken = b * factor[:, None]
     dx = gradient(
-        z, b, m[:, None], p_factor[:, None], factor[:, None], logit_scale, softcap,
-        DENSE, SCALED, CAPPED,
+        z, taken, m[:, None], p_factor[:, None], logit_scale, softcap,
+        DENSE or INDEXED, SCALED, CAPPED,
     )  # fmt: skip
     if CAPPED:  # where p_factor is 0 and z -inf
         dx = tl.where(valid[:, None], dx, 0.0)
@@ -265,7 +277,7 @@ def put_dx_y(
             share *= tl.load(weight_ptr + y, mask=inside, other=0.0).to(ACC)
         b_y += share
     dx = gradient(
-        z_y, b_y, m, p_factor, factor, logit_scale, softcap, True, SCALED, CAPPED
+        z_y, b_y * factor, m, p_factor, logit_scale, softcap, True, SCALED, CAPPED
     )  # fmt: skip
     tl.debug_barrier()  # until every warp has written its part of the tiles
     tl.store(dx_ptr + offsets, dx, mask=inside)
@@ -287,8 +299,8 @@ def read_and_put(
     mask = row_mask[:, None] & mask
     if dx_ptr is not None:
         put_dx(
-            dx_ptr, dx_offsets, z, b, valid, mask, m, p_factor, factor, logit_scale, softcap,
-            SOFT or SMOOTHED, SCALED, CAPPED, POLICY,
+            dx_ptr, dx_offsets, z, b, classes, valid, valid, valid, mask, m, p_factor, factor,
+            logit_scale, softcap, SOFT or SMOOTHED, False, SCALED, CAPPED, POLICY,
         )  # fmt: skip
     if dt_ptr is not None:
         dt = (smoothing - 1.0) * factor[:, None] * (z - m[:, None] - log_s[:, None])

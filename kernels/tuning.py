@@ -11,6 +11,11 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+# Whether blocks of a cluster may share a row of cross-entropy, where device and compiler can. Off
+# until a GPU has run it: docs/performance.md says what the compiler makes of it. Set it to try.
+CLUSTERS = False
+
+
 @dataclass(frozen=True)
 class CrossEntropyPlan:
     """Tiles of BLOCK_N rows and BLOCK_C classes, and how many programs share them."""
@@ -22,6 +27,7 @@ class CrossEntropyPlan:
     EDGES: bool  # whether rows begin and end anywhere, between the full accesses
     HELD: bool  # whether a row is one tile, so that it is read once
     num_warps: int
+    num_ctas: int  # blocks of a cluster, which make one program
     n_programs: int
 
     @property
@@ -35,13 +41,14 @@ class CrossEntropyPlan:
         return 4 * self.BLOCK_COUNT
 
 
-def cross_entropy(x: torch.Tensor) -> CrossEntropyPlan:
-    """For logits x (N, C, S); a program owns whole rows.
+def cross_entropy(x: torch.Tensor, clusters: bool = True) -> CrossEntropyPlan:
+    """For logits x (N, C, S); a program owns whole rows, and is a cluster only if `clusters`.
 
     Not for more than x: whichever kernels compute them, two sums are then equal to the last bit.
     """
     n_rows, n_classes, size = x.shape[0] * x.shape[2], x.shape[1], x.dtype.itemsize
     processors, l2 = _device(x.device)
+    num_ctas = 1
     if x.stride(1) != 1 and x.shape[2] > 1:
         # (N, C, S): neighbours in memory are rows. 128 bytes of them are one full access of a warp.
         block_n = min(128 // size, next_power_of_2(n_rows))
@@ -52,15 +59,16 @@ def cross_entropy(x: torch.Tensor) -> CrossEntropyPlan:
     else:
         vec, edges = _accesses(x)
         block_c = next_power_of_2(n_classes)
+        num_ctas = _blocks_a_row(x) if clusters else 1
         # 16 numbers a thread in up to 16 warps: about 48 registers in bfloat16, so that 40 warps
         # are resident and some read while others compute. 32 a thread took 96 to 127.
-        held = block_c * max(size, 4) <= 32768
+        held = block_c * max(size, 4) <= 32768 * num_ctas
         if held:
             # Up to 8 rows a thread do not spill. What such a tile holds takes one launch.
             block_n = next_power_of_2(n_rows)
             if block_n > 32 or block_n * block_c > 2048:
                 block_n = max(1, 512 // block_c) if block_c <= 128 else 1
-            elements = block_n * block_c
+            elements = block_n * block_c // num_ctas
             num_warps = min(max(4, elements // 128) if block_n > 1 else max(1, elements // 512), 16)
             lanes, per_processor = 1, 64 // num_warps
         else:
@@ -73,8 +81,28 @@ def cross_entropy(x: torch.Tensor) -> CrossEntropyPlan:
             lanes = 32 * num_warps
     tiles = max(1, (n_rows + block_n - 1) // block_n)
     # In the interpreter two, so that a small grid has several tiles a program, too.
-    n_programs = min(tiles, 2 if x.is_cpu else processors * per_processor)
-    return CrossEntropyPlan(block_n, block_c, lanes, vec, edges, held, num_warps, n_programs)
+    n_programs = min(tiles, 2 if x.is_cpu else processors * per_processor // num_ctas)
+    return CrossEntropyPlan(
+        block_n, block_c, lanes, vec, edges, held, num_warps, num_ctas, n_programs
+    )
+
+
+def _blocks_a_row(x: torch.Tensor) -> int:
+    """How many blocks of a cluster hold a row of x together, 1 where clusters are of no use."""
+    n_rows, n_classes, size = x.shape[0] * x.shape[2], x.shape[1], x.dtype.itemsize
+    processors, l2 = _device(x.device)
+    least = next_power_of_2(n_classes) * max(size, 4) // 32768
+    if not (CLUSTERS and 1 < least <= 16 and clusters_reduce(x.device)):
+        return 1
+    # Blocks that wait for each other four times a row are predicted to cost more than a second read
+    # from L2. So only where there are too few rows for half of the multiprocessors, or one for each
+    # does not fit L2, two thirds of it.
+    if 2 * n_rows > processors and 3 * processors * n_classes * size <= 2 * l2:
+        return 1
+    blocks = least
+    while blocks < 16 and 2 * blocks * n_rows <= processors:
+        blocks *= 2
+    return blocks
 
 
 def _accesses(x: torch.Tensor) -> tuple[int, bool]:
@@ -122,6 +150,23 @@ def _device(device: torch.device) -> tuple[int, int]:
         return 132, 50 * 2**20
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.L2_cache_size
+
+
+@functools.cache
+def clusters_reduce(device: torch.device) -> bool:
+    """Whether the blocks of a cluster can share a reduction, on this device and in this Triton."""
+    import triton  # not above: plans are also looked at where there is none
+
+    if device.type == "cpu":
+        return True  # in the interpreter, which knows no blocks
+    # Up to 3.7 such reductions abort the compiler; 3.8 lets a block end while others still read its
+    # shared memory.
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
+        return False
+    if device.type == "meta":
+        return True
+    # Data center GPUs: the clusters of others have no more than 8 blocks.
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,14 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from tests.test_backend import python
 from tests.test_package import ROOT
 
 pytest.importorskip("triton")
+
+from fused.kernels import tuning
 
 TARGETS = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
@@ -117,6 +120,21 @@ def test_cross_entropy_streams_without_spills() -> None:
     rows = report("cross_entropy", "8192x32000-bf16")
     check_nothing_is_spilled(rows)
     check_accesses_of_16_bytes(rows)
+
+
+@pytest.mark.skipif(
+    not tuning.clusters_reduce(torch.device("meta")),
+    reason="reductions over the blocks of a cluster take Triton 3.9",
+)
+def test_blocks_of_a_cluster_hold_a_part_of_the_row_each() -> None:
+    rows = run(REPORT, OPERATIONS=["cross_entropy"], ONLY="16x32000-bf16-clusters")
+    shared = rows[0]["targets"]
+    assert list(shared) == ["sm_90", "sm_100"]
+    for compiled in shared.values():
+        assert compiled["spilled"] == 0
+        # 32,768 classes over 8 blocks of 256 threads: 16 each, which two accesses read, and write.
+        over_rows = compiled["loops"][-1]
+        assert over_rows["loads"]["16"] == over_rows["stores"]["16"] == 2
 
 
 def test_batch_norm_streams_without_spills() -> None:

@@ -1,0 +1,56 @@
+"""Which plan of `kernels/tuning.py` a shape takes, and the plans that are off by default."""
+
+import pytest
+import torch
+
+import fused
+from tests.test_cross_entropy import check_against_torch, example
+
+tuning = pytest.importorskip("fused.kernels.tuning")
+
+
+def blocks(rows: int, classes: int, dtype: torch.dtype = torch.bfloat16) -> int:
+    """Of a cluster, that share a row."""
+    return tuning.cross_entropy(torch.empty(rows, classes, 1, dtype=dtype, device="meta")).num_ctas
+
+
+@pytest.fixture
+def clusters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device and with a compiler that have them."""
+    monkeypatch.setattr(tuning, "CLUSTERS", True)
+    monkeypatch.setattr(tuning, "clusters_reduce", lambda device: True)
+
+
+def test_no_clusters_unless_asked_for() -> None:
+    assert not tuning.CLUSTERS
+    assert blocks(1, 131072) == 1
+
+
+@pytest.mark.parametrize("can", [False, True])
+def test_no_clusters_where_there_are_none(can, clusters, monkeypatch) -> None:
+    monkeypatch.setattr(tuning, "clusters_reduce", lambda device: can)
+    assert blocks(1, 131072) == (16 if can else 1)
+
+
+def test_clusters_for_few_rows_and_for_rows_beyond_l2(clusters) -> None:
+    # One block holds 8,192 classes; 16 hold 131,072.
+    assert [blocks(1, c) for c in (8192, 8193, 131072, 131073)] == [1, 16, 16, 1]
+    # Half of the multiprocessors have no row; as many blocks as leave none without.
+    assert [blocks(n, 16384) for n in (8, 9, 33, 66, 67)] == [16, 8, 4, 2, 1]
+    # Two thirds of L2: one row of every multiprocessor.
+    assert [blocks(4096, c, torch.float32) for c in (66190, 66200)] == [1, 16]
+    assert blocks(4096, 131072) == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("shape", [(3, 16384), (2, 8201)], ids=str)
+def test_clusters_match_torch(shape, options, monkeypatch, device) -> None:
+    """Rows with and without edges. The interpreter shows the logic, not how blocks wait."""
+    monkeypatch.setattr(tuning, "CLUSTERS", True)
+    logits, target, weight = example(shape, torch.float32, device, weighted=bool(options))
+    plan = tuning.cross_entropy(logits.unsqueeze(2))
+    if plan.num_ctas == 1:
+        pytest.skip("this device or this Triton has no clusters that reduce")
+    assert plan.HELD and plan.EDGES == (shape[1] == 8201)
+    with fused.backend.use("triton"):
+        check_against_torch(logits, target, weight, "triton", **options)
