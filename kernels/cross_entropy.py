@@ -193,6 +193,7 @@ def _forward(
             LANES=plan.LANES,
             VEC=plan.VEC,
             EDGES=plan.EDGES,
+            THREADS=plan.THREADS,
             HELD=plan.HELD,
             NUM_CTAS=plan.num_ctas,
             num_warps=plan.num_warps,
@@ -286,6 +287,7 @@ def cross_entropy_bwd(
         BLOCK_C=plan.BLOCK_C,
         VEC=plan.VEC,
         EDGES=plan.EDGES,
+        THREADS=plan.THREADS,
         num_warps=plan.num_warps,
     )
     layout.copy_back(dx, dx3)

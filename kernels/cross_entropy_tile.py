@@ -8,6 +8,11 @@ Accesses are fastest where a thread takes 16 bytes, VEC elements, from an addres
 
 Main tiles are masked by the group, so that every access of theirs is a full one; head and tail
 together, fewer than 2 * VEC classes, make one small tile, the edges. Without EDGES all is main.
+
+A tile is (BLOCK_N, BLOCK_C). For short rows that begin anywhere it is (BLOCK_C / THREADS, BLOCK_N,
+THREADS): the compiler puts THREADS threads side by side on a row, each of which adds up its own
+numbers first. Of two dimensions it would make a warp a row, a number a thread, and add them up in
+five exchanges.
 """
 
 import triton
@@ -37,6 +42,39 @@ def row_offsets(rows, n_inner, stride):
 
 
 @triton.jit
+def beside(rows, tile):
+    """Numbers of rows (BLOCK_N,), as they are beside those of a tile."""
+    if len(tile.shape) == 3:
+        return rows[None, :, None]
+    else:
+        return rows[:, None]
+
+
+@triton.jit
+def max_of_row(tile):
+    if len(tile.shape) == 3:
+        return tl.max(tl.max(tile, axis=0), axis=1)
+    else:
+        return tl.max(tile, axis=1)
+
+
+@triton.jit
+def min_of_row(tile):
+    if len(tile.shape) == 3:
+        return tl.min(tl.min(tile, axis=0), axis=1)
+    else:
+        return tl.min(tile, axis=1)
+
+
+@triton.jit
+def sum_of_row(tile):
+    if len(tile.shape) == 3:
+        return tl.sum(tl.sum(tile, axis=0), axis=1)
+    else:
+        return tl.sum(tile, axis=1)
+
+
+@triton.jit
 def row_parts(x_rows, n_classes, VEC: tl.constexpr, EDGES: tl.constexpr):
     """(offset where main begins, classes before it, classes in main), (BLOCK_N,) each."""
     main = (x_rows + (VEC - 1)) // VEC * VEC  # shows the compiler that VEC divides it
@@ -51,13 +89,18 @@ def row_parts(x_rows, n_classes, VEC: tl.constexpr, EDGES: tl.constexpr):
 
 @triton.jit
 def main_tile(
-    start, head, n_main, BLOCK_C: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr
+    start, head, n_main, BLOCK_C: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Places in main (1, BLOCK_C), their classes, and which there are (BLOCK_N, BLOCK_C)."""
-    places = start + tl.arange(0, BLOCK_C)[None, :]
-    mask = places // VEC < (n_main // VEC)[:, None]
+    """Places in main, their classes, and which there are: of one row, or of all in a tile."""
+    if THREADS > 0:
+        turns = tl.arange(0, BLOCK_C // THREADS)[:, None, None]
+        places = start + turns * THREADS + tl.arange(0, THREADS)[None, None, :]
+    else:
+        places = start + tl.arange(0, BLOCK_C)[None, :]
+    mask = places // VEC < beside(n_main // VEC, places)
     if EDGES:
-        return places.to(tl.int64), places + head[:, None], mask
+        return places.to(tl.int64), places + beside(head, places), mask
     else:
         return places.to(tl.int64), places, mask
 
@@ -111,13 +154,13 @@ def read(
     smoothing, logit_scale, softcap, ACC: tl.constexpr, SOFT: tl.constexpr, SMOOTHED: tl.constexpr,
     SCALED: tl.constexpr, CAPPED: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
-    """z, and b, the part of the target that may be anywhere in the row; (BLOCK_N, BLOCK_C) both."""
+    """z, and b, the part of the target that may be anywhere in the row; tiles both."""
     x = tl.load(x_ptr + x_offsets, mask=mask, other=float("-inf"), eviction_policy=POLICY)
     z = scores(x.to(ACC), mask, logit_scale, softcap, SCALED, CAPPED)
     if SOFT or SMOOTHED:
         b = tl.zeros(z.shape, ACC)
         if SOFT:
-            t_offsets = t_rows[:, None] + classes.to(tl.int64) * stride_t[1]
+            t_offsets = beside(t_rows, classes) + classes.to(tl.int64) * stride_t[1]
             t = tl.load(target_ptr + t_offsets, mask=mask, other=0.0)
             b += (1.0 - smoothing) * t.to(ACC)
         if SMOOTHED:
@@ -132,8 +175,8 @@ def read(
 @triton.jit
 def largest(values, classes, best, best_value):
     """The class of the largest value so far, the first of several, and that value; (BLOCK_N,)."""
-    tile_max = tl.max(values, axis=1)
-    first = tl.min(tl.where(values == tile_max[:, None], classes, 2147483647), axis=1)
+    tile_max = max_of_row(values)
+    first = min_of_row(tl.where(values == beside(tile_max, values), classes, 2147483647))
     better = (tile_max > best_value) | ((tile_max == best_value) & (first < best))
     return tl.where(better, first, best), tl.where(better, tile_max, best_value)
 
@@ -149,10 +192,10 @@ def accumulate(
     classes are groups of VEC neighbours, warps do not meet before the row ends.
     """
     if LANES == 1:
-        m_new = tl.maximum(m, tl.max(z, axis=1))
+        m_new = tl.maximum(m, max_of_row(z))
         shift = safe_shift(m_new)
-        from_shift = z - shift[:, None]
-        s = s * exp(m - shift) + tl.sum(exp(from_shift), axis=1)
+        from_shift = z - beside(shift, z)
+        s = s * exp(m - shift) + sum_of_row(exp(from_shift))
     else:
         by_lane: tl.constexpr = (z.shape[0], z.shape[1] // (LANES * VEC), LANES, VEC)
         z = tl.reshape(z, by_lane)
@@ -163,8 +206,8 @@ def accumulate(
     if DENSE:
         bz_sum += b_sum * (safe_shift(m) - shift)
         if LANES == 1:
-            bz_sum += tl.sum(tl.where(mask, b * from_shift, 0.0), axis=1)
-            b_sum += tl.sum(b, axis=1)
+            bz_sum += sum_of_row(tl.where(mask, b * from_shift, 0.0))
+            b_sum += sum_of_row(b)
         else:
             b = tl.reshape(b, by_lane)
             bz = tl.where(tl.reshape(mask, by_lane), b * from_shift, 0.0)
@@ -199,7 +242,7 @@ def take(
     if CORRECT:
         best, z_best = largest(z, classes, best, z_best)
         if SOFT:
-            t_offsets = t_rows[:, None] + classes.to(tl.int64) * stride_t[1]
+            t_offsets = beside(t_rows, classes) + classes.to(tl.int64) * stride_t[1]
             t = tl.load(target_ptr + t_offsets, mask=mask, other=float("-inf")).to(ACC)
             t_best, t_max = largest(t, classes, t_best, t_max)
     return z, b, m, s, b_sum, bz_sum, best, z_best, t_best, t_max
@@ -244,19 +287,19 @@ def put_dx(
     b_y, only if it is INDEXED."""
     taken = z
     if INDEXED:
-        at_y = classes == y.to(tl.int32)[:, None]
+        at_y = classes == beside(y.to(tl.int32), z)
         if DENSE:
-            taken = (b + tl.where(at_y, b_y[:, None], 0.0)) * factor[:, None]
+            taken = (b + tl.where(at_y, beside(b_y, z), 0.0)) * beside(factor, z)
         else:
-            taken = tl.where(at_y, (b_y * factor)[:, None], 0.0)
+            taken = tl.where(at_y, beside(b_y * factor, z), 0.0)
     elif DENSE:
-        taken = b * factor[:, None]
+        taken = b * beside(factor, z)
     dx = gradient(
-        z, taken, m[:, None], p_factor[:, None], logit_scale, softcap,
+        z, taken, beside(m, z), beside(p_factor, z), logit_scale, softcap,
         DENSE or INDEXED, SCALED, CAPPED,
     )  # fmt: skip
     if CAPPED:  # where p_factor is 0 and z -inf
-        dx = tl.where(valid[:, None], dx, 0.0)
+        dx = tl.where(beside(valid, z), dx, 0.0)
     tl.store(dx_ptr + offsets, dx, mask=mask, eviction_policy=POLICY)
 
 
@@ -293,17 +336,18 @@ def read_and_put(
 ):  # fmt: skip
     """Reads a tile and writes its dx, and dt_c = factor * (1 - e) * w_c * (lse - z_c)"""
     z, b = read(
-        x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes, valid[:, None] & mask,
-        n_classes, smoothing, logit_scale, softcap, ACC, SOFT, SMOOTHED, SCALED, CAPPED, POLICY,
+        x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes,
+        beside(valid, mask) & mask, n_classes, smoothing, logit_scale, softcap,
+        ACC, SOFT, SMOOTHED, SCALED, CAPPED, POLICY,
     )  # fmt: skip
-    mask = row_mask[:, None] & mask
+    mask = beside(row_mask, mask) & mask
     if dx_ptr is not None:
         put_dx(
             dx_ptr, dx_offsets, z, b, classes, valid, valid, valid, mask, m, p_factor, factor,
             logit_scale, softcap, SOFT or SMOOTHED, False, SCALED, CAPPED, POLICY,
         )  # fmt: skip
     if dt_ptr is not None:
-        dt = (smoothing - 1.0) * factor[:, None] * (z - m[:, None] - log_s[:, None])
+        dt = (smoothing - 1.0) * beside(factor, z) * (z - beside(m, z) - beside(log_s, z))
         if weight_ptr is not None:
             dt *= tl.load(weight_ptr + classes, mask=classes < n_classes, other=0.0).to(ACC)
-        tl.store(dt_ptr + dt_rows[:, None] + classes.to(tl.int64) * stride_dt[1], dt, mask=mask)
+        tl.store(dt_ptr + beside(dt_rows, z) + classes.to(tl.int64) * stride_dt[1], dt, mask=mask)

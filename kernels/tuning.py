@@ -26,6 +26,7 @@ class CrossEntropyPlan:
     VEC: int  # classes in one access
     EDGES: bool  # whether rows begin and end anywhere, between the full accesses
     HELD: bool  # whether a row is one tile, so that it is read once
+    THREADS: int  # side by side on each of several short rows; 0 leaves that to the compiler
     num_warps: int
     num_ctas: int  # blocks of a cluster, which make one program
     n_programs: int
@@ -48,7 +49,7 @@ def cross_entropy(x: torch.Tensor, clusters: bool = True) -> CrossEntropyPlan:
     """
     n_rows, n_classes, size = x.shape[0] * x.shape[2], x.shape[1], x.dtype.itemsize
     processors, l2 = _device(x.device)
-    num_ctas = 1
+    num_ctas, threads = 1, 0
     if x.stride(1) != 1 and x.shape[2] > 1:
         # (N, C, S): neighbours in memory are rows. 128 bytes of them are one full access of a warp.
         block_n = min(128 // size, next_power_of_2(n_rows))
@@ -66,10 +67,17 @@ def cross_entropy(x: torch.Tensor, clusters: bool = True) -> CrossEntropyPlan:
         if held:
             # Up to 8 rows a thread do not spill. What such a tile holds takes one launch.
             block_n = next_power_of_2(n_rows)
-            if block_n > 32 or block_n * block_c > 2048:
+            one_program = block_n <= 32 and block_n * block_c <= 2048
+            if not one_program:
                 block_n = max(1, 512 // block_c) if block_c <= 128 else 1
             elements = block_n * block_c // num_ctas
             num_warps = min(max(4, elements // 128) if block_n > 1 else max(1, elements // 512), 16)
+            if vec == 1 and block_n > 1 and 4 <= block_c <= 128 and _triton() >= (3, 7):
+                # 4 or 8 classes of one row a thread, and 8 or 16 neighbours in memory at a time.
+                # Before 3.7 Triton laid such tiles out in another order, at more instructions.
+                threads = max(2, block_c // (4 if block_c <= 32 else 8))
+                block_n = block_n if one_program else 128 // threads
+                num_warps = max(1, block_n * threads // 32)
             lanes, per_processor = 1, 64 // num_warps
         else:
             # Two accesses of 16 bytes a thread in flight, four where one program is alone on its
@@ -83,7 +91,7 @@ def cross_entropy(x: torch.Tensor, clusters: bool = True) -> CrossEntropyPlan:
     # In the interpreter two, so that a small grid has several tiles a program, too.
     n_programs = min(tiles, 2 if x.is_cpu else processors * per_processor // num_ctas)
     return CrossEntropyPlan(
-        block_n, block_c, lanes, vec, edges, held, num_warps, num_ctas, n_programs
+        block_n, block_c, lanes, vec, edges, held, threads, num_warps, num_ctas, n_programs
     )
 
 
@@ -153,15 +161,22 @@ def _device(device: torch.device) -> tuple[int, int]:
 
 
 @functools.cache
-def clusters_reduce(device: torch.device) -> bool:
-    """Whether the blocks of a cluster can share a reduction, on this device and in this Triton."""
+def _triton() -> tuple[int, int]:
+    """Triton's version."""
     import triton  # not above: plans are also looked at where there is none
 
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+@functools.cache
+def clusters_reduce(device: torch.device) -> bool:
+    """Whether the blocks of a cluster can share a reduction, on this device and in this Triton."""
     if device.type == "cpu":
         return True  # in the interpreter, which knows no blocks
     # Up to 3.7 such reductions abort the compiler; 3.8 lets a block end while others still read its
     # shared memory.
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 9):
+    if _triton() < (3, 9):
         return False
     if device.type == "meta":
         return True
