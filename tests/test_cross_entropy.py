@@ -18,10 +18,11 @@ from tests.exactness import assert_as_exact_as, ulps_for
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
 # On both sides of every threshold of kernels/tuning.py: what one program holds, and so one launch
-# computes (32 rows); several rows a program (128 classes); rows that are held (8,192 classes, 4,096
-# of float64), with and without edges (from 4,096 classes on).
+# computes (32 rows); several rows a program (128 classes), and several threads a row (3 classes or
+# more, which are no groups of 16 bytes); rows that are held (8,192 classes, 4,096 of float64), with
+# and without edges (from 4,096 classes on).
 SHAPES = [
-    *[(1, 27), (5, 1), (32, 27), (33, 27), (70, 8), (33, 127), (9, 129)],
+    *[(1, 27), (5, 1), (70, 2), (70, 3), (32, 27), (33, 27), (70, 8), (33, 127), (9, 129)],
     *[(2, 4096), (2, 4097), (2, 8192), (2, 8201)],
 ]
 EXTRAS = ("z_loss", "softcap", "logit_scale")

@@ -14,6 +14,24 @@ def blocks(rows: int, classes: int, dtype: torch.dtype = torch.bfloat16) -> int:
     return tuning.cross_entropy(torch.empty(rows, classes, 1, dtype=dtype, device="meta")).num_ctas
 
 
+def test_short_rows_that_begin_anywhere(monkeypatch) -> None:
+    """Several threads of one row each, as many rows as fill the warps; not before Triton 3.7."""
+
+    def threads(rows: int, classes: int) -> int:
+        x = torch.empty(rows, classes, 1, dtype=torch.bfloat16, device="meta")
+        plan = tuning.cross_entropy(x)
+        assert not plan.THREADS or plan.THREADS * plan.BLOCK_N == 32 * plan.num_warps
+        return plan.THREADS
+
+    monkeypatch.setattr(tuning, "_triton", lambda: (3, 7))
+    # 64 classes are groups of 16 bytes.
+    found = [threads(4096, c) for c in (2, 3, 10, 27, 64, 65, 127, 129)]
+    assert found == [0, 2, 4, 8, 0, 16, 16, 0]
+    assert [threads(n, 27) for n in (1, 4, 32)] == [0, 8, 8]
+    monkeypatch.setattr(tuning, "_triton", lambda: (3, 6))
+    assert threads(4096, 27) == 0
+
+
 @pytest.fixture
 def clusters(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a device and with a compiler that have them."""
