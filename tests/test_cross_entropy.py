@@ -22,7 +22,7 @@ REDUCTIONS = ["mean", "sum", "none"]
 # more, which are no groups of 16 bytes); rows that are held (8,192 classes, 4,096 of float64), with
 # and without edges (from 4,096 classes on).
 SHAPES = [
-    *[(1, 27), (5, 1), (70, 2), (70, 3), (32, 27), (33, 27), (70, 8), (33, 127), (9, 129)],
+    *[(1, 27), (5, 1), (70, 3), (32, 27), (33, 27), (70, 8), (33, 127), (9, 129)],
     *[(2, 4096), (2, 4097), (2, 8192), (2, 8201)],
 ]
 EXTRAS = ("z_loss", "softcap", "logit_scale")
