@@ -174,7 +174,7 @@ def clusters_reduce(device: torch.device) -> bool:
     """Whether the blocks of a cluster can share a reduction, on this device and in this Triton."""
     if device.type == "cpu":
         return True  # in the interpreter, which knows no blocks
-    # Up to 3.7 such reductions abort the compiler; 3.8 lets a block end while others still read its
+    # Up to 3.7 such reductions do not compile; 3.8 lets a block end while others still read its
     # shared memory.
     if _triton() < (3, 9):
         return False
