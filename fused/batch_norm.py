@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 from fused import backend
 from fused.eager import batch_norm as eager
 from fused.eager.batch_norm_small import batch_norm_small, is_small
+from fused.kernels.batch_norm_layout import unpack_signs
 from fused.operators import batch_norm as operators
 from fused.second_order import differentiable_gradients
 
@@ -25,6 +26,11 @@ class _Options(NamedTuple):
     correction: int
     activation: str | None
     skip_nonfinite: bool
+
+
+def will_differentiate(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -44,40 +50,44 @@ class BatchNormFunction(torch.autograd.Function):
         running_var: Tensor | None,
         tracked: Tensor | None,
         options: _Options,
+        keep: bool,
     ) -> Tensor:
         kernels = backend.implementation("batch_norm", input)
         o = options
         if o.batch_statistics:
-            y, mean, rstd = kernels.batch_norm_fwd(
+            y, mean, rstd, kept = kernels.batch_norm_fwd(
                 input, weight, bias, residual, running_mean, running_var, tracked,
-                o.momentum, o.eps, o.correction, o.activation, o.skip_nonfinite,
+                o.momentum, o.eps, o.correction, o.activation, o.skip_nonfinite, keep,
             )  # fmt: skip
             # A kernel's write is not seen by autograd.
             increment_version([t for t in (running_mean, running_var, tracked) if t is not None])
         else:
-            y, mean, rstd = kernels.batch_norm_eval(
-                input, weight, bias, residual, running_mean, running_var, o.eps, o.activation
+            y, mean, rstd, kept = kernels.batch_norm_eval(
+                input, weight, bias, residual, running_mean, running_var, o.eps, o.activation, keep
             )
         # Frozen statistics are copied: the backward must not follow a later update of them.
-        kept = residual if o.activation else None  # only the derivative of an activation asks for z
-        y_kept = y if kernels.keeps_output(o.activation, input, residual) else None
-        ctx.save_for_backward(input, weight, bias, kept, mean, rstd, y_kept)
-        ctx.kernels, ctx.options = kernels, options
+        ctx.save_for_backward(input, weight, bias, kept, mean, rstd)
+        ctx.kernels, ctx.options, ctx.kept_residual = kernels, options, kept is residual
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, residual, mean, rstd, y = ctx.saved_tensors
+        input, weight, bias, kept, mean, rstd = ctx.saved_tensors
         wants = ctx.needs_input_grad[:4]
-        none = (None,) * 4
+        none = (None,) * 5
         o = ctx.options
         if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated
             frozen = (None, None) if o.batch_statistics else (mean, rstd)
+            dy, residual, activation = (
+                (dy, kept, o.activation)
+                if ctx.kept_residual
+                else (_pulled_back(dy, kept, input, o.activation), None, None)
+            )
             tensors = (input, weight, bias, residual)
-            return (*_composed_gradients(dy, tensors, wants, frozen, o), *none)
+            return (*_composed_gradients(dy, tensors, wants, frozen, activation, o), *none)
         dx, dgamma, dbeta, dresidual = ctx.kernels.batch_norm_bwd(
-            dy, input, weight, bias, residual, mean, rstd, o.correction, o.activation,
-            o.batch_statistics, wants[3], y,
+            dy, input, weight, bias, kept, mean, rstd, o.correction, o.activation,
+            o.batch_statistics, wants[3],
         )  # fmt: skip
         dweight = dgamma.to(weight.dtype) if wants[1] else None
         dbias = dbeta.to(bias.dtype) if wants[2] else None
@@ -251,7 +261,8 @@ def run(
         check_rows(input)
     tensors = (input, weight, bias, residual)
     if torch.compiler.is_compiling():
-        return operators.call(*tensors, running_mean, running_var, tracked, **o._asdict())
+        keep = will_differentiate(*tensors)
+        return operators.call(*tensors, running_mean, running_var, tracked, keep, **o._asdict())
     if torch._C._are_functorch_transforms_active():
         return _functional(*tensors, running_mean, running_var, tracked, o)
     if _is_small(input, o):
@@ -262,7 +273,8 @@ def run(
         )  # fmt: skip
         if y is not None:
             return y
-    return BatchNormFunction.apply(*tensors, running_mean, running_var, tracked, o)
+    keep = will_differentiate(*tensors)
+    return BatchNormFunction.apply(*tensors, running_mean, running_var, tracked, o, keep)
 
 
 def _is_small(input: Tensor, o: _Options) -> bool:
@@ -307,18 +319,30 @@ def _composed_gradients(
     tensors: tuple[Tensor | None, ...],
     wants: tuple[bool, ...],
     frozen: tuple[Tensor | None, Tensor | None],
+    activation: str | None,
     o: _Options,
 ) -> list[Tensor | None]:
     """Gradients of input, weight, bias and residual that can be differentiated again."""
     input, weight, bias, residual = tensors
     assert input is not None
     y, _, _ = eager.batch_norm_composed(
-        input, weight, bias, residual, *frozen, o.eps, o.correction, o.activation
+        input, weight, bias, residual, *frozen, o.eps, o.correction, activation
     )
     gradients = differentiable_gradients(y, dy, tensors, wants)
     if wants[3] and residual is None:  # not kept without an activation: its gradient is dy
         gradients[3] = dy
     return gradients
+
+
+def _pulled_back(dy: Tensor, kept: Tensor | None, input: Tensor, activation: str | None) -> Tensor:
+    """dz, which can be differentiated again, from y or the signs of z."""
+    if kept is None:
+        return dy
+    if activation == "tanh":
+        return dy * (1 - kept * kept)
+    if kept.dtype == torch.uint8:
+        return torch.where(unpack_signs(kept, input), dy, 0)
+    return torch.where(kept <= 0, 0, dy)
 
 
 def check_options(correction: int, activation: str | None, eps: float = 1e-5) -> None:

@@ -15,5 +15,5 @@ def differentiable_gradients(
     """
     asked = [t if want else None for t, want in zip(tensors, wants, strict=True)]
     leaves = [t for t in asked if t is not None]
-    found = iter(torch.autograd.grad(output, leaves, upstream, create_graph=True))
+    found = iter(torch.autograd.grad(output, leaves, upstream, create_graph=True) if leaves else ())
     return [None if t is None else next(found) for t in asked]

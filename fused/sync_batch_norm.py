@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fused import backend
-from fused.batch_norm import _BatchNorm, check, check_options, run
+from fused.batch_norm import _BatchNorm, check, check_options, run, will_differentiate
 from fused.eager.batch_norm import update_running
 
 
@@ -26,6 +26,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         tracked: Tensor | None,
         options: Any,
         group: Any,
+        keep: bool,
     ) -> Tensor:
         kernels, o = backend.implementation("batch_norm", input), options
         mean, m2 = kernels.batch_norm_moments(input)
@@ -33,10 +34,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
         update_running(
             running_mean, running_var, tracked, o.momentum, mean, m2 / (count - 1), o.skip_nonfinite
         )
-        y, mean, rstd = kernels.batch_norm_eval(
-            input, weight, bias, residual, mean, m2 / (count - o.correction), o.eps, o.activation
+        var = m2 / (count - o.correction)
+        y, mean, rstd, kept = kernels.batch_norm_eval(
+            input, weight, bias, residual, mean, var, o.eps, o.activation, keep
         )
-        kept = residual if o.activation else None
         ctx.save_for_backward(input, weight, bias, kept, mean, rstd, count)
         ctx.kernels, ctx.options, ctx.group = kernels, options, group
         return y
@@ -58,7 +59,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         # processes, as DistributedDataParallel does, averages these as well.
         dweight = own[0].to(weight.dtype) if wants[1] else None
         dbias = own[1].to(bias.dtype) if wants[2] else None
-        return (dx, dweight, dbias, dresidual, None, None, None, None, None)
+        return (dx, dweight, dbias, dresidual, *(None,) * 6)
 
 
 class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
@@ -97,7 +98,7 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
         check(input, weight, bias, residual, running_mean, running_var, True)
         return SyncBatchNormFunction.apply(
             input, weight, bias, residual, running_mean, running_var, tracked, options,
-            self.process_group,
+            self.process_group, will_differentiate(input, weight, bias, residual),
         )  # fmt: skip
 
     @classmethod

@@ -41,16 +41,27 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def derivative(z, ACTIVATION: tl.constexpr):
-    """1 - tanh^2, [z > 0], Phi(z) + z * phi(z), or s * (1 + z * (1 - s)) with s = sigmoid(z)"""
+def pull_back(dy, z, ACTIVATION: tl.constexpr):
+    """dy * f'(z): dy times 1 - tanh^2, Phi(z) + z * phi(z), or s * (1 + z * (1 - s)) with s =
+    sigmoid(z); behind relu dy itself or 0, whatever dy is. A NaN counts as positive, as in torch's
+    """
     if ACTIVATION == "tanh":
         t = tanh(z)
-        return 1.0 - t * t
+        return dy * (1.0 - t * t)
     elif ACTIVATION == "relu":
-        return tl.where(z > 0.0, 1.0, 0.0).to(z.dtype)
+        return tl.where(z <= 0.0, 0.0, dy)
     elif ACTIVATION == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
-        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
+        return dy * (0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density)
     else:
         s = _sigmoid(z)
-        return s * (1.0 + z * (1.0 - s))
+        return dy * (s * (1.0 + z * (1.0 - s)))
+
+
+@triton.jit
+def pull_back_from_output(dy, y, ACTIVATION: tl.constexpr):
+    """The same from y = f(z), for tanh and relu"""
+    if ACTIVATION == "tanh":
+        return dy * (1.0 - y * y)
+    else:
+        return tl.where(y <= 0.0, 0.0, dy)

@@ -8,20 +8,19 @@
     dx_i = gamma * rstd / n * (n dz_i - dbeta - n/(n-k) * xhat_i * dgamma)     batch statistics
     dx_i = gamma * rstd * dz_i                                                 frozen statistics
 
-and dresidual = dz. f is an activation or the identity; its z is never written to memory, backward
-recomputes it from x (and the residual), exactly, where a half-precision y would not be. The
+and dresidual = dz. f is an activation or the identity; its z is never written to memory. Backward
+recomputes it from x, which it reads anyway, exactly, where a half-precision y would not be. With a
+residual it takes what costs least: relu the signs of z, which the forward pass writes down in bits;
+tanh y, where y is float32 or float64 and so is tanh(z) itself; all else the residual. The
 derivation is in docs/derivations.md.
 
 With S the bytes of x, forward and backward move 2S and 3S where one program has all rows of its
 channels, on chip or in cache (tuning.batch_norm says when), 3S and 5S elsewhere: there the first
 launch leaves partial results, which every program of the second merges in the same order. A
-residual costs S more forward and, behind an activation, 2S backward. The derivative of every
-activation takes z, from x and the residual: tanh and relu could take y, which is as many bytes as
-the residual and, for tanh, not as exact; a bit an element would serve relu, at 2S/16 instead of S
-of bfloat16, if the forward pass had a second output.
+residual costs S more forward and, behind an activation, 2S backward: its gradient written, itself
+or y read. With relu it is S/16 more forward and S + S/16 backward.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -29,46 +28,7 @@ import torch
 from fused.kernels import layout, tuning
 from fused.kernels.batch_norm_backward import _batch_norm_bwd_kernel, _batch_norm_sums_kernel
 from fused.kernels.batch_norm_forward import _batch_norm_fwd_kernel, _batch_norm_moments_kernel
-
-
-class _View(NamedTuple):
-    """Tensors as the kernels see them: (n, c, length), or all rows in n or in length, where the
-    strides of every tensor allow it, whichever leaves neighbours in memory neighbours."""
-
-    n: int
-    c: int
-    length: int
-    columns: bool  # the channels are adjacent in memory, not the positions
-    strides: list[tuple[int, int, int]]
-
-    @classmethod
-    def of(cls, x: torch.Tensor, *others: torch.Tensor | None) -> "_View":
-        """Of tensors (N, C, L); None has strides of 0."""
-        n, c, length = x.shape
-        strides = [layout.strides(t) for t in (x, *others)]
-        if length == 1:
-            rows = [s[0] for s in strides]
-        elif n == 1 or all(s[0] == length * s[2] for s in strides):
-            rows = [s[2] for s in strides]
-        else:
-            return cls(n, c, length, strides[0][1] < strides[0][2], strides)
-        if c > 1 and strides[0][1] <= rows[0]:
-            strides = [(r, s[1], 0) for r, s in zip(rows, strides, strict=True)]
-            return cls(n * length, c, 1, True, strides)
-        strides = [(0, s[1], r) for r, s in zip(rows, strides, strict=True)]
-        return cls(1, c, n * length, False, strides)
-
-    def align(self) -> int:
-        """What divides all strides but those of neighbours, and the number of neighbours."""
-        sizes = [s[0] for s in self.strides] + [self.c if self.length == 1 else self.length]
-        if self.length > 1:
-            sizes += [s[1] for s in self.strides]
-        return math.gcd(16, *sizes)
-
-    def plan(self, dtype: torch.dtype, tensors: int) -> tuning.BatchNormPlan:
-        return tuning.batch_norm(
-            self.n, self.c, self.length, self.columns, self.align(), dtype, tensors
-        )
+from fused.kernels.batch_norm_layout import View, by_channel, signs_shape, unpack_signs
 
 
 def batch_norm_fwd(
@@ -84,20 +44,24 @@ def batch_norm_fwd(
     correction: int,
     activation: str | None,
     skip_nonfinite: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Normalises x (N, C, *S) with the statistics of the batch; updates the running ones in place.
 
     A momentum of None is 1 / tracked; otherwise tracked, if given, is counted up. Returns
-    (y, mean, rstd): y in x's dtype and memory format, mean and rstd (C,).
+    (y, mean, rstd, kept): y in x's dtype and memory format, mean and rstd (C,), and what backward
+    takes besides where there is a residual behind an activation and `keep`: the signs of z (uint8),
+    y, or the residual; else None.
 
-    Bytes: reads x and the residual once and writes y once, in one launch, the least possible; where
-    programs share channels, reads x twice, in two launches.
+    Bytes: reads x and the residual once and writes y and, at a sixteenth of its bytes, the signs
+    once, in one launch, the least possible; where programs share channels, reads x twice, in two
+    launches.
     """
     if x.numel() == 0 and tracked is not None and momentum is not None:
         tracked.add_(1)
     return _normalise(
         x, gamma, beta, residual, running_mean, running_var, tracked, momentum, eps, correction,
-        activation, skip_nonfinite, frozen=False,
+        activation, skip_nonfinite, keep, frozen=False,
     )  # fmt: skip
 
 
@@ -110,13 +74,15 @@ def batch_norm_eval(
     var: torch.Tensor,
     eps: float,
     activation: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Normalises x (N, C, *S) with given statistics (C,). Returns (y, mean, rstd) as above.
+    keep: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Normalises x (N, C, *S) with given statistics (C,). Returns (y, mean, rstd, kept) as above.
 
-    Bytes: reads x and the residual once and writes y once, in one launch: the least possible.
+    Bytes: reads x and the residual once and writes y and the signs once, in one launch: the least
+    possible.
     """
     return _normalise(
-        x, gamma, beta, residual, mean, var, None, 0.0, eps, 0, activation, False, frozen=True
+        x, gamma, beta, residual, mean, var, None, 0.0, eps, 0, activation, False, keep, frozen=True
     )
 
 
@@ -129,7 +95,7 @@ def batch_norm_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if x.numel() == 0:
         zeros = torch.zeros(x.shape[1], dtype=_accumulator(x), device=x.device)
         return zeros, zeros.clone()
-    view = _View.of(x3)
+    view = View.of(x3, signs=False)
     partial = _launch_moments(x3, view, view.plan(x.dtype, tensors=0))
     counts, means, m2s = partial.unbind(1)
     mean = (counts * means).sum(0) / counts.sum(0)
@@ -142,7 +108,7 @@ def batch_norm_sums(
     x: torch.Tensor,
     gamma: torch.Tensor | None,
     beta: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    kept: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
     activation: str | None,
@@ -151,14 +117,14 @@ def batch_norm_sums(
     """(sums, dresidual): dgamma and dbeta as one tensor (2, C) in the dtype of mean, and dz, which
     batch_norm_dx takes in dy's place; None where it is not wanted.
 
-    Bytes: reads dy, x and, with an activation, the residual once, and writes dresidual once; one
-    launch, and a sum of partial results.
+    Bytes: reads dy, x and what was kept once and writes dresidual once; one launch, and a sum of
+    partial results.
     """
     dz, dz3 = _empty_like(x) if want_dresidual and activation else (None, None)
     dresidual = (dz if activation else dy) if want_dresidual else None
     if x.numel() == 0:
         return mean.new_zeros(2, x.shape[1]), dresidual
-    step = _Backward.of(x, dy, gamma, beta, residual, mean, rstd, activation, None, dz3)
+    step = _Backward.of(x, dy, gamma, beta, kept, mean, rstd, activation, None, dz3)
     return step.sums(step.plan(reduced=False)).sum(0), dresidual
 
 
@@ -167,7 +133,7 @@ def batch_norm_dx(
     x: torch.Tensor,
     gamma: torch.Tensor | None,
     beta: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    kept: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
     sums: torch.Tensor,
@@ -178,11 +144,11 @@ def batch_norm_dx(
     """dx from dgamma and dbeta, sums (2, C), of all the `count` rows (one number) that were
     normalised together, which may be more than x's.
 
-    Bytes: reads dy, x and, with an activation, the residual once and writes dx once; one launch.
+    Bytes: reads dy, x and what was kept once and writes dx once; one launch.
     """
     dx, dx3 = _empty_like(x)
     if x.numel():
-        step = _Backward.of(x, dy, gamma, beta, residual, mean, rstd, activation, dx3, None)
+        step = _Backward.of(x, dy, gamma, beta, kept, mean, rstd, activation, dx3, None)
         plan = step.plan(reduced=False)
         step.gradients(plan, "partial", sums.unsqueeze(0), count, correction, True)
     return dx
@@ -193,26 +159,25 @@ def batch_norm_bwd(
     x: torch.Tensor,
     gamma: torch.Tensor | None,
     beta: torch.Tensor | None,
-    residual: torch.Tensor | None,
+    kept: torch.Tensor | None,
     mean: torch.Tensor,
     rstd: torch.Tensor,
     correction: int,
     activation: str | None,
     batch_statistics: bool,
     want_dresidual: bool,
-    y: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The gradients (dx, dgamma, dbeta, dresidual) of batch normalisation.
 
     dx is in x's dtype and memory format; dgamma and dbeta (C,) are in the dtype of mean; dresidual
     is None where it is not wanted. `batch_statistics` says whether mean and rstd came from x
-    (training) or were frozen. y is None, as keeps_output says.
+    (training) or were frozen. `kept` is the forward's, or None where there was no residual.
 
-    Bytes: reads dy, x and, with an activation, the residual once and writes dx and, with an
-    activation, dresidual once, in one launch, the least possible. Where programs share channels:
+    Bytes: reads dy, x and what was kept (signs are a sixteenth of x) once and writes dx and, with
+    an activation, dresidual once, in one launch, the least possible. Where programs share channels:
     with frozen statistics as much, in one launch and a sum of partial results; else two launches
-    that read dy and x twice, and the residual too, unless dresidual is wanted, which then serves
-    the second in the place of dy and the residual.
+    that read dy, x and what was kept twice, unless dresidual is wanted, which then serves the
+    second in the place of dy and what was kept.
     """
     dx, dx3 = _empty_like(x)
     # Without an activation dz is dy: there is nothing to write.
@@ -221,7 +186,7 @@ def batch_norm_bwd(
     if x.numel() == 0:
         zeros = torch.zeros_like(mean)
         return dx, zeros, zeros.clone(), dresidual
-    step = _Backward.of(x, dy, gamma, beta, residual, mean, rstd, activation, dx3, dz3)
+    step = _Backward.of(x, dy, gamma, beta, kept, mean, rstd, activation, dx3, dz3)
     plan, partial = step.plan(reduced=True), None
     reduction = plan.reduction
     if reduction == "partial" and not batch_statistics:  # dx does not wait for the sums
@@ -236,9 +201,21 @@ def batch_norm_bwd(
     return dx, dgamma, dbeta, dresidual
 
 
-def keeps_output(activation: str | None, x: torch.Tensor, residual: torch.Tensor | None) -> bool:
-    """Whether backward takes y: it does not, z comes of x, which is read anyway."""
-    return False
+def keeps(activation: str | None, x: torch.Tensor, residual: torch.Tensor | None) -> str | None:
+    """What backward takes besides x: the "signs" of z, the "output", the "residual", or None."""
+    if activation is None or residual is None:
+        return None
+    return "signs" if activation == "relu" else _kind(activation, residual)
+
+
+def _kind(activation: str | None, kept: torch.Tensor | None) -> str | None:
+    """Which of these `kept` is. Half precision rounds tanh(z), and 1 - y^2 has lost what counts."""
+    if activation is None or kept is None:
+        return None
+    if kept.dtype == torch.uint8:
+        return "signs"
+    exact = activation == "relu" or (activation == "tanh" and kept.dtype.itemsize >= 4)
+    return "output" if exact else "residual"
 
 
 def _accumulator(x: torch.Tensor) -> torch.dtype:
@@ -255,7 +232,7 @@ def _empty_like(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return y, y3
 
 
-def _launch_moments(x3: torch.Tensor, view: _View, plan: tuning.BatchNormPlan) -> torch.Tensor:
+def _launch_moments(x3: torch.Tensor, view: View, plan: tuning.BatchNormPlan) -> torch.Tensor:
     """(n_programs, 3, C): each program's count of rows, mean (from the first row) and m2"""
     partial = torch.empty((plan.n_programs, 3, view.c), dtype=_accumulator(x3), device=x3.device)
     _batch_norm_moments_kernel[plan.grid(view.c)](
@@ -290,15 +267,20 @@ def _normalise(
     correction: int,
     activation: str | None,
     skip_nonfinite: bool,
+    keep: bool,
     frozen: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     y, y3 = _empty_like(x)
+    what, signs = keeps(activation, x, residual) if keep else None, None
+    if what == "signs":
+        signs = torch.empty(signs_shape(x), dtype=torch.uint8, device=x.device)
+    kept = {"signs": signs, "output": y, "residual": residual, None: None}[what]
     mean = torch.empty(x.shape[1], dtype=_accumulator(x), device=x.device)
     rstd = torch.empty_like(mean)
     if x.numel() == 0:
-        return y, mean.zero_(), rstd.zero_()
+        return y, mean.zero_(), rstd.zero_(), kept
     x3, residual3 = layout.inner(x), None if residual is None else layout.inner(residual)
-    view = _View.of(x3, residual3, y3)
+    view = View.of(x3, residual3, y3, signs=signs is not None)
     plan = view.plan(x.dtype, tensors=0 if frozen else 1)
     statistics = "running" if frozen else plan.reduction
     partial = _launch_moments(x3, view, plan) if statistics == "partial" else None
@@ -312,6 +294,7 @@ def _normalise(
         tracked,
         partial,
         y3,
+        signs,
         mean,
         rstd,
         view.n,
@@ -328,6 +311,8 @@ def _normalise(
         CUMULATIVE=momentum is None,
         SKIP_NONFINITE=skip_nonfinite,
         ACTIVATION=activation,
+        GROUP=view.group(plan, x.dtype),
+        COLUMNS=view.columns,
         BLOCK_N=plan.BLOCK_N,
         BLOCK_L=plan.BLOCK_L,
         BLOCK_C=plan.BLOCK_C,
@@ -336,21 +321,22 @@ def _normalise(
         BLOCK_P=tuning.next_power_of_2(plan.n_programs),
         num_warps=plan.num_warps,
     )
-    return y, mean, rstd
+    return y, mean, rstd, kept
 
 
 class _Backward(NamedTuple):
     """What the backward launches read and write; tensors of x's shape are (N, C, L)."""
 
-    view: _View  # of x, dy, residual, dx and dz
+    view: View  # of x, dy, kept, dx and dz
     x: torch.Tensor
     dy: torch.Tensor
     gamma: torch.Tensor | None
     beta: torch.Tensor | None
-    residual: torch.Tensor | None
+    kept: torch.Tensor | None
     mean: torch.Tensor
     rstd: torch.Tensor
     activation: str | None
+    kind: str | None  # of what was kept
     dx: torch.Tensor | None
     dz: torch.Tensor | None
 
@@ -361,18 +347,25 @@ class _Backward(NamedTuple):
         dy: torch.Tensor,
         gamma: torch.Tensor | None,
         beta: torch.Tensor | None,
-        residual: torch.Tensor | None,
+        kept: torch.Tensor | None,
         mean: torch.Tensor,
         rstd: torch.Tensor,
         activation: str | None,
         dx: torch.Tensor | None,
         dz: torch.Tensor | None,
     ) -> "_Backward":
+        kind = _kind(activation, kept)
+        if kind == "signs":
+            assert kept is not None
+            if (kept.dim() == 2) != by_channel(layout.inner(x)):
+                # x is not as the forward pass saw it: somebody kept a copy of it for us.
+                kept, kind = unpack_signs(kept, x).to(x.dtype), "output"
         x, dy = layout.inner(x), layout.inner(dy)
-        if residual is not None:  # only the derivative of an activation asks for it
-            residual = layout.inner(residual) if activation else None
-        view = _View.of(x, dy, residual, dx, dz)
-        return cls(view, x, dy, gamma, beta, residual, mean, rstd, activation, dx, dz)
+        if kept is not None and kind != "signs":
+            kept = layout.inner(kept)
+        shaped = None if kind == "signs" else kept
+        view = View.of(x, dy, shaped, dx, dz, signs=kind == "signs")
+        return cls(view, x, dy, gamma, beta, kept, mean, rstd, activation, kind, dx, dz)
 
     def plan(self, reduced: bool) -> tuning.BatchNormPlan:
         return self.view.plan(self.x.dtype, tensors=2 if reduced else 0)
@@ -386,7 +379,7 @@ class _Backward(NamedTuple):
             self.x,
             self.gamma,
             self.beta,
-            self.residual,
+            self.kept,
             self.mean,
             self.rstd,
             self.dx,
@@ -399,11 +392,14 @@ class _Backward(NamedTuple):
             plan.n_tiles,
             plan.tiles_per_program,
             ACTIVATION=self.activation,
+            KEPT=self.kind,
+            GROUP=self.view.group(plan, self.x.dtype),
+            COLUMNS=self.view.columns,
             BLOCK_N=plan.BLOCK_N,
             BLOCK_L=plan.BLOCK_L,
             BLOCK_C=plan.BLOCK_C,
             ALIGN=self.view.align(),
-            STAGES=plan.stages(self.x, self.dy, self.residual),
+            STAGES=plan.stages(self.x, self.dy, self.kept),
             num_warps=plan.num_warps,
         )
         return partial
@@ -425,7 +421,7 @@ class _Backward(NamedTuple):
             self.x,
             self.gamma,
             self.beta,
-            self.residual,
+            self.kept,
             self.mean,
             self.rstd,
             partial,
@@ -445,17 +441,20 @@ class _Backward(NamedTuple):
             SUMS=reduction,
             BATCH_STATISTICS=batch_statistics,
             ACTIVATION=self.activation,
+            KEPT=self.kind,
+            GROUP=self.view.group(plan, self.x.dtype),
+            COLUMNS=self.view.columns,
             BLOCK_N=plan.BLOCK_N,
             BLOCK_L=plan.BLOCK_L,
             BLOCK_C=plan.BLOCK_C,
             ALIGN=self.view.align(),
-            STAGES=plan.stages(self.x, self.dy, self.residual),
+            STAGES=plan.stages(self.x, self.dy, self.kept),
             BLOCK_P=tuning.next_power_of_2(n_partials),
             num_warps=plan.num_warps,
         )
         return dgamma, dbeta
 
     def strides(self) -> tuple[tuple[int, int, int], ...]:
-        """Of dy, x, residual, dx and dz"""
+        """Of dy, x, kept, dx and dz"""
         x, dy, *rest = self.view.strides
         return (dy, x, *rest)

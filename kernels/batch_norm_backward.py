@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from fused.kernels.activation import derivative
+from fused.kernels.activation import pull_back, pull_back_from_output
+from fused.kernels.batch_norm_signs import load_signs
 from fused.kernels.batch_norm_tile import (
     count_rows,
     load_channel,
@@ -17,18 +18,28 @@ from fused.kernels.batch_norm_tile import (
 
 @triton.jit
 def _dz_and_xhat(
-    dy_ptr, x_ptr, residual_ptr, mask, mean, rstd, gamma, beta,
-    acc: tl.constexpr, ACTIVATION: tl.constexpr,
+    dy_ptr, x_ptr, kept_ptr, mask, mean, rstd, gamma, beta, start, column, N, C, L,
+    acc: tl.constexpr, ACTIVATION: tl.constexpr, KEPT: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dz = dy * f'(z) with z recomputed, 0 behind the mask, and xhat: tiles"""
+    """dz = dy * f'(z), 0 behind the mask, and xhat: tiles"""
     dz = tl.load(dy_ptr, mask=mask, other=0.0).to(acc)
     x = tl.load(x_ptr, mask=mask, other=0.0).to(acc)
     xhat = (x - mean[None, :]) * rstd[None, :]
-    if ACTIVATION is not None:
+    if KEPT == "signs":
+        positive = load_signs(
+            kept_ptr, start, column, N, C, L, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C
+        )  # fmt: skip
+        dz = tl.where(positive != 0, dz, 0.0)
+    elif KEPT == "output":
+        y = tl.load(kept_ptr, mask=mask, other=0.0).to(acc)
+        dz = pull_back_from_output(dz, y, ACTIVATION)
+    elif ACTIVATION is not None:
         z = gamma[None, :] * xhat + beta[None, :]
-        if residual_ptr is not None:
-            z += tl.load(residual_ptr, mask=mask, other=0.0).to(acc)
-        dz = tl.where(mask, dz * derivative(z, ACTIVATION), 0.0)
+        if KEPT == "residual":
+            z += tl.load(kept_ptr, mask=mask, other=0.0).to(acc)
+        dz = tl.where(mask, pull_back(dz, z, ACTIVATION), 0.0)
     return dz, xhat
 
 
@@ -45,10 +56,10 @@ def _dx(dz, xhat, dgamma, dbeta, slope, n, correction, BATCH_STATISTICS: tl.cons
 
 @triton.jit
 def _sums(
-    dy_ptr, x_ptr, residual_ptr, dx_ptr, dz_ptr, begin, end, cols, col_mask,
-    mean, rstd, gamma, beta, N, L, stride_dy, stride_x, stride_r, stride_dx, stride_dz,
-    acc: tl.constexpr, ACTIVATION: tl.constexpr,
-    ALIGN: tl.constexpr, STAGES: tl.constexpr,
+    dy_ptr, x_ptr, kept_ptr, dx_ptr, dz_ptr, begin, end, column, cols, col_mask,
+    mean, rstd, gamma, beta, N, C, L, stride_dy, stride_x, stride_k, stride_dx, stride_dz,
+    acc: tl.constexpr, ACTIVATION: tl.constexpr, KEPT: tl.constexpr,
+    GROUP: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dgamma and dbeta of tiles [begin, end): (BLOCK_C,) each; dz, and slope * dz, on the way
@@ -57,7 +68,7 @@ def _sums(
     """
     dy_offsets = offsets_in_tile(cols, stride_dy, ALIGN, BLOCK_N, BLOCK_L)
     x_offsets = offsets_in_tile(cols, stride_x, ALIGN, BLOCK_N, BLOCK_L)
-    r_offsets = offsets_in_tile(cols, stride_r, ALIGN, BLOCK_N, BLOCK_L)
+    k_offsets = offsets_in_tile(cols, stride_k, ALIGN, BLOCK_N, BLOCK_L)
     dx_offsets = offsets_in_tile(cols, stride_dx, ALIGN, BLOCK_N, BLOCK_L)
     dz_offsets = offsets_in_tile(cols, stride_dz, ALIGN, BLOCK_N, BLOCK_L)
     dgamma = tl.zeros((BLOCK_N * BLOCK_L, BLOCK_C), acc)
@@ -65,13 +76,14 @@ def _sums(
     for tile in tl.range(begin, end, num_stages=STAGES):
         start = start_of(tile, L, BLOCK_N, BLOCK_L)
         mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
-        r_ptr = None
-        if residual_ptr is not None:
-            r_ptr = residual_ptr + offset_of(start, stride_r, ALIGN) + r_offsets
+        k_ptr = kept_ptr
+        if KEPT == "residual" or KEPT == "output":
+            k_ptr += offset_of(start, stride_k, ALIGN) + k_offsets
         dz, xhat = _dz_and_xhat(
             dy_ptr + offset_of(start, stride_dy, ALIGN) + dy_offsets,
             x_ptr + offset_of(start, stride_x, ALIGN) + x_offsets,
-            r_ptr, mask, mean, rstd, gamma, beta, acc, ACTIVATION,
+            k_ptr, mask, mean, rstd, gamma, beta, start, column, N, C, L,
+            acc, ACTIVATION, KEPT, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C,
         )  # fmt: skip
         dgamma += tl.where(mask, dz * xhat, 0.0)
         dbeta += dz
@@ -89,7 +101,7 @@ def _batch_norm_sums_kernel(
     x_ptr,  # input, shape (N, C, L)
     gamma_ptr,  # shape (C,), or None for 1
     beta_ptr,  # shape (C,), or None for 0
-    residual_ptr,  # shaped as x, or None for 0
+    kept_ptr,  # what KEPT says, for the derivative of the activation
     mean_ptr,  # shape (C,); its dtype is the one computed in
     rstd_ptr,  # shape (C,)
     dx_ptr,  # out: shaped as x, with frozen statistics; None with the batch's
@@ -100,12 +112,15 @@ def _batch_norm_sums_kernel(
     L,
     stride_dy,  # of n, c and l; so are the other strides
     stride_x,
-    stride_r,
+    stride_k,
     stride_dx,
     stride_dz,
     n_tiles,
     tiles_per_program,
     ACTIVATION: tl.constexpr,
+    KEPT: tl.constexpr,  # "residual" or "output", shaped as x, "signs" of z, or None: no residual
+    GROUP: tl.constexpr,  # signs in a byte
+    COLUMNS: tl.constexpr,  # of channels, not of positions
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -114,7 +129,8 @@ def _batch_norm_sums_kernel(
 ):
     """dgamma = sum_i dz_i * xhat_i and dbeta = sum_i dz_i over this program's rows"""
     acc: tl.constexpr = mean_ptr.dtype.element_ty
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
+    column = tl.program_id(0)
+    cols = column * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
     col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
     begin = tl.program_id(1) * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, n_tiles)
@@ -123,9 +139,9 @@ def _batch_norm_sums_kernel(
     gamma = load_channel(gamma_ptr, cols, col_mask, 1.0, acc)
     beta = load_channel(beta_ptr, cols, col_mask, 0.0, acc)
     dgamma, dbeta = _sums(
-        dy_ptr, x_ptr, residual_ptr, dx_ptr, dz_ptr, begin, end, cols, col_mask,
-        mean, rstd, gamma, beta, N, L, stride_dy, stride_x, stride_r, stride_dx, stride_dz,
-        acc, ACTIVATION, ALIGN, STAGES, BLOCK_N, BLOCK_L, BLOCK_C,
+        dy_ptr, x_ptr, kept_ptr, dx_ptr, dz_ptr, begin, end, column, cols, col_mask,
+        mean, rstd, gamma, beta, N, C, L, stride_dy, stride_x, stride_k, stride_dx, stride_dz,
+        acc, ACTIVATION, KEPT, GROUP, COLUMNS, ALIGN, STAGES, BLOCK_N, BLOCK_L, BLOCK_C,
     )  # fmt: skip
     out = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * C + cols
     tl.store(out, dgamma, mask=col_mask)
@@ -138,7 +154,7 @@ def _batch_norm_bwd_kernel(
     x_ptr,  # input, shape (N, C, L)
     gamma_ptr,  # shape (C,), or None for 1
     beta_ptr,  # shape (C,), or None for 0
-    residual_ptr,  # shaped as x, or None for 0
+    kept_ptr,  # what KEPT says, for the derivative of the activation
     mean_ptr,  # shape (C,); its dtype is the one computed in
     rstd_ptr,  # shape (C,)
     partial_ptr,  # dgamma and dbeta in parts, shape (n_partials, 2, C), where SUMS is "partial"
@@ -152,7 +168,7 @@ def _batch_norm_bwd_kernel(
     L,
     stride_dy,  # of n, c and l; so are the other strides
     stride_x,
-    stride_r,
+    stride_k,
     stride_dx,
     stride_dz,
     n_tiles,
@@ -162,6 +178,9 @@ def _batch_norm_bwd_kernel(
     SUMS: tl.constexpr,  # of this one "tile", of this "program", or "partial" ones
     BATCH_STATISTICS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    KEPT: tl.constexpr,  # "residual" or "output", shaped as x, "signs" of z, or None: no residual
+    GROUP: tl.constexpr,  # signs in a byte
+    COLUMNS: tl.constexpr,  # of channels, not of positions
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -186,7 +205,7 @@ def _batch_norm_bwd_kernel(
     beta = load_channel(beta_ptr, cols, col_mask, 0.0, acc)
     dy_offsets = offsets_in_tile(cols, stride_dy, ALIGN, BLOCK_N, BLOCK_L)
     x_offsets = offsets_in_tile(cols, stride_x, ALIGN, BLOCK_N, BLOCK_L)
-    r_offsets = offsets_in_tile(cols, stride_r, ALIGN, BLOCK_N, BLOCK_L)
+    k_offsets = offsets_in_tile(cols, stride_k, ALIGN, BLOCK_N, BLOCK_L)
     dx_offsets = offsets_in_tile(cols, stride_dx, ALIGN, BLOCK_N, BLOCK_L)
     dz_offsets = offsets_in_tile(cols, stride_dz, ALIGN, BLOCK_N, BLOCK_L)
 
@@ -196,10 +215,13 @@ def _batch_norm_bwd_kernel(
     if SUMS == "tile":
         start = start_of(0, L, BLOCK_N, BLOCK_L)
         mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
+        k_ptr = kept_ptr
+        if KEPT == "residual" or KEPT == "output":
+            k_ptr += k_offsets
         dz, xhat = _dz_and_xhat(
             dy_ptr + dy_offsets, x_ptr + x_offsets,
-            None if residual_ptr is None else residual_ptr + r_offsets,
-            mask, mean, rstd, gamma, beta, acc, ACTIVATION,
+            k_ptr, mask, mean, rstd, gamma, beta, start, column, N, C, L,
+            acc, ACTIVATION, KEPT, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C,
         )  # fmt: skip
         dgamma = tl.sum(tl.where(mask, dz * xhat, 0.0), axis=0)
         dbeta = tl.sum(dz, axis=0)
@@ -210,9 +232,9 @@ def _batch_norm_bwd_kernel(
     else:
         if SUMS == "program":
             dgamma, dbeta = _sums(
-                dy_ptr, x_ptr, residual_ptr, None, dz_ptr, begin, end, cols, col_mask,
-                mean, rstd, gamma, beta, N, L, stride_dy, stride_x, stride_r, stride_dx, stride_dz,
-                acc, ACTIVATION, ALIGN, STAGES, BLOCK_N, BLOCK_L, BLOCK_C,
+                dy_ptr, x_ptr, kept_ptr, None, dz_ptr, begin, end, column, cols, col_mask, mean,
+                rstd, gamma, beta, N, C, L, stride_dy, stride_x, stride_k, stride_dx, stride_dz,
+                acc, ACTIVATION, KEPT, GROUP, COLUMNS, ALIGN, STAGES, BLOCK_N, BLOCK_L, BLOCK_C,
             )  # fmt: skip
         else:
             p = tl.arange(0, BLOCK_P)  # (BLOCK_P,)
@@ -223,13 +245,14 @@ def _batch_norm_bwd_kernel(
         for i in tl.range(begin, end, num_stages=STAGES):
             start = start_of(begin + end - 1 - i, L, BLOCK_N, BLOCK_L)
             mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
-            r_ptr = None
-            if residual_ptr is not None:
-                r_ptr = residual_ptr + offset_of(start, stride_r, ALIGN) + r_offsets
+            k_ptr = kept_ptr
+            if KEPT == "residual" or KEPT == "output":
+                k_ptr += offset_of(start, stride_k, ALIGN) + k_offsets
             dz, xhat = _dz_and_xhat(
                 dy_ptr + offset_of(start, stride_dy, ALIGN) + dy_offsets,
                 x_ptr + offset_of(start, stride_x, ALIGN) + x_offsets,
-                r_ptr, mask, mean, rstd, gamma, beta, acc, ACTIVATION,
+                k_ptr, mask, mean, rstd, gamma, beta, start, column, N, C, L,
+                acc, ACTIVATION, KEPT, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C,
             )  # fmt: skip
             dx = _dx(dz, xhat, dgamma, dbeta, gamma * rstd, n, correction, BATCH_STATISTICS)
             tl.store(dx_ptr + offset_of(start, stride_dx, ALIGN) + dx_offsets, dx, mask=mask)

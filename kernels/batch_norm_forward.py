@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fused.kernels.activation import activate
+from fused.kernels.batch_norm_signs import store_signs
 from fused.kernels.batch_norm_tile import (
     count_rows,
     load_channel,
@@ -88,15 +89,12 @@ def _keep_statistics(
 
 
 @triton.jit
-def _normalised(
-    x, residual_ptr, centre, scale, shift, mask,
-    acc: tl.constexpr, ACTIVATION: tl.constexpr,
-):  # fmt: skip
-    """f(scale * (x - centre) + shift + residual)"""
+def _argument(x, residual_ptr, centre, scale, shift, mask, acc: tl.constexpr):
+    """z = scale * (x - centre) + shift + residual"""
     z = (x.to(acc) - centre[None, :]) * scale[None, :] + shift[None, :]
     if residual_ptr is not None:
         z += tl.load(residual_ptr, mask=mask, other=0.0).to(acc)
-    return activate(z, ACTIVATION)
+    return z
 
 
 @triton.jit(do_not_specialize=["N", "n_tiles", "tiles_per_program", "n_partials"])
@@ -110,6 +108,7 @@ def _batch_norm_fwd_kernel(
     tracked_ptr,  # how many batches there were, one int64, or None
     partial_ptr,  # from _batch_norm_moments_kernel where STATISTICS is "partial"
     y_ptr,  # out: shaped as x
+    signs_ptr,  # out: of z, in bits, for relu's backward; None where it is not wanted
     mean_ptr,  # out: shape (C,); its dtype is the one computed in
     rstd_ptr,  # out: shape (C,)
     N,
@@ -128,6 +127,8 @@ def _batch_norm_fwd_kernel(
     CUMULATIVE: tl.constexpr,  # momentum is 1 / tracked, else tracked is counted up here
     SKIP_NONFINITE: tl.constexpr,  # channels with an inf or NaN keep their running statistics
     ACTIVATION: tl.constexpr,
+    GROUP: tl.constexpr,  # signs in a byte
+    COLUMNS: tl.constexpr,  # of channels, not of positions
     BLOCK_N: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -211,8 +212,12 @@ def _batch_norm_fwd_kernel(
     shift = load_channel(beta_ptr, cols, col_mask, 0.0, acc) - lost * scale
     if STATISTICS == "tile":
         r_ptr = None if residual_ptr is None else residual_ptr + r_offsets
-        y = _normalised(x, r_ptr, centre, scale, shift, mask, acc, ACTIVATION)
-        tl.store(y_ptr + y_offsets, y, mask=mask)
+        z = _argument(x, r_ptr, centre, scale, shift, mask, acc)
+        tl.store(y_ptr + y_offsets, activate(z, ACTIVATION), mask=mask)
+        if signs_ptr is not None:
+            store_signs(
+                signs_ptr, z, start, column, N, C, L, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C
+            )  # fmt: skip
     else:
         for i in tl.range(begin, end, num_stages=STAGES):
             start = start_of(begin + end - 1 - i, L, BLOCK_N, BLOCK_L)
@@ -221,5 +226,10 @@ def _batch_norm_fwd_kernel(
             r_ptr = None
             if residual_ptr is not None:
                 r_ptr = residual_ptr + offset_of(start, stride_r, ALIGN) + r_offsets
-            y = _normalised(x, r_ptr, centre, scale, shift, mask, acc, ACTIVATION)
+            z = _argument(x, r_ptr, centre, scale, shift, mask, acc)
+            y = activate(z, ACTIVATION)
             tl.store(y_ptr + offset_of(start, stride_y, ALIGN) + y_offsets, y, mask=mask)
+            if signs_ptr is not None:
+                store_signs(
+                    signs_ptr, z, start, column, N, C, L, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C
+                )  # fmt: skip

@@ -29,19 +29,20 @@ def batch_norm_fwd(
     correction: int,
     activation: str | None,
     skip_nonfinite: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Normalises x (N, C, *S) with the statistics of the batch; updates the running ones in place.
 
     A momentum of None is 1 / tracked; otherwise tracked, if given, is counted up. Returns
-    (y, mean, rstd): y in x's dtype and memory format, mean and rstd (C,) in float32, or float64 for
-    float64.
+    (y, mean, rstd, kept): y in x's dtype and memory format, mean and rstd (C,) in float32, or
+    float64 for float64, and what backward takes besides if `keep`: y, the residual, or None.
     """
     n = x.numel() // max(1, x.shape[1])
     if n == 0:
         if tracked is not None and momentum is not None:
             tracked.add_(1)
         mean, m2 = batch_norm_moments(x)
-        return torch.empty_like(x), mean, m2
+        return torch.empty_like(x), mean, m2, None
     form = _Form.of(x)
     exact_mean, m2 = _moments(form.view(x), form)
     mean = exact_mean.to(_compute_dtype(x))
@@ -52,7 +53,8 @@ def batch_norm_fwd(
     shift = (mean - exact_mean).to(mean.dtype).mul_(scale)  # what rounding took from the mean
     if beta is not None:
         shift += beta
-    return _normalised(x, form, mean, scale, shift, residual, activation), mean, rstd
+    y = _normalised(x, form, mean, scale, shift, residual, activation)
+    return y, mean, rstd, _kept(activation, y, residual, keep)
 
 
 def batch_norm_eval(
@@ -64,14 +66,16 @@ def batch_norm_eval(
     var: Tensor,
     eps: float,
     activation: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalises x (N, C, *S) with given statistics (C,). Returns (y, mean, rstd) as above."""
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Normalises x (N, C, *S) with given statistics (C,). Returns the same as above."""
     acc = _compute_dtype(x)
     mean = mean.to(acc, copy=True)  # what backward uses must not follow a later update
     rstd = var.to(acc).add(eps).rsqrt_()
     scale = rstd if gamma is None else rstd * gamma
     shift = torch.zeros_like(mean) if beta is None else beta.to(acc)
-    return _normalised(x, _Form.of(x), mean, scale, shift, residual, activation), mean, rstd
+    y = _normalised(x, _Form.of(x), mean, scale, shift, residual, activation)
+    return y, mean, rstd, _kept(activation, y, residual, keep)
 
 
 def batch_norm_moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +93,7 @@ def batch_norm_sums(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    residual: Tensor | None,
+    kept: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     activation: str | None,
@@ -97,7 +101,7 @@ def batch_norm_sums(
 ) -> tuple[Tensor, Tensor | None]:
     """(sums, dresidual): dgamma and dbeta as one tensor (2, C) in the dtype of mean, and dz, which
     batch_norm_dx takes in dy's place; None where it is not wanted."""
-    step = _Backward(x, gamma, beta, residual, mean, rstd, activation, None)
+    step = _Backward(x, gamma, beta, kept, mean, rstd, activation)
     dz, sums = step.dz_and_sums(dy)
     return sums, dz.to(x.dtype) if want_dresidual else None
 
@@ -107,7 +111,7 @@ def batch_norm_dx(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    residual: Tensor | None,
+    kept: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     sums: Tensor,
@@ -117,7 +121,7 @@ def batch_norm_dx(
 ) -> Tensor:
     """dx from dgamma and dbeta, sums (2, C), of all the `count` rows (one number) that were
     normalised together, which may be more than x's."""
-    step = _Backward(x, gamma, beta, residual, mean, rstd, activation, None)
+    step = _Backward(x, gamma, beta, kept, mean, rstd, activation)
     dz = step.dz_and_sums(dy)[0] if activation else dy
     return step.dx(dz, sums, count, correction, dz if activation else None)
 
@@ -127,22 +131,21 @@ def batch_norm_bwd(
     x: Tensor,
     gamma: Tensor | None,
     beta: Tensor | None,
-    residual: Tensor | None,
+    kept: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     correction: int,
     activation: str | None,
     batch_statistics: bool,
     want_dresidual: bool,
-    y: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients (dx, dgamma, dbeta, dresidual) of batch normalisation.
 
     dx is in x's dtype; dgamma and dbeta (C,) are in the dtype of mean; dresidual is None where it
     is not wanted. `batch_statistics` says whether mean and rstd came from x (training) or were
-    frozen. y is the forward's, where keeps_output said so.
+    frozen. `kept` is the forward's; without an activation, None.
     """
-    step = _Backward(x, gamma, beta, residual, mean, rstd, activation, y)
+    step = _Backward(x, gamma, beta, kept, mean, rstd, activation)
     dz, sums = step.dz_and_sums(dy)
     dresidual = dz.to(x.dtype) if want_dresidual else None
     # dz is not needed again, unless it is the upstream gradient or the residual's.
@@ -152,9 +155,24 @@ def batch_norm_bwd(
     return dx, sums[0], sums[1].clone(), dresidual  # no two of them share memory
 
 
-def keeps_output(activation: str | None, x: Tensor, residual: Tensor | None) -> bool:
-    """Whether backward takes y: its rounding is that of the computation, and it spares a tanh."""
-    return activation in ("tanh", "relu") and residual is None and x.dtype.itemsize >= 4
+def keeps(activation: str | None, x: Tensor, residual: Tensor | None) -> str | None:
+    """What backward takes besides x: the "output", the "residual", or None."""
+    if activation is None:
+        return None
+    # Without a residual z comes of x as well, but y spares a tanh.
+    if _from_output(activation, x.dtype) and (residual is not None or x.dtype.itemsize >= 4):
+        return "output"
+    return None if residual is None else "residual"
+
+
+def _kept(activation: str | None, y: Tensor, residual: Tensor | None, keep: bool) -> Tensor | None:
+    what = keeps(activation, y, residual) if keep else None
+    return {"output": y, "residual": residual, None: None}[what]
+
+
+def _from_output(activation: str | None, dtype: torch.dtype) -> bool:
+    """Whether f'(z) comes of y as well: tanh' not of one that was rounded to half precision."""
+    return activation == "relu" or (activation == "tanh" and dtype.itemsize >= 4)
 
 
 def batch_norm_composed(
@@ -342,15 +360,14 @@ class _Backward:
         x: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
-        residual: Tensor | None,
+        kept: Tensor | None,
         mean: Tensor,
         rstd: Tensor,
         activation: str | None,
-        y: Tensor | None,
     ) -> None:
         self.form = form = _Form.of(x)
         self.x, self.x_view = x, form.view(x)
-        self.mean, self.rstd, self.beta, self.y, self.residual = mean, rstd, beta, y, residual
+        self.mean, self.rstd, self.beta, self.kept = mean, rstd, beta, kept
         self.scale = rstd if gamma is None else rstd * gamma
         self.column, self.activation = form.vector(mean), activation
         self.buffer = _scratch(self.x_view, mean.dtype)
@@ -361,7 +378,10 @@ class _Backward:
         form, acc, f = self.form, self.mean.dtype, self.activation
         dz = form.empty_like(self.x, acc) if f else dy
         total = self.mean.new_zeros(2, self.mean.shape[0], dtype=torch.float64)
-        views = [None if t is None else form.view(t) for t in (dy, dz, self.y, self.residual)]
+        y, residual = self.kept, None
+        if not _from_output(f, self.x.dtype):
+            y, residual = residual, y
+        views = [None if t is None else form.view(t) for t in (dy, dz, y, residual)]
         scale, beta = form.vector(self.scale), self.beta
         shift = None if beta is None else form.vector(beta)
         for x_, dy_, dz_, y_, residual_ in _chunks(self.x_view, *views):
@@ -374,7 +394,7 @@ class _Backward:
                     if residual_ is not None:
                         z.add_(residual_)
                     y_ = z.tanh_() if f == "tanh" else z
-                activation_backward(f, dy_.to(acc), y_, dz_)
+                activation_backward(f, dy_.to(acc), y_.to(acc), dz_)
             else:
                 dz_ = dz_.to(acc)
             total[1] += form.sum(dz_)

@@ -1,7 +1,8 @@
 """Batch normalisation for torch.compile: opaque operators that change none of their arguments.
 
 The running statistics of a training step come back as new tensors and are copied into the buffers
-by the graph.
+by the graph. The signs for the backward of relu with a residual are an output whichever
+implementation serves the graph, as it may be another one than when it was compiled.
 """
 
 from typing import Any
@@ -10,21 +11,24 @@ import torch
 from torch import Tensor
 
 from fused import backend
+from fused.kernels.batch_norm_layout import pack_signs, signs_shape, unpack_signs
 from fused.operators import laid_out_as, library
 
 _TENSORS = "Tensor input, Tensor? weight, Tensor? bias, Tensor? residual"
 library.define(
     f"batch_norm_fwd({_TENSORS}, Tensor? running_mean, Tensor? running_var, Tensor? tracked, "
-    "float? momentum, float eps, int correction, str? activation, bool skip_nonfinite) "
-    "-> (Tensor y, Tensor mean, Tensor rstd, Tensor running_mean, Tensor running_var)"
+    "float? momentum, float eps, int correction, str? activation, bool skip_nonfinite, "
+    "bool keep) "
+    "-> (Tensor y, Tensor mean, Tensor rstd, Tensor signs, Tensor running_mean, Tensor running_var)"
 )
 library.define(
-    f"batch_norm_eval({_TENSORS}, Tensor mean, Tensor var, float eps, str? activation) "
-    "-> (Tensor y, Tensor mean, Tensor rstd)"
+    f"batch_norm_eval({_TENSORS}, Tensor mean, Tensor var, float eps, str? activation, bool keep) "
+    "-> (Tensor y, Tensor mean, Tensor rstd, Tensor signs)"
 )
 library.define(
-    f"batch_norm_bwd(Tensor dy, {_TENSORS}, Tensor mean, Tensor rstd, int correction, "
-    "str? activation, bool batch_statistics, bool want_dresidual, Tensor? y) "
+    "batch_norm_bwd(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor? kept, "
+    "Tensor mean, Tensor rstd, int correction, str? activation, bool batch_statistics, "
+    "bool want_dresidual) "
     "-> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)"
 )
 
@@ -37,6 +41,7 @@ def call(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     tracked: Tensor | None,
+    keep: bool,
     batch_statistics: bool,
     momentum: float | None,
     eps: float,
@@ -47,12 +52,12 @@ def call(
     """y; the running statistics are updated in place."""
     if not batch_statistics:
         return torch.ops.fused.batch_norm_eval(
-            input, weight, bias, residual, running_mean, running_var, eps, activation
+            input, weight, bias, residual, running_mean, running_var, eps, activation, keep
         )[0]
-    y, _, _, new_mean, new_var = torch.ops.fused.batch_norm_fwd(
+    y, _, _, _, new_mean, new_var = torch.ops.fused.batch_norm_fwd(
         input, weight, bias, residual, running_mean, running_var,
         tracked if momentum is None else None, momentum, eps, correction, activation,
-        skip_nonfinite,
+        skip_nonfinite, keep,
     )  # fmt: skip
     if running_mean is not None and running_var is not None:
         running_mean.copy_(new_mean.detach())
@@ -73,9 +78,11 @@ def _fwd_operator(
 ) -> tuple[Tensor, ...]:
     kernels = backend.implementation("batch_norm", input)
     new = [None if t is None else t.clone() for t in (running_mean, running_var)]
-    y, mean, rstd = kernels.batch_norm_fwd(input, weight, bias, residual, *new, *arguments)
+    y, mean, rstd, kept = kernels.batch_norm_fwd(input, weight, bias, residual, *new, *arguments)
     new = [mean.new_empty(0) if t is None else t for t in new]
-    return laid_out_as(y, input), mean, rstd, *new
+    *_, activation, _, keep = arguments
+    signs = _signs(input, residual, activation, keep, kept)
+    return laid_out_as(y, input), mean, rstd, signs, *new
 
 
 def _fwd_fake(
@@ -85,34 +92,70 @@ def _fwd_fake(
     residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    *_: Any,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
     mean = _channels(input)
+    *_, activation, _, keep = arguments
+    signs = _empty_signs(input, residual, activation, keep)
     new = (torch.empty_like(mean.new_empty(0) if t is None else t)
            for t in (running_mean, running_var))  # fmt: skip
-    return torch.empty_like(input), mean, torch.empty_like(mean), *new
+    return torch.empty_like(input), mean, torch.empty_like(mean), signs, *new
 
 
-def _eval_operator(input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _eval_operator(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
     kernels = backend.implementation("batch_norm", input)
-    y, mean, rstd = kernels.batch_norm_eval(input, *arguments)
-    return laid_out_as(y, input), mean, rstd
+    y, mean, rstd, kept = kernels.batch_norm_eval(input, weight, bias, residual, *rest)
+    *_, activation, keep = rest
+    signs = _signs(input, residual, activation, keep, kept)
+    return laid_out_as(y, input), mean, rstd, signs
 
 
-def _eval_fake(input: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return torch.empty_like(input), _channels(input), _channels(input)
+def _eval_fake(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
+) -> tuple[Tensor, ...]:
+    *_, activation, keep = rest
+    signs = _empty_signs(input, residual, activation, keep)
+    return torch.empty_like(input), _channels(input), _channels(input), signs
 
 
-def _bwd_operator(dy: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _empty_signs(
+    input: Tensor, residual: Tensor | None, activation: str | None, keep: bool
+) -> Tensor:
+    shape = signs_shape(input) if _takes_signs(residual, activation, keep) else (0,)
+    return input.new_empty(shape, dtype=torch.uint8)
+
+
+def _signs(
+    input: Tensor, residual: Tensor | None, activation: str | None, keep: bool, kept: Tensor | None
+) -> Tensor:
+    """What an implementation kept as signs: it may have kept y."""
+    if not _takes_signs(residual, activation, keep) or input.numel() == 0:
+        return _empty_signs(input, residual, activation, keep)
+    assert kept is not None
+    return kept if kept.dtype == torch.uint8 else pack_signs(kept, input)
+
+
+def _takes_signs(residual: Tensor | None, activation: str | None, keep: bool) -> bool:
+    return keep and activation == "relu" and residual is not None
+
+
+def _bwd_operator(
+    dy: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     kernels = backend.implementation("batch_norm", input)
-    dx, dgamma, dbeta, dresidual = kernels.batch_norm_bwd(dy, input, *arguments)
+    if kept is not None and kept.dtype == torch.uint8 and backend.name_for(input) == "eager":
+        kept = unpack_signs(kept, input)
+    dx, dgamma, dbeta, dresidual = kernels.batch_norm_bwd(dy, input, weight, bias, kept, *arguments)
     if dresidual is None:
         return laid_out_as(dx, input), dgamma, dbeta, dgamma.new_empty(0)
     return laid_out_as(dx, input), dgamma, dbeta, laid_out_as(dresidual, input)
 
 
 def _bwd_fake(dy: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    vector, want_dresidual = _channels(input), arguments[-2]
+    vector, want_dresidual = _channels(input), arguments[-1]
     dresidual = torch.empty_like(input) if want_dresidual else vector.new_empty(0)
     return torch.empty_like(input), vector, torch.empty_like(vector), dresidual
 
@@ -140,20 +183,22 @@ def _setup(
     activation: str | None,
 ) -> None:
     input, weight, bias, residual, *rest = inputs
-    kept = residual if activation else None  # only the derivative of an activation asks for z
-    keeps = backend.implementation("batch_norm", input).keeps_output(activation, input, residual)
-    y = output[0] if keeps else None
-    ctx.save_for_backward(input, weight, bias, kept, output[1], output[2], y)
+    y, mean, rstd, signs, *_ = output
+    what = backend.implementation("batch_norm", input).keeps(activation, input, residual)
+    if _takes_signs(residual, activation, keep=True):
+        what = "signs"
+    kept = {"signs": signs, "output": y, "residual": residual, None: None}[what]
+    ctx.save_for_backward(input, weight, bias, kept, mean, rstd)
     ctx.correction, ctx.activation, ctx.rest = correction, activation, len(rest)
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, y = ctx.saved_tensors
+    tensors = ctx.saved_tensors
     _, weight, bias, *_ = tensors
     wants = ctx.needs_input_grad[:4]
     want_dz = wants[3] and ctx.activation is not None  # without an activation dz is dy
     dx, dgamma, dbeta, dz = torch.ops.fused.batch_norm_bwd(
-        dy, *tensors, ctx.correction, ctx.activation, ctx.batch_statistics, want_dz, y
+        dy, *tensors, ctx.correction, ctx.activation, ctx.batch_statistics, want_dz
     )
     return (
         dx,
