@@ -399,7 +399,7 @@ class _Backward(NamedTuple):
             BLOCK_L=plan.BLOCK_L,
             BLOCK_C=plan.BLOCK_C,
             ALIGN=self.view.align(),
-            STAGES=plan.stages(self.x, self.dy, self.kept),
+            STAGES=plan.stages(*self.streams()),
             num_warps=plan.num_warps,
         )
         return partial
@@ -448,7 +448,7 @@ class _Backward(NamedTuple):
             BLOCK_L=plan.BLOCK_L,
             BLOCK_C=plan.BLOCK_C,
             ALIGN=self.view.align(),
-            STAGES=plan.stages(self.x, self.dy, self.kept),
+            STAGES=plan.stages(*self.streams()),
             BLOCK_P=tuning.next_power_of_2(n_partials),
             num_warps=plan.num_warps,
         )
@@ -458,3 +458,7 @@ class _Backward(NamedTuple):
         """Of dy, x, kept, dx and dz"""
         x, dy, *rest = self.view.strides
         return (dy, x, *rest)
+
+    def streams(self) -> tuple[torch.Tensor | None, ...]:
+        """What is read ahead: signs are too few bytes a thread for that."""
+        return self.x, self.dy, None if self.kind == "signs" else self.kept

@@ -31,7 +31,7 @@ def _dz_and_xhat(
         positive = load_signs(
             kept_ptr, start, column, N, C, L, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C
         )  # fmt: skip
-        dz = tl.where(positive != 0, dz, 0.0)
+        dz = tl.where(positive, dz, 0.0)
     elif KEPT == "output":
         y = tl.load(kept_ptr, mask=mask, other=0.0).to(acc)
         dz = pull_back_from_output(dz, y, ACTIVATION)
@@ -238,10 +238,11 @@ def _batch_norm_bwd_kernel(
             )  # fmt: skip
         else:
             p = tl.arange(0, BLOCK_P)  # (BLOCK_P,)
-            parts = partial_ptr + (p.to(tl.int64) * 2 * C)[:, None] + cols[None, :]
-            p_mask = (p < n_partials)[:, None] & col_mask[None, :]
-            dgamma = tl.sum(tl.load(parts, mask=p_mask, other=0.0), axis=0)
-            dbeta = tl.sum(tl.load(parts + C, mask=p_mask, other=0.0), axis=0)
+            rows = partial_ptr + p.to(tl.int64) * 2 * C
+            parts = cols[:, None] + rows[None, :]
+            p_mask = col_mask[:, None] & (p < n_partials)[None, :]
+            dgamma = tl.sum(tl.load(parts, mask=p_mask, other=0.0), axis=1)
+            dbeta = tl.sum(tl.load(parts + C, mask=p_mask, other=0.0), axis=1)
         for i in tl.range(begin, end, num_stages=STAGES):
             start = start_of(begin + end - 1 - i, L, BLOCK_N, BLOCK_L)
             mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)

@@ -186,12 +186,12 @@ def _batch_norm_fwd_kernel(
         else:
             p = tl.arange(0, BLOCK_P)  # (BLOCK_P,)
             rows = partial_ptr + p.to(tl.int64) * 3 * C
-            parts = rows[:, None] + cols[None, :]
-            p_mask = (p < n_partials)[:, None] & col_mask[None, :]
+            parts = cols[:, None] + rows[None, :]
+            p_mask = col_mask[:, None] & (p < n_partials)[None, :]
             counts = tl.load(rows, mask=p < n_partials, other=0.0)
             means = tl.load(parts + C, mask=p_mask, other=0.0)
             m2s = tl.load(parts + 2 * C, mask=p_mask, other=0.0)
-            _, mean, m2 = merged(counts, means, m2s)
+            _, mean, m2 = merged(counts[None, :], means, m2s, axis=1)
         var = m2 / (n - correction)
     rstd = 1.0 / tl.sqrt(var + eps)
     centre = first + mean

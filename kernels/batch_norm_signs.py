@@ -49,14 +49,14 @@ def store_signs(
 ):  # fmt: skip
     """Of z (BLOCK_N * BLOCK_L, BLOCK_C), the tile of block `column` at `start`"""
     rows: tl.constexpr = BLOCK_N * BLOCK_L
-    positive = tl.where(z <= 0.0, 0, 1)  # NaN counts as positive, as in torch's relu
-    bit = tl.arange(0, GROUP)
+    bits = 1 << tl.arange(0, GROUP)
+    # NaN counts as positive, as in torch's relu.
     if COLUMNS:
-        bits = tl.reshape(positive, (rows, BLOCK_C // GROUP, GROUP)) << bit[None, None, :]
-        signs = tl.sum(bits, axis=2)
+        z = tl.reshape(z, (rows, BLOCK_C // GROUP, GROUP))
+        signs = tl.sum(tl.where(z <= 0.0, 0, bits[None, None, :]), axis=2)
     else:
-        bits = tl.reshape(positive, (rows // GROUP, GROUP, BLOCK_C)) << bit[None, :, None]
-        signs = tl.sum(bits, axis=1)
+        z = tl.reshape(z, (rows // GROUP, GROUP, BLOCK_C))
+        signs = tl.sum(tl.where(z <= 0.0, 0, bits[None, :, None]), axis=1)
     offsets, exists = _offsets(
         start, column, N, C, L, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C
     )  # fmt: skip
@@ -68,14 +68,14 @@ def load_signs(
     signs_ptr, start, column, N, C, L, GROUP: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """1 where z is above 0, else 0: (BLOCK_N * BLOCK_L, BLOCK_C)"""
+    """Whether z is above 0: (BLOCK_N * BLOCK_L, BLOCK_C)"""
     offsets, exists = _offsets(
         start, column, N, C, L, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C
     )  # fmt: skip
     signs = tl.load(signs_ptr + offsets, mask=exists, other=0).to(tl.int32)
-    bit = tl.arange(0, GROUP)
+    bits = 1 << tl.arange(0, GROUP)
     if COLUMNS:
-        bits = (signs[:, :, None] >> bit[None, None, :]) & 1
+        bits = signs[:, :, None] & bits[None, None, :]
     else:
-        bits = (signs[:, None, :] >> bit[None, :, None]) & 1
-    return tl.reshape(bits, (BLOCK_N * BLOCK_L, BLOCK_C))
+        bits = signs[:, None, :] & bits[None, :, None]
+    return tl.reshape(bits, (BLOCK_N * BLOCK_L, BLOCK_C)) != 0

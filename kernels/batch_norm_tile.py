@@ -122,18 +122,19 @@ def moments(
     m2 = tl.where(m2 < 0.0, 0.0, m2)
     m2 = tl.where((q == float("inf")) & (s - s == 0.0), float("inf"), m2)  # overflow is not NaN
     m2 = tl.where(col_mask[None, :], m2, 0.0)
-    return merged(k, (x0 - first[None, :]) + share, m2)
+    return merged(k[:, None], (x0 - first[None, :]) + share, m2, axis=0)
 
 
 @triton.jit
-def merged(counts, means, m2s):
+def merged(counts, means, m2s, axis: tl.constexpr):
     """Row count, means and sums of squared deviations of groups of rows taken together: (BLOCK_C,)
 
-    counts (groups,) may be 0; means and m2s (groups, BLOCK_C). Chan, Golub and LeVeque (1979).
+    The groups are along `axis` of means and m2s; counts has 1 where they have channels, and may be
+    0. Chan, Golub and LeVeque (1979).
     """
-    n = tl.sum(counts, axis=0)
-    exists = counts[:, None] > 0.0
-    mean = tl.sum(tl.where(exists, counts[:, None] * means, 0.0), axis=0) / n
-    d = tl.where(exists, means - mean[None, :], 0.0)
-    m2s = tl.where(exists, m2s, 0.0) + counts[:, None] * d * d
-    return n, mean, tl.sum(m2s, axis=0)
+    n = tl.sum(counts, axis=axis)
+    exists = counts > 0.0
+    mean = tl.sum(tl.where(exists, counts * means, 0.0), axis=axis) / n
+    d = tl.where(exists, means - tl.expand_dims(mean, axis), 0.0)
+    m2s = tl.where(exists, m2s, 0.0) + counts * d * d
+    return n, mean, tl.sum(m2s, axis=axis)
