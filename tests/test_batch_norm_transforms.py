@@ -21,7 +21,7 @@ from tests.test_batch_norm import (
 )
 
 
-@pytest.mark.parametrize("activation", ["tanh", "gelu", "silu", None])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "silu", None])
 @pytest.mark.parametrize("correction", [0, 1])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_gradcheck_and_gradgradcheck(
@@ -40,8 +40,9 @@ def test_gradcheck_and_gradgradcheck(
 
     leaves = [t[name].requires_grad_() for name in names]
     torch.autograd.gradcheck(function, leaves)
-    # Second derivatives are torch's own operations on both; one case shows that Triton gets there.
-    if implementation == "eager" or (training, correction, activation) == (True, 1, "tanh"):
+    # Second derivatives are torch's own operations on both. Triton's come of what it has kept: y
+    # for tanh, signs for relu.
+    if implementation == "eager" or (training and correction and activation in ("tanh", "relu")):
         torch.autograd.gradgradcheck(function, leaves)
 
 
@@ -133,6 +134,32 @@ def test_compiled_without_a_break_and_with_the_bits_of_eager(
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+def test_signs_cross_a_compiled_graph(channels_last, compiler, implementation, device) -> None:
+    """relu with a residual: the bits of eager mode; and right whichever implementation serves a
+    graph that was compiled for another, forward and backward."""
+    t = example((3, 5, 3, 3), torch.float32, device, residual=True)
+    if channels_last:
+        t["input"] = t["input"].contiguous(memory_format=torch.channels_last)
+    norm = fused.BatchNorm2d(5, activation="relu", device=device)
+    upstream = torch.randn_like(t["input"])
+
+    def step(function: Any, *backends: str) -> tuple[Tensor, ...]:
+        leaves = [t[name].detach().requires_grad_() for name in ("input", "residual")]
+        with fused.backend.use(backends[0]):
+            y = function(*leaves)
+        with fused.backend.use(backends[-1]):
+            return y, *torch.autograd.grad(y, [*leaves, norm.weight], upstream)
+
+    expected = step(norm, implementation)
+    function = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(step(function, implementation), expected, rtol=0, atol=0)
+    other = {"eager": "triton", "triton": "eager"}[implementation]
+    for backends in ((other,), (implementation, other), (other, implementation)):
+        torch.testing.assert_close(step(function, *backends), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("activation", ["relu", None])
 @pytest.mark.parametrize("kind", ["training", "cumulative", "no statistics", "evaluation"])
 def test_opcheck(kind, activation, implementation, device) -> None:
@@ -143,7 +170,7 @@ def test_opcheck(kind, activation, implementation, device) -> None:
     statistics = [t["running_mean"], t["running_var"]]
     if kind == "evaluation":
         operator = torch.ops.fused.batch_norm_eval
-        arguments = (*tensors, *statistics, 1e-5, activation)
+        arguments = (*tensors, *statistics, 1e-5, activation, True)
     else:
         operator = torch.ops.fused.batch_norm_fwd
         if kind == "no statistics":
@@ -151,22 +178,14 @@ def test_opcheck(kind, activation, implementation, device) -> None:
         tracked = torch.ones((), dtype=torch.int64, device=device)
         momentum = None if kind == "cumulative" else 0.1
         counter = tracked if kind == "cumulative" else None
-        arguments = (*tensors, *statistics, counter, momentum, 1e-5, 1, activation, True)
+        arguments = (*tensors, *statistics, counter, momentum, 1e-5, 1, activation, True, True)
     torch.library.opcheck(operator, arguments)
     with torch.no_grad():
-        y, mean, rstd, *_ = operator(*arguments)
-    detached = [tensor.detach() for tensor in tensors]
-    backward = (
-        y,
-        *detached,
-        mean,
-        rstd,
-        1,
-        activation,
-        kind != "evaluation",
-        activation is not None,
-        None,
-    )
+        y, mean, rstd, signs, *_ = operator(*arguments)
+    detached = [tensor.detach() for tensor in tensors[:3]]
+    kept = signs if activation == "relu" else None
+    options = (1, activation, kind != "evaluation", activation is not None)
+    backward = (y, *detached, kept, mean, rstd, *options)
     torch.library.opcheck(torch.ops.fused.batch_norm_bwd, backward)
 
 

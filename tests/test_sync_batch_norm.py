@@ -65,7 +65,11 @@ def over_processes(
 
 CASES: dict[str, tuple[list[int], tuple[int, ...], dict[str, Any]]] = {
     "two unequal": ([3, 6], (9, 4), {}),
-    "three with images": ([2, 1, 4], (7, 3, 5, 2), {"activation": "relu", "correction": 1}),
+    "three with images": (
+        [2, 1, 4],
+        (7, 3, 5, 2),
+        {"activation": "relu", "correction": 1, "residual": True},
+    ),
     "one is empty": ([4, 0], (4, 3, 6), {"momentum": None, "residual": True, "activation": "silu"}),
 }
 
