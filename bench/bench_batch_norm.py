@@ -73,9 +73,17 @@ def kernel_cases() -> list[Case]:
     return [
         Case(OPERATION, shape, dtype, variant)
         for shape in _SHAPES
-        for variant in (("relu", "channels_last-relu") if len(shape) == 4 else ("tanh",))
+        for variant in _kernel_variants(shape)
         for dtype in (torch.bfloat16, torch.float32)
     ]
+
+
+def _kernel_variants(shape: tuple[int, ...]) -> tuple[str, ...]:
+    if len(shape) == 2:
+        return ("tanh",)
+    variants = ("relu", "channels_last-relu")
+    residual = tuple(f"{variant}-residual" for variant in variants)
+    return variants + residual if shape == (64, 256, 56, 56) else variants
 
 
 def traffic_case(case: Case) -> Case:
@@ -95,7 +103,11 @@ def traffic_case(case: Case) -> Case:
 
 
 def least_bytes(case: Case) -> dict[str, int]:
-    return {"fwd": 2 * case.bytes, "bwd": 3 * case.bytes, "fwd_bwd": 5 * case.bytes}
+    if "residual" in case.variant:  # read and its gradient written, and the signs written and read
+        forward, backward = (n * case.bytes + case.bytes // 16 for n in (3, 4))
+    else:
+        forward, backward = 2 * case.bytes, 3 * case.bytes
+    return {"fwd": forward, "bwd": backward, "fwd_bwd": forward + backward}
 
 
 def launch(case: Case, device: torch.device) -> None:
@@ -105,9 +117,11 @@ def launch(case: Case, device: torch.device) -> None:
     channels = [torch.ones(c, device=device) for _ in range(4)]
     mean, var, weight, bias = channels
     weight.requires_grad_(), bias.requires_grad_()
+    residual = torch.zeros_like(x).requires_grad_() if "residual" in case.variant else None
     y = fused.batch_norm(
-        x, mean, var, weight, bias, True, _MOMENTUM, _EPS, activation=_activation(case)
-    )
+        x, mean, var, weight, bias, True, _MOMENTUM, _EPS, activation=_activation(case),
+        residual=residual,
+    )  # fmt: skip
     y.backward(torch.ones_like(y))
 
 

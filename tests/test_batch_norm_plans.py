@@ -60,6 +60,28 @@ def test_plan(shape, columns, dtype, forward, backward) -> None:
         assert tile * plan.BLOCK_C <= plan.num_warps * 32 * 64
 
 
+# Images that are few and small, contiguous: (n, channels, length), and the warps of a program.
+WARPS = [
+    ((32, 1056, 49), 2),
+    ((17, 1056, 49), 2),
+    ((16, 1056, 49), 4),
+    ((33, 1056, 49), 8),
+    ((32, 1055, 49), 8),
+    ((32, 1056, 33), 2),
+    ((32, 1056, 32), 4),
+    ((32, 1056, 65), 4),
+    ((32, 1056, 129), 8),
+]
+
+
+@pytest.mark.parametrize("shape, warps", WARPS, ids=str)
+def test_warps_of_small_images(shape, warps) -> None:
+    n, c, length = shape
+    plans = [tuning.batch_norm(n, c, length, False, 1, BF16, tensors) for tensors in (1, 2)]
+    assert [plan.reduction for plan in plans] == ["tile", "tile"]
+    assert [plan.num_warps for plan in plans] == [warps, warps]
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The kernels launched, by name"""

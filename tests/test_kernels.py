@@ -43,7 +43,7 @@ def cross_entropy(dtype):
 
 def batch_norm(dtype):
     acc = torch.float64 if dtype == torch.float64 else torch.float32
-    for shape in ((48, 200), (16, 24, 8, 8), (8192, 64)):
+    for shape in ((48, 200), (16, 24, 8, 8), (32, 1056, 7, 7), (8192, 64)):
         x = torch.zeros(shape, dtype=dtype, requires_grad=True)
         v = torch.ones(shape[1], dtype=acc, requires_grad=True)
         mean, var = torch.zeros(shape[1], dtype=acc), torch.ones(shape[1], dtype=acc)
