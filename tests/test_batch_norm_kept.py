@@ -31,9 +31,9 @@ KEPT = [
 def test_residual_is_free_unless_backward_needs_it(
     activation, dtype, kept, training, implementation, device
 ) -> None:
-    t = example((4, 3), dtype, device)
+    t = example((4, 3, 2), dtype, device)
     x = t["input"].requires_grad_()
-    residual = torch.randn(4, 3, device=device).to(dtype)
+    residual = torch.randn(4, 3, 2, device=device).to(dtype)
     alive = weakref.ref(residual)
     y = fused.batch_norm(**t, training=training, residual=residual, activation=activation)
     del residual
@@ -151,7 +151,7 @@ def to_channels_last(tensor: Tensor) -> Tensor:
 
 def test_output_may_be_changed_where_signs_are_kept(implementation, device) -> None:
     """As behind torch's relu, autograd refuses where it is y that was kept."""
-    t = example((6, 3), torch.float32, device, residual=True)
+    t = example((6, 3, 2), torch.float32, device, residual=True)
     x = t["input"].requires_grad_()
     y = fused.batch_norm(**t, training=True, activation="relu")
     (expected,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
