@@ -79,7 +79,7 @@ def kernel_cases() -> list[Case]:
 
 
 def _kernel_variants(shape: tuple[int, ...]) -> tuple[str, ...]:
-    if len(shape) == 2:
+    if len(shape) != 4:
         return ("tanh",)
     variants = ("relu", "channels_last-relu")
     residual = tuple(f"{variant}-residual" for variant in variants)

@@ -121,7 +121,8 @@ def batch_norm(
         dinput  = weight*rstd * dz                                                  evaluation
         dweight = sum(dz*xhat)           dbias = sum(dz)           dresidual = dz
 
-    z is never written to memory; backward recomputes it. Statistics are computed in float32
+    z is never written to memory; backward recomputes it, or takes f'(z) from its signs (relu) or
+    from y (tanh). Statistics are computed in float32
     (float64 for float64), two-pass or merged in a fixed order, without float atomics: two runs on
     one device are equal to the last bit. First and second derivatives, `torch.func`,
     `torch.compile(fullgraph=True)` and CUDA graphs work; derivatives of higher order and functional
@@ -141,7 +142,7 @@ def batch_norm(
             variance either way, as torch does.
         activation: "tanh", "relu", "gelu" (with the error function), "silu", or None.
         residual: added before the activation; shape and dtype of input, any strides. Kept for the
-            backward only if there is an activation.
+            backward only with gelu, silu, and tanh of half precision.
         skip_nonfinite: leaves the running statistics of a channel alone where the batch has an inf
             or NaN in it; decided on the device.
 

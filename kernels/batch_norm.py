@@ -249,7 +249,7 @@ def _launch_moments(x3: torch.Tensor, view: View, plan: tuning.BatchNormPlan) ->
         BLOCK_C=plan.BLOCK_C,
         ALIGN=view.align(),
         STAGES=plan.stages(x3),
-        **plan.options,
+        num_warps=plan.num_warps,
     )
     return partial
 
@@ -319,7 +319,7 @@ def _normalise(
         ALIGN=view.align(),
         STAGES=plan.stages(x3, residual3),
         BLOCK_P=tuning.next_power_of_2(plan.n_programs),
-        **plan.options,
+        num_warps=plan.num_warps,
     )
     return y, mean, rstd, kept
 
@@ -400,7 +400,7 @@ class _Backward(NamedTuple):
             BLOCK_C=plan.BLOCK_C,
             ALIGN=self.view.align(),
             STAGES=plan.stages(*self.streams()),
-            **plan.options,
+            num_warps=plan.num_warps,
         )
         return partial
 
@@ -450,7 +450,7 @@ class _Backward(NamedTuple):
             ALIGN=self.view.align(),
             STAGES=plan.stages(*self.streams()),
             BLOCK_P=tuning.next_power_of_2(n_partials),
-            **plan.options,
+            num_warps=plan.num_warps,
         )
         return dgamma, dbeta
 

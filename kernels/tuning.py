@@ -198,14 +198,6 @@ class BatchNormPlan:
     n_tiles: int
     n_programs: int
     tiles_per_program: int
-    max_registers: int | None = None  # of a thread, where the assembler's own choice spills
-
-    @property
-    def options(self) -> dict[str, int]:
-        """Of a launch."""
-        if self.max_registers is None or torch.version.hip:
-            return {"num_warps": self.num_warps}
-        return {"num_warps": self.num_warps, "maxnreg": self.max_registers}
 
     @property
     def reduction(self) -> str:
@@ -270,12 +262,13 @@ def batch_norm(
             if 2 * block_c * tile > 1024 and not wider:
                 break
             block_c *= 2
-        if not columns and c >= 8 * _MULTIPROCESSORS and block_n == 32 and block_l in (64, 128):
-            # A thread for each position, which has it of all images: one address and one stride,
-            # half of the instructions. More images would not fit its registers, and few programs
-            # would leave multiprocessors with too few warps.
-            return BatchNormPlan(block_n, block_l, block_c, block_l // 32, 1, 1, 1, 128)
         num_warps = 4 if block_n * block_l * block_c <= 1024 else 8
+        many = not columns and c >= 8 * _MULTIPROCESSORS
+        if many and tensors == 1 and block_n == 32 and block_l in (64, 128):
+            # A thread for each position, which has it of all images: one address and one stride,
+            # half of the instructions. Of two tensors, or of more images, that spilled; and few
+            # programs of so few warps would leave multiprocessors idle.
+            num_warps = block_l // 32
         return BatchNormPlan(block_n, block_l, block_c, num_warps, 1, 1, 1)
     # Narrow accesses need an address each, and 16 of those did not fit into sm_100's registers; nor
     # did 16 positions of images beside what is read ahead, on sm_80 and sm_100.
