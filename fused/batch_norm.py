@@ -10,7 +10,6 @@ from torch.autograd.graph import increment_version
 from fused import backend
 from fused.eager import batch_norm as eager
 from fused.eager.batch_norm_small import batch_norm_small, is_small
-from fused.kernels.batch_norm_layout import unpack_signs
 from fused.operators import batch_norm as operators
 from fused.second_order import differentiable_gradients
 
@@ -342,6 +341,8 @@ def _pulled_back(dy: Tensor, kept: Tensor | None, input: Tensor, activation: str
     if activation == "tanh":
         return dy * (1 - kept * kept)
     if kept.dtype == torch.uint8:
+        from fused.kernels.batch_norm_layout import unpack_signs  # with kernels, when needed
+
         return torch.where(unpack_signs(kept, input), dy, 0)
     return torch.where(kept <= 0, 0, dy)
 

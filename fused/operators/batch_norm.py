@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fused import backend
-from fused.kernels.batch_norm_layout import pack_signs, signs_shape, unpack_signs
 from fused.operators import laid_out_as, library
 
 _TENSORS = "Tensor input, Tensor? weight, Tensor? bias, Tensor? residual"
@@ -123,7 +122,8 @@ def _eval_fake(
 def _empty_signs(
     input: Tensor, residual: Tensor | None, activation: str | None, keep: bool
 ) -> Tensor:
-    shape = signs_shape(input) if _takes_signs(residual, activation, keep) else (0,)
+    taken = _takes_signs(residual, activation, keep)
+    shape = _layout().signs_shape(input) if taken else (0,)
     return input.new_empty(shape, dtype=torch.uint8)
 
 
@@ -134,7 +134,14 @@ def _signs(
     if not _takes_signs(residual, activation, keep) or input.numel() == 0:
         return _empty_signs(input, residual, activation, keep)
     assert kept is not None
-    return kept if kept.dtype == torch.uint8 else pack_signs(kept, input)
+    return kept if kept.dtype == torch.uint8 else _layout().pack_signs(kept, input)
+
+
+def _layout() -> Any:
+    """Of signs; imported when it is needed, as all of fused.kernels is."""
+    from fused.kernels import batch_norm_layout
+
+    return batch_norm_layout
 
 
 def _takes_signs(residual: Tensor | None, activation: str | None, keep: bool) -> bool:
@@ -147,7 +154,7 @@ def _bwd_operator(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernels = backend.implementation("batch_norm", input)
     if kept is not None and kept.dtype == torch.uint8 and backend.name_for(input) == "eager":
-        kept = unpack_signs(kept, input)
+        kept = _layout().unpack_signs(kept, input)
     dx, dgamma, dbeta, dresidual = kernels.batch_norm_bwd(dy, input, weight, bias, kept, *arguments)
     if dresidual is None:
         return laid_out_as(dx, input), dgamma, dbeta, dgamma.new_empty(0)
