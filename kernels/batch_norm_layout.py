@@ -46,7 +46,9 @@ class View(NamedTuple):
 
     def group(self, plan: tuning.BatchNormPlan, dtype: torch.dtype) -> int:
         """Signs in a byte: those of 16 bytes, or of the neighbours that there are."""
-        return min(16 // dtype.itemsize, plan.BLOCK_C if self.columns else plan.BLOCK_L)
+        n, block = (self.c, plan.BLOCK_C) if self.columns else (self.length, plan.BLOCK_L)
+        assert block >= min(n, 16 // dtype.itemsize), "a byte would be of two programs"
+        return min(16 // dtype.itemsize, block)
 
     def plan(self, dtype: torch.dtype, tensors: int) -> tuning.BatchNormPlan:
         return tuning.batch_norm(
@@ -71,11 +73,11 @@ def signs_shape(x: torch.Tensor) -> tuple[int, ...]:
 
 
 def pack_signs(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The signs of y, of x's shape: whether its numbers are above 0."""
+    """The signs of y = relu(z), of x's shape: whether its numbers are above 0, or NaN."""
     shape, y = signs_shape(x), layout.inner(y)
     y = y.transpose(1, 2) if len(shape) == 2 else y.transpose(0, 2) if y.shape[2] == 1 else y
     group = 16 // x.dtype.itemsize
-    bits = (y > 0).to(torch.uint8).reshape(*shape[:-1], y.shape[-1])
+    bits = (y <= 0).logical_not_().to(torch.uint8).reshape(*shape[:-1], y.shape[-1])
     bits = F.pad(bits, (0, -y.shape[-1] % group)).unflatten(-1, (-1, group))
     return (bits << torch.arange(group, device=y.device)).sum(-1, dtype=torch.uint8)
 

@@ -3,7 +3,7 @@
 A byte has the signs of GROUP neighbours in memory, 16 bytes of x (fewer where there are no more):
 what a thread moves at once, so that it packs and unpacks them by itself. With COLUMNS the
 neighbours are channels, and the bytes are (N, L, groups); otherwise positions, and (N, C, groups).
-fused.kernels.layout has the same in PyTorch.
+fused.kernels.batch_norm_layout has the same in PyTorch.
 """
 
 import triton
