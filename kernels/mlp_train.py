@@ -29,6 +29,9 @@ cores); "fp16" and "tf32" round the factors. Sums are float32 always, and all el
 everything carries a factor SCALE that keeps small gradients clear of float16's underflow.
 """
 
+# mypy: disable-error-code="assignment"
+# (Tuples of a tensor for each part grow in loops that the compiler unrolls.)
+
 import torch
 import triton
 import triton.language as tl

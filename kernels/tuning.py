@@ -384,3 +384,44 @@ def mlp_train(
             f"{(context + 1) * plan.bits} together, and a word has 63; use another method"
         )
     return plan
+
+
+MLP_STEP_CHUNK = 64  # steps in one CUDA graph: 256 launches, some hundred microseconds at the least
+
+
+@dataclass(frozen=True)
+class MLPStepPlan:
+    """Tiles of the four kernels of a step, and how many blocks of hidden units there are."""
+
+    hidden_blocks: int
+    BLOCK_B: int
+    BLOCK_H: int
+    BLOCK_K: int  # of features or classes
+    LOGITS_B: int
+    BLOCK_V: int
+    LOGITS_K: int  # of hidden units
+    BLOCK_P: int
+    BLOCK_R: int
+    BLOCK_E: int
+    num_warps: int
+
+
+def mlp_step(context: int, embedding: int, hidden: int, vocabulary: int, batch: int) -> MLPStepPlan:
+    """Small tiles: a step is short, and many programs finish it sooner than large ones."""
+    blocks = (hidden + 15) // 16
+    block_e = next_power_of_2(embedding)
+    # Parts of demb x rows x numbers: 32 loads a thread in flight.
+    block_p = min(16, next_power_of_2(blocks))
+    return MLPStepPlan(
+        blocks,
+        BLOCK_B=min(64, max(16, next_power_of_2(batch))),
+        BLOCK_H=16,
+        BLOCK_K=32,
+        LOGITS_B=16,
+        BLOCK_V=min(64, max(16, next_power_of_2(vocabulary))),
+        LOGITS_K=64,
+        BLOCK_P=block_p,
+        BLOCK_R=max(1, min(4096 // (block_p * block_e), next_power_of_2(batch * context))),
+        BLOCK_E=block_e,
+        num_warps=4,
+    )
