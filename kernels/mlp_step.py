@@ -4,11 +4,11 @@ The mathematics are those of mlp_train.py, whose kernel keeps a network on one m
 a program owns a block of hidden units and all examples of a minibatch, because batch norm's sums
 run over the examples of one unit; or a few examples; or one character:
 
-    _hidden_kernel    a block of units    pre = C[x] @ W1    xhat, rstd    h = tanh(...)
-    _logits_kernel    a few examples      z = h @ W2 + b2    loss    dz = softmax(z) - onehot(y)
-    _backward_kernel  a block of units    dy = (1 - h^2) * (dz @ W2^T)    dW2, dgain, dbias, dW1
-                                          its part of demb = q @ (gain * rstd * W1)^T
-    _table_kernel     a character         dC from its rows of demb, summed over parts    db2
+    hidden    a block of units    pre = C[x] @ W1    xhat, rstd    h = tanh(...)
+    logits    a few examples      z = h @ W2 + b2    loss    dz = softmax(z) - onehot(y)
+    backward  a block of units    dy = (1 - h^2) * (dz @ W2^T)    dW2, dgain, dbias, dW1
+                                  its part of demb = q @ (gain * rstd * W1)^T
+    table     a character         dC from its rows of demb, summed over parts    db2
 
 and whoever has a gradient updates the parameter. Every number has one program that adds it up in a
 fixed order: two runs are equal to the last bit. All loops go over blocks, so only the memory limits
@@ -37,7 +37,7 @@ def _embeddings(C_ptr, x_ptr, b, f, B, T: tl.constexpr, E: tl.constexpr, V: tl.c
 
 
 @triton.jit
-def _hidden_kernel(
+def _mlp_hidden_kernel(
     C_ptr,  # (n_models, V, E)
     W1_ptr,  # (n_models, T*E, H)
     gain_ptr,  # (n_models, H)
@@ -105,7 +105,7 @@ def _hidden_kernel(
 
 
 @triton.jit
-def _logits_kernel(
+def _mlp_logits_kernel(
     W2_ptr,  # (n_models, H, V)
     b2_ptr,  # (n_models, V)
     h_ptr,  # (n_models, B, H)
@@ -166,7 +166,7 @@ def _logits_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _mlp_backward_kernel(
     C_ptr,  # (n_models, V, E)
     W1_ptr,  # in and out, (n_models, T*E, H)
     W2_ptr,  # in and out, (n_models, H, V)
@@ -270,7 +270,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _table_kernel(
+def _mlp_table_kernel(
     C_ptr,  # in and out, (n_models, V, E)
     b2_ptr,  # in and out, (n_models, V)
     x_ptr,  # (n_streams, n_chunk, B, T)
@@ -349,23 +349,23 @@ class Steps:
         n_streams, _, B, T = self.x.shape
         H, p = W1.shape[2], self.plan
         x, y, loss = self.x[:, i], self.y[:, i], self.losses[:, i]
-        _hidden_kernel[(p.hidden_blocks, n_models)](
+        _mlp_hidden_kernel[(p.hidden_blocks, n_models)](
             C, W1, gain, bias, x, self.xhat, self.h, self.rstd, n_streams, x.stride(0), self.eps,
             T=T, E=E, H=H, V=V, B=B, BLOCK_B=p.BLOCK_B, BLOCK_H=p.BLOCK_H, BLOCK_K=p.BLOCK_K,
             PRECISION=tuning.MLP_TRAIN_PRECISION, num_warps=p.num_warps,
         )  # fmt: skip
-        _logits_kernel[(triton.cdiv(B, p.LOGITS_B), n_models)](
+        _mlp_logits_kernel[(triton.cdiv(B, p.LOGITS_B), n_models)](
             W2, b2, self.h, y, loss, self.dz, n_streams, y.stride(0), loss.stride(0),
             H=H, V=V, B=B, BLOCK_B=p.LOGITS_B, BLOCK_V=p.BLOCK_V, BLOCK_K=p.LOGITS_K,
             PRECISION=tuning.MLP_TRAIN_PRECISION, num_warps=p.num_warps,
         )  # fmt: skip
-        _backward_kernel[(p.hidden_blocks, n_models)](
+        _mlp_backward_kernel[(p.hidden_blocks, n_models)](
             C, W1, W2, gain, bias, x, self.xhat, self.h, self.rstd, self.dz, self.dy, self.demb,
             self.lr, n_streams, x.stride(0), T=T, E=E, H=H, V=V, B=B, BLOCK_B=p.BLOCK_B,
             BLOCK_H=p.BLOCK_H, BLOCK_K=p.BLOCK_K, PRECISION=tuning.MLP_TRAIN_PRECISION,
             num_warps=p.num_warps,
         )  # fmt: skip
-        _table_kernel[(V, n_models)](
+        _mlp_table_kernel[(V, n_models)](
             C, b2, x, self.dz, self.demb, self.lr, p.hidden_blocks, n_streams, x.stride(0),
             T=T, E=E, V=V, B=B, BLOCK_P=p.BLOCK_P, BLOCK_R=p.BLOCK_R, BLOCK_E=p.BLOCK_E,
             BLOCK_B=128, num_warps=p.num_warps,
