@@ -352,7 +352,8 @@ for T, E, H, V, B in {sizes}:
     index = torch.zeros(1, 1, B, dtype=torch.int64)
     with kernels.catch_launches() as launches:
         {module}.mlp_train(*p, x, y, index, torch.ones(1), 1e-5)
-    most = tuning.mlp_train(T, E, H, V, B, 2**20).shared_bytes
+    one = "{module}" == "mlp_train"
+    most = tuning.mlp_train(T, E, H, V, B, 2**40).shared_bytes if one else 2**40
     for launch in launches:
         for target in kernels.TARGETS:
             if target == "gfx942":
