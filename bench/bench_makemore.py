@@ -44,8 +44,9 @@ def least_bytes(case: Case) -> dict[str, int]:
 
 
 def launch(case: Case, device: torch.device) -> None:
-    parameters, x, y, index = _problem(case, device, steps=2)
-    fused.train_mlp(parameters, x, y, index, _LR, eps=EPS, method="persistent")
+    parameters, x, y, index = _problem(case, device, steps=1)
+    for method in ("persistent", "graph"):
+        fused.train_mlp(parameters, x, y, index, _LR, eps=EPS, method=method)
 
 
 def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fused import backend
 
-# Where the loop runs, fastest first. All but the first run models one after the other or on
-# threads; there every model is one program of one launch.
+# Where the loop runs, fastest first. The Triton kernels train all models in the same launches; on
+# the CPU they run one after the other, or on threads.
 _MODULES = {
     "persistent": "fused.kernels.mlp_train",
-    "graph": "fused.eager.mlp_graph",
+    "graph": "fused.kernels.mlp_step",
     "numba": "fused.compiled.mlp_train",
     "eager": "fused.eager.mlp_train",
 }
@@ -66,8 +66,9 @@ def train_mlp(
         lr: the learning rate, or a tensor (M,) of one for each network.
         eps: what batch norm adds to the variance.
         method: "persistent", one launch of a Triton kernel in which every network is one program
-            (fused/kernels/mlp_train.py); "graph", a CUDA graph of PyTorch's operations; "numba", a
-            compiled loop on the CPU, for the optional extra `numba`; "eager", PyTorch's operations.
+            (fused/kernels/mlp_train.py); "graph", four Triton kernels a step in a CUDA graph, for
+            networks of any size (fused/kernels/mlp_step.py); "numba", a compiled loop on the CPU,
+            for the optional extra `numba`; "eager", PyTorch's operations.
             "auto" takes the fastest of them that can serve these tensors (`train_mlp_method`).
         inplace: write the new parameters into `parameters` instead of new tensors.
 
@@ -115,8 +116,7 @@ def train_mlp_method(parameters: MLPParameters, x: Tensor, batch: int) -> str:
             _implementation("persistent", C).plan(C, W1, x.shape[1], batch)
             return "persistent"
         except ValueError:
-            if C.is_cuda:
-                return "graph"
+            return "graph"
     if C.dtype == torch.float32 and C.device.type == "cpu" and _numba_installed():
         return "numba"
     return "eager"
@@ -194,11 +194,9 @@ def _implementation(method: str, C: Tensor) -> ModuleType:
         )
     if method != "eager" and C.dtype != torch.float32:
         raise ValueError(f"train_mlp: method {method!r} takes float32, got {C.dtype}; use 'eager'")
-    if method == "persistent":
+    if method in ("persistent", "graph"):
         with backend.use("triton"):
             backend.name_for(C)  # raises where Triton cannot serve C
-    if method == "graph" and not C.is_cuda:
-        raise ValueError(f"train_mlp: method 'graph' needs a CUDA device, got {C.device}")
     if method == "numba" and (C.device.type != "cpu" or not _numba_installed()):
         raise ValueError(
             f"train_mlp: method 'numba' needs tensors on the CPU, got {C.device}, and numba: "

@@ -15,18 +15,22 @@ A linear map of a centred input is centred, so it is the embedding that is centr
 of batch norm is cancelled by it and is not here at all (docs/derivations.md).
 
 One program owns one model. Its weights stay in registers from the first step to the last; only the
-embedding table, a kilobyte that is gathered from, lives in memory. The hidden units lie in G groups
-of U, a warp each, so what batch norm and tanh need never leaves a warp. Only z and demb are sums
-over all hidden units: every warp writes its part to a scratch buffer that stays in the cache, and
-after one barrier the parts are added up in a fixed order. So two runs are equal to the last bit, a
-model gets the same bits alone and among others, and how steps are cut into launches does not
-matter. b2 is the row of W2 that belongs to a hidden unit beyond the last one, whose h is always 1.
+embedding table, a kilobyte that is gathered from, lives in memory. A warp owns PARTS x U hidden
+units, so what batch norm and tanh need never leaves a warp; one part after the other, as two at a
+time would need twice the registers. Only z and demb are sums over all hidden units: there a warp
+owns a tile of the result, and the factors reach it through shared memory, which turns them on the
+way. Every sum has a fixed order: two runs are equal to the last bit, a model gets the same bits
+alone and among others, and how steps are cut into launches does not matter. b2 is the row of W2
+that belongs to a hidden unit beyond the last one, whose h is always 1.
 
 Products: PRECISION "fp16x3" writes each factor as the sum of two float16 numbers and takes three of
 the four products, which is as exact as float32 ("tf32x3" does that with TF32, "ieee" without tensor
 cores); "fp16" and "tf32" round the factors. Sums are float32 always, and all else is. From dz on
 everything carries a factor SCALE that keeps small gradients clear of float16's underflow.
 """
+
+# mypy: disable-error-code="assignment"
+# (Tuples of a tensor for each part grow in loops that the compiler unrolls.)
 
 import torch
 import triton
@@ -36,52 +40,83 @@ from fused.kernels import tuning
 
 
 @triton.jit
-def _high(x, PRECISION: tl.constexpr):
-    """x as a factor of a product, rounded where PRECISION says so"""
-    if PRECISION == "fp16" or PRECISION == "fp16x3":
-        return x.to(tl.float16)
-    else:
-        return x
-
-
-@triton.jit
-def _low(x, high, PRECISION: tl.constexpr):
-    """what `high` lacks of x (unused unless PRECISION is fp16x3)"""
+def _factor(x, PRECISION: tl.constexpr):
+    """x as a factor of a product: (high, low), which is what high lacks of x ("fp16x3" only)"""
     if PRECISION == "fp16x3":
-        return (x - high.to(tl.float32)).to(tl.float16)
-    else:
-        return high
-
-
-@triton.jit
-def _dot(a, a_low, b, b_low, PRECISION: tl.constexpr):
-    """(a + a_low) @ (b + b_low), but for a_low @ b_low, which is below float32's rounding"""
-    if PRECISION == "fp16x3":
-        acc = tl.dot(a_low, b)
-        acc = tl.dot(a, b_low, acc)
-        return tl.dot(a, b, acc)
+        high = x.to(tl.float16)
+        return high, (x - high.to(tl.float32)).to(tl.float16)
     elif PRECISION == "fp16":
-        return tl.dot(a, b)
+        high = x.to(tl.float16)
+        return high, high
     else:
-        return tl.dot(a, b, input_precision=PRECISION)
+        return x, x
 
 
 @triton.jit
-def _select_rows(onehot, b, b_low, PRECISION: tl.constexpr):
-    """onehot @ (b + b_low): a factor of zeros and ones has no low part"""
+def _dot(a, b, PRECISION: tl.constexpr):
+    """a @ b of two factors, but for the product of their low parts: below float32's rounding"""
     if PRECISION == "fp16x3":
-        a = onehot.to(tl.float16)
-        return tl.dot(a, b, tl.dot(a, b_low))
+        return tl.dot(a[0], b[0], tl.dot(a[0], b[1], tl.dot(a[1], b[0])))
     elif PRECISION == "fp16":
-        return tl.dot(onehot.to(tl.float16), b)
+        return tl.dot(a[0], b[0])
     else:
-        return tl.dot(onehot.to(tl.float32), b, input_precision=PRECISION)
+        return tl.dot(a[0], b[0], input_precision=PRECISION)
 
 
 @triton.jit
-def _over_groups(x, n_groups: tl.constexpr):
-    """x (N, M) as (n_groups, N, M), the same for every group"""
-    return tl.broadcast_to(x[None], (n_groups, x.shape[0], x.shape[1]))
+def _select_rows(onehot, b, PRECISION: tl.constexpr):
+    """onehot @ b: a factor of zeros and ones has no low part"""
+    a = onehot.to(b[0].dtype)
+    if PRECISION == "fp16x3":
+        return tl.dot(a, b[0], tl.dot(a, b[1]))
+    elif PRECISION == "fp16":
+        return tl.dot(a, b[0])
+    else:
+        return tl.dot(a, b[0], input_precision=PRECISION)
+
+
+@triton.jit
+def _transposed(x):
+    return tl.trans(x[0]), tl.trans(x[1])
+
+
+@triton.jit
+def _for_groups(x, n_groups: tl.constexpr):
+    """A factor (N, M) as (n_groups, N, M), the same for every group"""
+    shape: tl.constexpr = (n_groups, x[0].shape[0], x[0].shape[1])
+    return tl.broadcast_to(x[0][None], shape), tl.broadcast_to(x[1][None], shape)
+
+
+@triton.jit
+def _row_tiles(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """x (G, U, N) with the units last, in ROWS tiles for each of COLS: (ROWS*COLS, N/ROWS, G*U)"""
+    K: tl.constexpr = x.shape[0] * x.shape[1]
+    N: tl.constexpr = x.shape[2] // ROWS
+    x = tl.reshape(tl.permute(x, (2, 0, 1)), (ROWS, 1, N, K))
+    return tl.reshape(tl.broadcast_to(x, (ROWS, COLS, N, K)), (ROWS * COLS, N, K))
+
+
+@triton.jit
+def _column_tiles(x, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """x (G, U, N) in COLS tiles for each of ROWS: (ROWS*COLS, G*U, N/COLS)"""
+    K: tl.constexpr = x.shape[0] * x.shape[1]
+    N: tl.constexpr = x.shape[2] // COLS
+    x = tl.permute(tl.reshape(x, (K, COLS, N)), (1, 0, 2))
+    return tl.reshape(tl.broadcast_to(x[None], (ROWS, COLS, K, N)), (ROWS * COLS, K, N))
+
+
+@triton.jit
+def _sum_over_units(a, b, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr):
+    """The sum over g and u of a[g, u, :, None] * b[g, u, None, :], a tile of it by every warp"""
+    N: tl.constexpr = a[0].shape[2]
+    M: tl.constexpr = b[0].shape[2]
+    z = _dot(
+        (_row_tiles(a[0], ROWS, COLS), _row_tiles(a[1], ROWS, COLS)),
+        (_column_tiles(b[0], ROWS, COLS), _column_tiles(b[1], ROWS, COLS)),
+        PRECISION,
+    )  # (ROWS*COLS, N/ROWS, M/COLS)
+    z = tl.permute(tl.reshape(z, (ROWS, COLS, N // ROWS, M // COLS)), (0, 2, 1, 3))
+    return tl.reshape(z, (N, M))
 
 
 @triton.jit(do_not_specialize=["n_steps", "n_streams"])
@@ -95,7 +130,7 @@ def _mlp_train_kernel(
     words_ptr,  # minibatches, shape (n_streams, n_steps, B): T characters and the target in a word
     lr_ptr,  # (n_models,)
     loss_ptr,  # out: loss of each example, shape (n_models, n_steps, B)
-    scratch_ptr,  # (n_models, G, BLOCK_B, BLOCK_V + BLOCK_F)
+    scratch_ptr,  # (n_models, 2, BLOCK_B, BLOCK_F): demb as a factor
     n_steps,
     n_streams,
     eps: tl.float32,
@@ -105,6 +140,7 @@ def _mlp_train_kernel(
     V: tl.constexpr,
     B: tl.constexpr,
     BITS: tl.constexpr,  # of a character in a word
+    PARTS: tl.constexpr,
     G: tl.constexpr,
     U: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -112,12 +148,16 @@ def _mlp_train_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    ROWS: tl.constexpr,  # tiles of the sums over all units: of the batch,
+    COLS_V: tl.constexpr,  # of the classes,
+    COLS_F: tl.constexpr,  # and of the features
     PRECISION: tl.constexpr,
 ):
     """The step above, n_steps times, of the model that the program's number says."""
     F: tl.constexpr = T * E
     SCALE: tl.constexpr = 256.0
     CHARACTER: tl.constexpr = (1 << BITS) - 1
+    TWICE_LOG2_E: tl.constexpr = 2.8853900817779268
     model = tl.program_id(0).to(tl.int64)
     C_ptr += model * (V * E)
     W1_ptr += model * (F * H)
@@ -127,45 +167,43 @@ def _mlp_train_kernel(
     bias_ptr += model * H
     words_ptr += (model % n_streams) * n_steps * B
     loss_ptr += model * n_steps * B
-    z_ptr = scratch_ptr + model * (G * BLOCK_B * (BLOCK_V + BLOCK_F))  # (G, BLOCK_B, BLOCK_V)
-    demb_ptr = z_ptr + G * BLOCK_B * BLOCK_V  # (G, BLOCK_B, BLOCK_F)
+    high_ptr = scratch_ptr + model * (2 * BLOCK_B * BLOCK_F)
+    low_ptr = high_ptr + BLOCK_B * BLOCK_F
 
     b = tl.arange(0, BLOCK_B)
     f = tl.arange(0, BLOCK_F)
     v = tl.arange(0, BLOCK_V)
     e = tl.arange(0, BLOCK_E)
-    group = tl.arange(0, G)[:, None, None]
-    unit = group * U + tl.arange(0, U)[None, :, None]  # (G, U, 1)
     b_mask, v_mask = b < B, v < V
+    unit_0 = tl.arange(0, G)[:, None, None] * (PARTS * U) + tl.arange(0, U)[None, :, None]
 
-    W1_at = W1_ptr + f[None, None, :] * H + unit
-    W1_mask = (unit < H) & (f < F)[None, None, :]
-    W1 = tl.load(W1_at, mask=W1_mask, other=0.0)  # (G, U, F)
-    W2_at = W2_ptr + unit * V + v[None, None, :]
-    W2_mask = (unit < H) & v_mask[None, None, :]
-    b2_at = b2_ptr + v[None, None, :] + 0 * unit
-    b2_mask = (unit == H) & v_mask[None, None, :]
-    W2 = tl.load(W2_at, mask=W2_mask, other=0.0)  # (G, U, V)
-    W2 += tl.load(b2_at, mask=b2_mask, other=0.0)
-    gain = tl.load(gain_ptr + unit, mask=unit < H, other=0.0)  # (G, U, 1)
-    bias = tl.load(bias_ptr + unit, mask=unit < H, other=0.0)
-    bias = tl.where(unit == H, 20.0, bias)  # tanh(20) is 1
-    C_at = C_ptr + v[:, None] * E + e[None, :]
-    C_mask = v_mask[:, None] & (e < E)[None, :]
-    C = tl.load(C_at, mask=C_mask, other=0.0)  # (V, E)
+    W1, W2, gain, bias = (), (), (), ()  # of every part
+    for part in tl.static_range(PARTS):
+        unit = unit_0 + part * U  # (G, U, 1)
+        mask = unit < H
+        W1_mask, W2_mask = mask & (f < F)[None, None, :], mask & v_mask[None, None, :]
+        W1_part = tl.load(W1_ptr + f[None, None, :] * H + unit, mask=W1_mask, other=0.0)
+        W2_part = tl.load(W2_ptr + unit * V + v[None, None, :], mask=W2_mask, other=0.0)
+        b2_mask = (unit == H) & v_mask[None, None, :]
+        W2_part += tl.load(b2_ptr + v[None, None, :] + 0 * unit, mask=b2_mask, other=0.0)
+        bias_part = tl.load(bias_ptr + unit, mask=mask, other=0.0)
+        W1 += (W1_part,)  # (G, U, F)
+        W2 += (W2_part,)  # (G, U, V)
+        gain += (tl.load(gain_ptr + unit, mask=mask, other=0.0),)
+        bias += (tl.where(unit == H, 20.0, bias_part),)  # tanh(20) is 1
     rate = -tl.load(lr_ptr + model) / (B * SCALE)
 
+    C_at = C_ptr + v[:, None] * E + e[None, :]
+    C_mask = v_mask[:, None] & (e < E)[None, :]
     emb_mask = (f < F)[:, None] & b_mask[None, :]
     emb_shift, emb_col = (f // E * BITS)[:, None], (f % E)[:, None]
-    z_at = z_ptr + group * (BLOCK_B * BLOCK_V) + b[None, :, None] * BLOCK_V + v[None, None, :]
-    demb_at = demb_ptr + group * (BLOCK_B * BLOCK_F) + b[None, :, None] * BLOCK_F + f[None, None, :]
+    demb_at = b[:, None] * BLOCK_F + f[None, :]
     # demb again, a row for each position of each example: row r is example r % B, position r // B.
     r = tl.arange(0, BLOCK_T * BLOCK_B)
     position, example = r // BLOCK_B, r % BLOCK_B
     r_mask = (position < T) & (example < B)
-    rows_at = demb_ptr + (example * BLOCK_F + position * E)[:, None] + e[None, :]
-    rows_at = rows_at[None] + group * (BLOCK_B * BLOCK_F)  # (G, T*B, E)
-    rows_mask = (r_mask[:, None] & (e < E)[None, :])[None] & (group < G)
+    rows_at = (example * BLOCK_F + position * E)[:, None] + e[None, :]  # (T*B, E)
+    rows_mask = r_mask[:, None] & (e < E)[None, :]
 
     word = tl.load(words_ptr + b, mask=b_mask & (b < n_steps * B), other=0)
     for step in range(n_steps):
@@ -175,27 +213,22 @@ def _mlp_train_kernel(
         x = (word[None, :] >> emb_shift) & CHARACTER
         emb = tl.load(C_ptr + (emb_col + x * E), mask=emb_mask & (x < V), other=0.0)  # (F, B)
         emb = tl.where(emb_mask, emb - tl.sum(emb, axis=1, keep_dims=True) / B, 0.0)
-        emb_high = _high(emb, PRECISION)
-        emb_low = _low(emb, emb_high, PRECISION)
-        W1_high = _high(W1, PRECISION)
-        W1_low = _low(W1, W1_high, PRECISION)
-        d = _dot(
-            W1_high, W1_low, _over_groups(emb_high, G), _over_groups(emb_low, G), PRECISION
-        )  # (G, U, B)  # fmt: skip
-        rstd = tl.rsqrt(tl.sum(d * d, axis=2, keep_dims=True) / (B - 1) + eps)
-        xhat = d * rstd
-        h = 1.0 - 2.0 / (tl.exp(2.0 * (gain * xhat + bias)) + 1.0)  # tanh
-        h_high = _high(h, PRECISION)
-        h_low = _low(h, h_high, PRECISION)
-        W2_high = _high(W2, PRECISION)
-        W2_low = _low(W2, W2_high, PRECISION)
-        z_part = _dot(
-            tl.permute(h_high, (0, 2, 1)), tl.permute(h_low, (0, 2, 1)), W2_high, W2_low, PRECISION
-        )  # (G, B, V)  # fmt: skip
-        tl.store(z_at, z_part)
-        tl.debug_barrier()
+        emb = _factor(emb, PRECISION)
+        z = tl.zeros((BLOCK_B, BLOCK_V), dtype=tl.float32)
+        d, rstd, h, h_factor, W2_factor = (), (), (), (), ()
+        for part in tl.static_range(PARTS):
+            d += (_dot(_factor(W1[part], PRECISION), _for_groups(emb, G), PRECISION),)  # (G, U, B)
+            var = tl.sum(d[part] * d[part], axis=2, keep_dims=True) / (B - 1)
+            rstd += (tl.rsqrt(var + eps),)
+            # tanh(a) = 1 - 2 / (exp(2a) + 1)
+            slope = gain[part] * TWICE_LOG2_E * rstd[part]
+            root = tl.rsqrt(tl.exp2(slope * d[part] + bias[part] * TWICE_LOG2_E) + 1.0)
+            h += (1.0 - 2.0 * (root * root),)
+            h_factor += (_factor(h[part], PRECISION),)
+            W2_factor += (_factor(W2[part], PRECISION),)
+            z += _sum_over_units(h_factor[part], W2_factor[part], ROWS, COLS_V, PRECISION)
 
-        z = tl.where(v_mask[None, :], tl.sum(tl.load(z_at), axis=0), float("-inf"))  # (B, V)
+        z = tl.where(v_mask[None, :], z, float("-inf"))  # (B, V)
         y = tl.load(words_ptr + b, mask=b_mask, other=0) >> (T * BITS)
         hit = (y[:, None] == v[None, :]) & v_mask[None, :]
         z -= tl.max(z, axis=1, keep_dims=True)
@@ -205,62 +238,65 @@ def _mlp_train_kernel(
         loss_at = loss_ptr + b[:, None] + (v[None, :] - y[:, None])
         tl.store(loss_at, tl.log(s) - z, mask=hit & b_mask[:, None])
         dz = tl.where(b_mask[:, None], (p / s - hit.to(tl.float32)) * SCALE, 0.0)
-        dz_high = _high(dz, PRECISION)
-        dz_low = _low(dz, dz_high, PRECISION)
-        dh = _dot(
-            W2_high,
-            W2_low,
-            _over_groups(tl.trans(dz_high), G),
-            _over_groups(tl.trans(dz_low), G),
-            PRECISION,
-        )  # (G, U, B)
-        dy = (1.0 - h * h) * dh
-        W2 += rate * _dot(
-            h_high, h_low, _over_groups(dz_high, G), _over_groups(dz_low, G), PRECISION
-        )
+        dz = _factor(dz, PRECISION)
 
-        dbias = tl.sum(dy, axis=2, keep_dims=True)  # (G, U, 1)
-        dgain = tl.sum(dy * xhat, axis=2, keep_dims=True)
-        q = dy - dbias / B - xhat * (dgain / (B - 1))
-        slope = gain * rstd
-        gain += rate * dgain
-        bias += rate * dbias
-        q_high = _high(q, PRECISION)
-        q_low = _low(q, q_high, PRECISION)
-        sloped = W1 * slope
-        W1_high = _high(sloped, PRECISION)
-        W1_low = _low(sloped, W1_high, PRECISION)
-        demb_part = _dot(
-            tl.permute(q_high, (0, 2, 1)), tl.permute(q_low, (0, 2, 1)), W1_high, W1_low, PRECISION
-        )  # (G, B, F)  # fmt: skip
-        tl.store(demb_at, demb_part)
-        W1 += (rate * slope) * _dot(
-            q_high,
-            q_low,
-            _over_groups(tl.trans(emb_high), G),
-            _over_groups(tl.trans(emb_low), G),
-            PRECISION,
-        )
+        # What needs one layout of a shared factor comes together: it is then read once.
+        dy, q, scale = (), (), ()
+        for part in tl.static_range(PARTS):
+            dh = _dot(W2_factor[part], _for_groups(_transposed(dz), G), PRECISION)  # (G, U, B)
+            dy += ((1.0 - h[part] * h[part]) * dh,)
+        new_gain, new_bias = (), ()
+        for part in tl.static_range(PARTS):
+            dbias = tl.sum(dy[part], axis=2, keep_dims=True)  # (G, U, 1)
+            dgain = tl.sum(dy[part] * d[part], axis=2, keep_dims=True) * rstd[part]
+            q_part = dy[part] - dbias / B - d[part] * (rstd[part] * dgain / (B - 1))
+            q += (_factor(q_part, PRECISION),)
+            scale += (gain[part] * rstd[part],)
+            new_gain += (gain[part] + rate * dgain,)
+            new_bias += (bias[part] + rate * dbias,)
+        gain, bias = new_gain, new_bias
+        new_W2 = ()
+        for part in tl.static_range(PARTS):
+            dW2 = _dot(h_factor[part], _for_groups(dz, G), PRECISION)
+            new_W2 += (W2[part] + rate * dW2,)
+        W2 = new_W2
+        demb = tl.zeros((BLOCK_B, BLOCK_F), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            W1_factor = _factor(W1[part] * scale[part], PRECISION)
+            demb += _sum_over_units(q[part], W1_factor, ROWS, COLS_F, PRECISION)
+        new_W1 = ()
+        for part in tl.static_range(PARTS):
+            dW1 = _dot(q[part], _for_groups(_transposed(emb), G), PRECISION)
+            new_W1 += (W1[part] + (rate * scale[part]) * dW1,)
+        W1 = new_W1
+
+        demb = _factor(demb, PRECISION)
+        tl.store(high_ptr + demb_at, demb[0])
+        tl.store(low_ptr + demb_at, demb[1])
         tl.debug_barrier()
-
-        demb = tl.sum(tl.load(rows_at, mask=rows_mask, other=0.0), axis=0)  # (T*B, E)
-        demb_high = _high(demb, PRECISION)
-        demb_low = _low(demb, demb_high, PRECISION)
+        rows_high = tl.load(high_ptr + rows_at, mask=rows_mask, other=0.0)  # (T*B, E)
+        rows_low = tl.load(low_ptr + rows_at, mask=rows_mask, other=0.0)
         of_row = tl.load(words_ptr + example, mask=r_mask, other=0)
         of_row = tl.where(r_mask, (of_row >> (position * BITS)) & CHARACTER, -1)
         onehot = v[:, None] == of_row[None, :]  # (V, T*B)
-        C += rate * _select_rows(onehot, demb_high, demb_low, PRECISION)
+        C = tl.load(C_at, mask=C_mask, other=0.0)  # (V, E)
+        C += rate * _select_rows(onehot, (rows_high, rows_low), PRECISION)
         tl.store(C_at, C, mask=C_mask)
         tl.debug_barrier()
         word = ahead
         words_ptr += B
         loss_ptr += B
 
-    tl.store(W1_at, W1, mask=W1_mask)
-    tl.store(W2_at, W2, mask=W2_mask)
-    tl.store(b2_at, W2, mask=b2_mask)
-    tl.store(gain_ptr + unit, gain, mask=unit < H)
-    tl.store(bias_ptr + unit, bias, mask=unit < H)
+    for part in tl.static_range(PARTS):
+        unit = unit_0 + part * U
+        mask = unit < H
+        W1_mask, W2_mask = mask & (f < F)[None, None, :], mask & v_mask[None, None, :]
+        b2_mask = (unit == H) & v_mask[None, None, :]
+        tl.store(W1_ptr + f[None, None, :] * H + unit, W1[part], mask=W1_mask)
+        tl.store(W2_ptr + unit * V + v[None, None, :], W2[part], mask=W2_mask)
+        tl.store(b2_ptr + v[None, None, :] + 0 * unit, W2[part], mask=b2_mask)
+        tl.store(gain_ptr + unit, gain[part], mask=mask)
+        tl.store(bias_ptr + unit, bias[part], mask=mask)
 
 
 def plan(C: torch.Tensor, W1: torch.Tensor, n_context: int, n_batch: int) -> tuning.MLPTrainPlan:
@@ -297,7 +333,7 @@ def mlp_train(
     31 bits); of each step and stream the B words that the minibatch gathers are written, and read
     once by each of its models; of each step and model 4*B bytes of losses are written twice and
     read once; each parameter is read and written once, 8 bytes. The least is a read of the
-    minibatches and a write of M*K losses beside the parameters. The scratch buffer, 64 KB a model
+    minibatches and a write of M*K losses beside the parameters. The scratch buffer, 4 KB a model
     at the default sizes, and the table C are written and read in every step, by one multiprocessor:
     they stay in the cache. Launches: 3*T + 2 to pack, 1 to gather, 1 to fill, 1 to train,
     1 for the means.
@@ -309,13 +345,15 @@ def mlp_train(
     p = plan(C, W1, T, B)
     words = _pack(x, y, p.bits)[index]  # (S, K, B)
     losses = C.new_full((n_models, n_steps, B), float("nan"))  # stays of a target out of range
-    scratch = torch.empty(n_models, p.scratch, dtype=torch.float32, device=C.device)
+    dtype = torch.float16 if precision.startswith("fp16") else torch.float32
+    scratch = torch.empty(n_models, 2, p.BLOCK_B, p.BLOCK_F, dtype=dtype, device=C.device)
     options = {} if torch.version.hip else {"maxnreg": p.max_registers}
     _mlp_train_kernel[(n_models,)](
         C, W1, W2, b2, gain, bias, words, lr, losses, scratch, n_steps, n_streams, eps,
-        T=T, E=E, H=H, V=V, B=B, BITS=p.bits, G=p.groups, U=p.units,
+        T=T, E=E, H=H, V=V, B=B, BITS=p.bits, PARTS=p.parts, G=p.groups, U=p.units,
         BLOCK_B=p.BLOCK_B, BLOCK_F=p.BLOCK_F, BLOCK_V=p.BLOCK_V, BLOCK_E=p.BLOCK_E,
-        BLOCK_T=p.BLOCK_T, PRECISION=precision, num_warps=p.num_warps, num_stages=1, **options,
+        BLOCK_T=p.BLOCK_T, ROWS=p.rows, COLS_V=p.columns(p.BLOCK_V), COLS_F=p.columns(p.BLOCK_F),
+        PRECISION=precision, num_warps=p.num_warps, num_stages=1, **options,
     )  # fmt: skip
     return losses.mean(2)
 

@@ -315,9 +315,10 @@ MLP_TRAIN_PRECISION = "fp16x3"
 
 @dataclass(frozen=True)
 class MLPTrainPlan:
-    """A program that trains one model: `groups` x `units` hidden units, padded sizes, a word."""
+    """A program that trains one model: `groups` x `parts` x `units` hidden units, padded sizes."""
 
     groups: int
+    parts: int
     units: int
     BLOCK_B: int
     BLOCK_F: int
@@ -334,14 +335,23 @@ class MLPTrainPlan:
         return min(255, 65536 // (32 * self.num_warps))
 
     @property
-    def scratch(self) -> int:
-        """Numbers that the warps exchange: their parts of the logits and of demb."""
-        return self.groups * self.BLOCK_B * (self.BLOCK_V + self.BLOCK_F)
+    def rows(self) -> int:
+        """Tiles of the batch in a sum over all units: 16 rows, the tensor cores' height."""
+        return min(self.BLOCK_B // 16, self.num_warps)
+
+    def columns(self, n: int) -> int:
+        """Tiles of n columns: one for each of the warps that a row of tiles has, 8 columns wide."""
+        return min(n // 8, self.num_warps // self.rows)
 
     @property
     def shared_bytes(self) -> int:
-        """What the compiler takes of shared memory: each of the two parts changes its layout."""
-        return 4 * self.groups * self.BLOCK_B * max(self.BLOCK_V, self.BLOCK_F)
+        """At most what the compiler takes of shared memory: for the factors of such a sum, a copy
+        of each for every tile that needs it, two float16 numbers each, and an eighth of padding."""
+        most = 0
+        for n in (self.BLOCK_V, self.BLOCK_F):
+            a, b = self.columns(n) * self.BLOCK_B, self.rows * n
+            most = max(most, a, b, (a + b) // 2)
+        return 2 * 2 * self.groups * self.units * most * 9 // 8
 
 
 def mlp_train(
@@ -351,11 +361,13 @@ def mlp_train(
 
     Raises ValueError where a program cannot hold the model in `shared_memory` bytes.
     """
-    # 32 units a warp make the fewest instructions; 16 where half of them would be padding.
-    units = 32 if hidden >= 128 else 16
-    groups = max(4, next_power_of_2((hidden + units) // units))
+    # 32 units a warp make the fewest instructions; 16 where half of them would be padding. Parts of
+    # 16, the least that the tensor cores take: what is in flight of 32 would not fit registers.
+    parts, units = (2 if hidden >= 128 else 1), 16
+    groups = max(4, next_power_of_2((hidden + parts * units) // (parts * units)))
     plan = MLPTrainPlan(
         groups,
+        parts,
         units,
         BLOCK_B=max(16, next_power_of_2(batch)),  # 16: the least that tl.dot takes
         BLOCK_F=max(16, next_power_of_2(context * embedding)),
@@ -367,9 +379,9 @@ def mlp_train(
     )
     if plan.shared_bytes > shared_memory:
         raise ValueError(
-            f"one multiprocessor cannot hold this network: {groups} groups of hidden units x batch "
-            f"{plan.BLOCK_B} x the larger of context*embedding {plan.BLOCK_F} and vocabulary "
-            f"{plan.BLOCK_V} (each padded) x 4 bytes are {plan.shared_bytes} bytes, and it has "
+            f"one multiprocessor cannot hold this network: factors of {groups * units} hidden "
+            f"units x batch {plan.BLOCK_B}, context*embedding {plan.BLOCK_F} or vocabulary "
+            f"{plan.BLOCK_V} (each padded) take {plan.shared_bytes} bytes, and it has "
             f"{shared_memory}; use smaller sizes or another method"
         )
     if (context + 1) * plan.bits > 63:
@@ -378,3 +390,44 @@ def mlp_train(
             f"{(context + 1) * plan.bits} together, and a word has 63; use another method"
         )
     return plan
+
+
+MLP_STEP_CHUNK = 64  # steps in one CUDA graph: 256 launches, some hundred microseconds at the least
+
+
+@dataclass(frozen=True)
+class MLPStepPlan:
+    """Tiles of the four kernels of a step, and how many blocks of hidden units there are."""
+
+    hidden_blocks: int
+    BLOCK_B: int
+    BLOCK_H: int
+    BLOCK_K: int  # of features or classes
+    LOGITS_B: int
+    BLOCK_V: int
+    LOGITS_K: int  # of hidden units
+    BLOCK_P: int
+    BLOCK_R: int
+    BLOCK_E: int
+    num_warps: int
+
+
+def mlp_step(context: int, embedding: int, hidden: int, vocabulary: int, batch: int) -> MLPStepPlan:
+    """Small tiles: a step is short, and many programs finish it sooner than large ones."""
+    blocks = (hidden + 15) // 16
+    block_e = next_power_of_2(embedding)
+    # Parts of demb x rows x numbers: 32 loads a thread in flight.
+    block_p = min(16, next_power_of_2(blocks))
+    return MLPStepPlan(
+        blocks,
+        BLOCK_B=min(64, max(16, next_power_of_2(batch))),
+        BLOCK_H=16,
+        BLOCK_K=32,
+        LOGITS_B=16,
+        BLOCK_V=min(64, max(16, next_power_of_2(vocabulary))),
+        LOGITS_K=64,
+        BLOCK_P=block_p,
+        BLOCK_R=max(1, min(4096 // (block_p * block_e), next_power_of_2(batch * context))),
+        BLOCK_E=block_e,
+        num_warps=4,
+    )

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import fused
-from fused.eager import mlp_graph
 from fused.eager import mlp_train as eager
 from fused.mlp_train import MLPParameters, train_mlp_method
 from fused.reference import mlp
@@ -19,10 +18,12 @@ from tests.test_package import ROOT
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 METHODS = [
-    pytest.param(
-        "persistent", marks=pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+    *(
+        pytest.param(
+            name, marks=pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+        )
+        for name in ("persistent", "graph")
     ),
-    pytest.param("graph", marks=pytest.mark.cuda),
     pytest.param("numba", marks=pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")),
     "eager",
 ]
@@ -55,7 +56,7 @@ def start(
     p = p._replace(W1=p.W1 * (T * E) ** -0.5, W2=p.W2 * 0.1, bngain=1 + p.bngain * 0.1)
     x, y = torch.randint(V, (300, T), generator=g), torch.randint(V, (300,), generator=g)
     index = torch.randint(300, (*front, steps, sizes.B), generator=g)
-    on_gpu = method == "graph" or (method in ("persistent", "eager") and torch.cuda.is_available())
+    on_gpu = method in ("persistent", "graph", "eager") and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     return MLPParameters(*(t.to(device) for t in p)), x.to(device), y.to(device), index.to(device)
 
@@ -88,9 +89,10 @@ def assert_close(ours, theirs, batch: int = 32) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_twenty_steps_of_the_notebooks_network(method) -> None:
-    data = start(Sizes(), 20, method)
+    # Interpreted, every program of a step costs as much as all of "persistent": small sizes there.
+    data = start(SMALL if method == "graph" else Sizes(), 20, method)
     ours = fused.train_mlp(*data, 0.1, method=method)
-    assert_close(ours, expected(*data, 0.1))
+    assert_close(ours, expected(*data, 0.1), batch=len(data[3][0]))
     assert_equal([ours[0].b1], [data[0].b1])
 
 
@@ -101,12 +103,12 @@ def test_twenty_steps_of_the_notebooks_network(method) -> None:
         Sizes(V=28, T=1, H=64, B=2),
         Sizes(V=27, T=8, E=3, H=100, B=48),
         Sizes(V=65, T=4, E=1, H=33, B=31),
-        Sizes(V=2, T=5, E=2, H=1, B=17),
+        Sizes(V=2, T=5, E=7, H=1, B=70),
     ],
     ids=str,
 )
 def test_odd_sizes(method, sizes) -> None:
-    data = start(sizes, 4, method)
+    data = start(sizes, 2 if method == "graph" else 4, method)
     assert_close(fused.train_mlp(*data, 0.1, method=method), expected(*data, 0.1), sizes.B)
 
 
@@ -116,17 +118,17 @@ def test_odd_sizes(method, sizes) -> None:
 @pytest.mark.parametrize("H", [64, 100, 200])
 @pytest.mark.parametrize("V, T", [(27, 1), (28, 3), (65, 5), (27, 8)])
 def test_many_sizes(method, V, T, H, B) -> None:
-    if V == 65 and B == 48 and method == "persistent":
+    if B == 48 and (V == 65 or T == 8) and method == "persistent":
         pytest.skip("more than the shared memory of one multiprocessor")
     data = start(Sizes(V=V, T=T, H=H, B=B), 5, method)
     assert_close(fused.train_mlp(*data, 0.1, method=method), expected(*data, 0.1), B)
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("streams", [1, 2, 4])
+@pytest.mark.parametrize("streams", [1, 2])
 def test_models_together_are_models_alone(method, streams) -> None:
     """To the last bit, and model m takes the minibatches index[m % S] at its own rate."""
-    p, x, y, index = start(SMALL, 3, method, models=4)
+    p, x, y, index = start(SMALL, 2, method, models=4)
     index = index[:streams]
     lr = torch.tensor([0.1, 0.03, 0.3, 0.0], device=x.device)
     together, losses = fused.train_mlp(p, x, y, index, lr, method=method)
@@ -139,8 +141,9 @@ def test_models_together_are_models_alone(method, streams) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_calls_and_runs_do_not_matter(method) -> None:
-    """All steps at once, again, and in parts: the same to the last bit."""
-    steps = 6 if method == "persistent" else 2 * eager.CHUNK + 6
+    """All steps at once, again, and in parts: the same to the last bit. A chunk is 64 steps."""
+    interpreted = method in ("persistent", "graph") and "TRITON_INTERPRET" in os.environ
+    steps = 6 if interpreted else 2 * eager.CHUNK + 6
     p, x, y, index = start(SMALL, steps, method)
     whole, losses = fused.train_mlp(p, x, y, index, 0.1, method=method)
     again, losses_again = fused.train_mlp(p, x, y, index, 0.1, method=method)
@@ -214,28 +217,14 @@ def test_the_kernel_does_not_follow_a_character_out_of_range() -> None:
     assert losses[0].isnan()[1] and all(t.isfinite().all() for t in p)
 
 
-def test_graphs_of_a_chunk_and_single_steps_after_it(monkeypatch) -> None:
-    """The bookkeeping of the graphs, with graphs that take their steps one by one."""
-    replays = []
-
-    class Graph:
-        def __init__(self, loop: eager.Loop) -> None:
-            self.loop = loop
-
-        def replay(self) -> None:
-            replays.append(self.loop)
-            self.loop.take_all(eager.CHUNK)
-
-    monkeypatch.setattr(mlp_graph, "_captured", Graph)
-    steps = 2 * eager.CHUNK + 3
-    p, x, y, index = (t for t in start(SMALL, steps, "numba", models=2))
-    lr = torch.tensor([0.1, 0.2])
-    results = []
-    for module in (eager, mlp_graph):
-        q = [t.clone() for t in (p.C, p.W1, p.W2, p.b2, p.bngain[:, 0], p.bnbias[:, 0])]
-        results.append([*q, module.mlp_train(*q, x, y, index, lr, 1e-5)])
-    assert_equal(*results)
-    assert len(replays) == 4 and len(set(replays)) == 2
+def test_chunks_do_not_matter(monkeypatch) -> None:
+    """What "graph" captures at a time, here 2 steps: the same bits, the losses where they belong"""
+    mlp_step = pytest.importorskip("fused.kernels.mlp_step")
+    data = start(SMALL, 5, "graph")
+    whole, losses = fused.train_mlp(*data, 0.1, method="graph")
+    monkeypatch.setattr(mlp_step.tuning, "MLP_STEP_CHUNK", 2)
+    parts, losses_of_parts = fused.train_mlp(*data, 0.1, method="graph")
+    assert_equal([*parts, losses_of_parts], [*whole, losses])
 
 
 def test_onehot_rows_are_addresses() -> None:
@@ -283,7 +272,6 @@ def test_auto_is_the_fastest_that_fits(name, expected_method) -> None:
 
 BAD = {
     "method": (lambda a: a | {"method": "fast"}, ValueError, "one of auto, persistent, graph"),
-    "graph on a CPU": (lambda a: a | {"method": "graph"}, ValueError, "needs a CUDA device"),
     "shape": (
         lambda a: a | {"parameters": a["parameters"]._replace(b2=torch.zeros(3))},
         ValueError,
@@ -344,8 +332,8 @@ def test_out_of_range(what, method) -> None:
 def test_what_one_multiprocessor_cannot_hold() -> None:
     from fused.kernels import tuning
 
-    assert tuning.mlp_train(3, 10, 200, 27, 32, 232448).shared_bytes == 32768
-    with pytest.raises(ValueError, match="524288 bytes, and it has 232448"):
+    assert tuning.mlp_train(3, 10, 200, 27, 32, 232448).shared_bytes == 73728
+    with pytest.raises(ValueError, match="294912 bytes, and it has 232448"):
         tuning.mlp_train(3, 10, 200, 27, 512, 232448)
     with pytest.raises(ValueError, match="12 characters of context .* 65 together"):
         tuning.mlp_train(12, 2, 64, 27, 16, 232448)
@@ -355,42 +343,57 @@ COMPILE = """
 import json, sys; sys.path.insert(0, {root!r})
 import torch
 from bench import kernels
-from fused.kernels import mlp_train
+from fused.kernels import mlp_step, mlp_train, tuning
 torch.set_default_device("meta")  # where there are no values to look at
 for T, E, H, V, B in {sizes}:
     shapes = (1, V, E), (1, T * E, H), (1, H, V), (1, V), (1, H), (1, H)
     p = [torch.zeros(s) for s in shapes]
     x, y = torch.zeros(9, T, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)
+    index = torch.zeros(1, 1, B, dtype=torch.int64)
     with kernels.catch_launches() as launches:
-        mlp_train.mlp_train(*p, x, y, torch.zeros(1, 2, B, dtype=torch.int64), torch.ones(1), 1e-5)
-    (launch,) = launches
-    for target in kernels.TARGETS:
-        if target == "gfx942":
-            del launch.options["maxnreg"]
-        print(json.dumps([H, target, kernels.compile_launch(launch, target).spilled]))
+        {module}.mlp_train(*p, x, y, index, torch.ones(1), 1e-5)
+    one = "{module}" == "mlp_train"
+    most = tuning.mlp_train(T, E, H, V, B, 2**40).shared_bytes if one else 2**40
+    for launch in launches:
+        for target in kernels.TARGETS:
+            if target == "gfx942":
+                launch.options.pop("maxnreg", None)
+            c = kernels.compile_launch(launch, target)
+            print(json.dumps([launch.kernel.__name__, H, target, c.spilled, c.shared <= most]))
 """
 
 
-def compiled(*sizes: tuple[int, ...]) -> list[list]:
-    """(hidden units, target, what is spilled) for sizes (T, E, H, V, B)."""
+def compiled(module: str, *sizes: tuple[int, ...]) -> list[list]:
+    """(kernel, hidden units, target, what is spilled, whether shared memory is at most the plan's
+    for "persistent") for sizes (T, E, H, V, B)."""
     pytest.importorskip("triton")
-    result = python(COMPILE.format(root=str(ROOT), sizes=sizes))
+    result = python(COMPILE.format(root=str(ROOT), module=module, sizes=sizes))
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert {row[1] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    assert {row[2] for row in rows} == {"sm_80", "sm_90", "sm_100", "gfx942"}
     return rows
 
 
 def test_the_kernel_compiles_for_every_target() -> None:
-    """With 64 hidden units nothing spills on sm_90; what does with 200 is in docs/performance.md"""
-    spilled = {target: bytes for _, target, bytes in compiled((3, 10, 64, 27, 32))}
-    assert spilled["sm_90"] == spilled["sm_80"] == spilled["gfx942"] == 0
+    """What 200 hidden units spill is in docs/performance.md. Of 64 a few addresses are, which are
+    needed behind the loop; no weight and nothing in the loop."""
+    spilled = {row[2]: row[3] for row in compiled("mlp_train", (3, 10, 64, 27, 32))}
+    assert all(spilled[target] <= 24 for target in ("sm_80", "sm_90", "sm_100"))
+
+
+def test_the_kernels_of_a_step_spill_nothing() -> None:
+    rows = compiled("mlp_step", (3, 10, 200, 27, 32))
+    assert len(rows) == 4 * 4 and all(row[3] == 0 for row in rows)
 
 
 @pytest.mark.slow
-def test_the_kernel_compiles_for_large_networks() -> None:
-    rows = compiled((3, 10, 200, 27, 32), (8, 4, 100, 65, 20), (1, 10, 400, 27, 32))
-    assert all(spilled <= 640 for H, _, spilled in rows if H == 200)
+def test_the_kernels_compile_for_large_networks() -> None:
+    sizes = (3, 10, 200, 27, 32), (8, 4, 100, 65, 20), (1, 10, 400, 27, 32)
+    rows = compiled("mlp_train", *sizes)
+    assert all(row[4] for row in rows if row[2] != "gfx942")
+    assert all(row[3] <= 600 for row in rows if row[1] == 200)
+    rows = compiled("mlp_step", (16, 24, 2048, 300, 512), (1, 64, 4096, 27, 64))
+    assert all(row[3] <= 8 for row in rows)
 
 
 @pytest.mark.cuda

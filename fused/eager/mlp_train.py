@@ -12,7 +12,7 @@ That 2, and -lr/B, enter where the loss does: gradients arrive ready to be added
 The tensors of the loop are torch's inference tensors, whose operations cost the least.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -45,14 +45,6 @@ def mlp_train(
     that are minibatches, index (S, K, B); and lr (M,). Model m takes the minibatches index[m % S]
     and steps by lr[m].
     """
-    return train_models(C, W1, W2, b2, gain, bias, x, y, index, lr, eps, Loop.take_all)
-
-
-def train_models(
-    C: Tensor, W1: Tensor, W2: Tensor, b2: Tensor, gain: Tensor, bias: Tensor, x: Tensor, y: Tensor,
-    index: Tensor, lr: Tensor, eps: float, take_all: Callable[["Loop", int], None],
-) -> Tensor:  # fmt: skip
-    """`mlp_train`, the steps of a chunk taken by `take_all(loop, steps)`."""
     losses = C.new_empty(len(C), index.shape[1])
     with torch.inference_mode(), _few_threads(index.shape[2] * W1[0].numel()):
         for m in range(len(C)):
@@ -64,7 +56,7 @@ def train_models(
             ):
                 targets = y[rows_chunk]
                 loop.load(x[rows_chunk], targets)
-                take_all(loop, len(targets))
+                loop.take_all(len(targets))
                 losses_chunk.copy_(loop.losses(targets))
             loop.store(*model)
     return losses

@@ -19,7 +19,7 @@ _DEFAULTS = Settings()
 _ENGINES = {
     "auto": "the fastest that can run",
     "persistent": "one launch of one GPU kernel for many steps",
-    "graph": "a CUDA graph of many steps",
+    "graph": "four GPU kernels a step, in a CUDA graph of many steps",
     "numba": "closed forms in a compiled loop, on the CPU",
     "manual": "closed forms in torch's operations, no autograd",
     "fused": "this package's operations under autograd",

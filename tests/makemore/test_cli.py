@@ -225,10 +225,6 @@ BAD = {
     "resume nothing": (lambda p: ["train", "--resume", str(p / "no")], "cannot read"),
     "resume into": (lambda p: ["train", "--resume", str(p), "--out", "x"], "stays in its folder"),
     "no checkpoint": (lambda p: ["sample", words(p, b"hello")], "is not a checkpoint"),
-    "no graph": (
-        lambda p: ["train", *FAST, "--engine", "graph", "--out", str(p)],
-        "--engine graph: method 'graph' needs a CUDA device",
-    ),
     "bad rates": (lambda p: ["sweep", "--lr", "0.1,fast"], "at least 0, got 'fast'"),
     "bad seeds": (lambda p: ["sweep", "--seed", "8:8"], "expected a range like 0:32"),
     "twice": (lambda p: ["sweep", "--seed", "1,2,1"], "expected every number once"),
