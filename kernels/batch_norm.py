@@ -250,6 +250,7 @@ def _launch_moments(x3: torch.Tensor, view: View, plan: tuning.BatchNormPlan) ->
         ALIGN=view.align(),
         STAGES=plan.stages(x3),
         num_warps=plan.num_warps,
+        enable_fp_fusion=True,
     )
     return partial
 
@@ -320,6 +321,7 @@ def _normalise(
         STAGES=plan.stages(x3, residual3),
         BLOCK_P=tuning.next_power_of_2(plan.n_programs),
         num_warps=plan.num_warps,
+        enable_fp_fusion=True,
     )
     return y, mean, rstd, kept
 
@@ -401,6 +403,7 @@ class _Backward(NamedTuple):
             ALIGN=self.view.align(),
             STAGES=plan.stages(*self.streams()),
             num_warps=plan.num_warps,
+            enable_fp_fusion=True,
         )
         return partial
 
@@ -451,6 +454,7 @@ class _Backward(NamedTuple):
             STAGES=plan.stages(*self.streams()),
             BLOCK_P=tuning.next_power_of_2(n_partials),
             num_warps=plan.num_warps,
+            enable_fp_fusion=True,
         )
         return dgamma, dbeta
 

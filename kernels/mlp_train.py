@@ -353,7 +353,8 @@ def mlp_train(
         T=T, E=E, H=H, V=V, B=B, BITS=p.bits, PARTS=p.parts, G=p.groups, U=p.units,
         BLOCK_B=p.BLOCK_B, BLOCK_F=p.BLOCK_F, BLOCK_V=p.BLOCK_V, BLOCK_E=p.BLOCK_E,
         BLOCK_T=p.BLOCK_T, ROWS=p.rows, COLS_V=p.columns(p.BLOCK_V), COLS_F=p.columns(p.BLOCK_F),
-        PRECISION=precision, num_warps=p.num_warps, num_stages=1, **options,
+        PRECISION=precision, num_warps=p.num_warps, num_stages=1,
+        enable_fp_fusion=True, **options,
     )  # fmt: skip
     return losses.mean(2)
 
