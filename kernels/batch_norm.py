@@ -401,7 +401,7 @@ class _Backward(NamedTuple):
             BLOCK_L=plan.BLOCK_L,
             BLOCK_C=plan.BLOCK_C,
             ALIGN=self.view.align(),
-            STAGES=plan.stages(*self.streams()),
+            STAGES=self.stages(plan),
             num_warps=plan.num_warps,
             enable_fp_fusion=True,
         )
@@ -451,7 +451,7 @@ class _Backward(NamedTuple):
             BLOCK_L=plan.BLOCK_L,
             BLOCK_C=plan.BLOCK_C,
             ALIGN=self.view.align(),
-            STAGES=plan.stages(*self.streams()),
+            STAGES=self.stages(plan),
             BLOCK_P=tuning.next_power_of_2(n_partials),
             num_warps=plan.num_warps,
             enable_fp_fusion=True,
@@ -463,6 +463,10 @@ class _Backward(NamedTuple):
         x, dy, *rest = self.view.strides
         return (dy, x, *rest)
 
-    def streams(self) -> tuple[torch.Tensor | None, ...]:
-        """What is read ahead: signs are too few bytes a thread for that."""
-        return self.x, self.dy, None if self.kind == "signs" else self.kept
+    def stages(self, plan: tuning.BatchNormPlan) -> int:
+        """Of the loop over tiles"""
+        if self.kind != "signs":
+            return plan.stages(self.x, self.dy, self.kept)
+        # Signs, too few bytes a thread to go to shared memory, are read ahead into registers: a
+        # stage fewer, or these spilled.
+        return max(1, plan.stages(self.x, self.dy) - 1)
