@@ -20,8 +20,8 @@ from torch import Tensor
 # Elements of a chunk: 2 MB of float32. Of 0.25 to 4 MB, 1 to 2 were fastest; smaller ones are
 # Python's overhead, larger ones leave the cache.
 _CHUNK = 2**19
-# Up to so many elements a call is mostly Python, and torch's own has less of it.
-SMALL = 2**13
+# Up to so many elements torch's several passes stay in the cache as well, and take fewer calls.
+SMALL = 2**18
 _LOG2_E = math.log2(math.e)
 # Below this the probability of a target has lost digits, or everything, to underflow.
 _TINY = 1e-30
