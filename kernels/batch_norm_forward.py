@@ -72,11 +72,10 @@ def _keep_statistics(
     acc: tl.constexpr = mean.dtype
     rate = tl.full((), momentum, acc)
     if tracked_ptr is not None:
-        tracked = tl.load(tracked_ptr)
         if CUMULATIVE:
-            rate = 1.0 / tracked.to(acc)
+            rate = 1.0 / tl.load(tracked_ptr).to(acc)
         elif tl.program_id(0) == 0:
-            tl.store(tracked_ptr, tracked + 1)
+            tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
     kept = col_mask
     if SKIP_NONFINITE:  # a difference with itself is 0, but NaN for inf and NaN
         kept = col_mask & (unbiased - unbiased == 0.0) & (mean == mean)
