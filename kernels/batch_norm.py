@@ -250,7 +250,7 @@ def _launch_moments(x3: torch.Tensor, view: View, plan: tuning.BatchNormPlan) ->
         ALIGN=view.align(),
         STAGES=plan.stages(x3),
         num_warps=plan.num_warps,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,
     )
     return partial
 
@@ -321,7 +321,7 @@ def _normalise(
         STAGES=plan.stages(x3, residual3),
         BLOCK_P=tuning.next_power_of_2(plan.n_programs),
         num_warps=plan.num_warps,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,
     )
     return y, mean, rstd, kept
 
@@ -403,7 +403,7 @@ class _Backward(NamedTuple):
             ALIGN=self.view.align(),
             STAGES=self.stages(plan),
             num_warps=plan.num_warps,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
         return partial
 
@@ -454,7 +454,7 @@ class _Backward(NamedTuple):
             STAGES=self.stages(plan),
             BLOCK_P=tuning.next_power_of_2(n_partials),
             num_warps=plan.num_warps,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
         return dgamma, dbeta
 

@@ -36,7 +36,7 @@ def _dz_and_xhat(
         y = tl.load(kept_ptr, mask=mask, other=0.0).to(acc)
         dz = pull_back_from_output(dz, y, ACTIVATION)
     elif ACTIVATION is not None:
-        z = gamma[None, :] * xhat + beta[None, :]
+        z = tl.fma(xhat, gamma[None, :], beta[None, :])
         if KEPT == "residual":
             z += tl.load(kept_ptr, mask=mask, other=0.0).to(acc)
         dz = tl.where(mask, pull_back(dz, z, ACTIVATION), 0.0)
@@ -50,7 +50,7 @@ def _dx(dz, xhat, dgamma, dbeta, slope, n, correction, BATCH_STATISTICS: tl.cons
     slope is gamma * rstd.
     """
     if BATCH_STATISTICS:
-        dz = dz - (dbeta / n)[None, :] - xhat * (dgamma / (n - correction))[None, :]
+        dz = tl.fma(xhat, (-dgamma / (n - correction))[None, :], dz - (dbeta / n)[None, :])
     return dz * slope[None, :]
 
 

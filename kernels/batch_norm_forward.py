@@ -90,7 +90,7 @@ def _keep_statistics(
 @triton.jit
 def _argument(x, residual_ptr, centre, scale, shift, mask, acc: tl.constexpr):
     """z = scale * (x - centre) + shift + residual"""
-    z = (x.to(acc) - centre[None, :]) * scale[None, :] + shift[None, :]
+    z = tl.fma(x.to(acc) - centre[None, :], scale[None, :], shift[None, :])
     if residual_ptr is not None:
         z += tl.load(residual_ptr, mask=mask, other=0.0).to(acc)
     return z

@@ -114,11 +114,11 @@ def moments(
         x = tl.load(x_ptr + offset_of(start, stride, ALIGN) + offsets, mask=mask, other=0.0).to(acc)
         d = tl.where(mask, x - x0, 0.0)
         s += d
-        q += d * d
+        q = tl.fma(d, d, q)
     k = tiles_with_row(end, N, L, BLOCK_N, BLOCK_L) - tiles_with_row(begin, N, L, BLOCK_N, BLOCK_L)
     k = tl.cast(k, acc)  # (BLOCK_N * BLOCK_L,)
     share = s / tl.maximum(k, 1.0)[:, None]
-    m2 = q - s * share
+    m2 = tl.fma(-s, share, q)
     m2 = tl.where(m2 < 0.0, 0.0, m2)
     m2 = tl.where((q == float("inf")) & (s - s == 0.0), float("inf"), m2)  # overflow is not NaN
     m2 = tl.where(col_mask[None, :], m2, 0.0)

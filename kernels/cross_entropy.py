@@ -150,7 +150,7 @@ def _forward(
             ACC=_TRITON[acc],
             BLOCK=walk.BLOCK,
             num_warps=walk.num_warps,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
     rows_loss = parts = None
     if want_extras or not reduced:
@@ -198,7 +198,7 @@ def _forward(
             HELD=plan.HELD,
             NUM_CTAS=plan.num_ctas,
             num_warps=plan.num_warps,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
             num_ctas=plan.num_ctas,
         )
     layout.copy_back(dx, dx3)
@@ -291,7 +291,7 @@ def cross_entropy_bwd(
         EDGES=plan.EDGES,
         THREADS=plan.THREADS,
         num_warps=plan.num_warps,
-        enable_fp_fusion=True,
+        enable_fp_fusion=False,
     )
     layout.copy_back(dx, dx3)
     layout.copy_back(dtarget, dt3)
@@ -318,7 +318,7 @@ def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
             ACC=_TRITON[_computed_in(dx, dx)],
             BLOCK=walk.BLOCK,
             num_warps=walk.num_warps,
-            enable_fp_fusion=True,
+            enable_fp_fusion=False,
         )
     return dx
 

@@ -18,22 +18,13 @@ five exchanges.
 import triton
 import triton.language as tl
 
-from fused.kernels.activation import tanh
+from fused.kernels.activation import exp, plus, tanh
 
 
 @triton.jit
 def safe_shift(m):
     # exp(-inf - -inf) is NaN where exp(-inf) = 0 is meant: a maximum of -inf shifts by 0 instead.
     return tl.where(m == float("-inf"), 0.0, m)
-
-
-@triton.jit
-def exp(x):
-    """exp(x); in float32 by the one instruction for 2^x, without its detour for tiny results"""
-    if x.dtype == tl.float64:
-        return tl.exp(x)
-    else:
-        return tl.exp2(x * 1.4426950408889634)
 
 
 @triton.jit
@@ -195,16 +186,16 @@ def accumulate(
         m_new = tl.maximum(m, max_of_row(z))
         shift = safe_shift(m_new)
         from_shift = z - beside(shift, z)
-        s = s * exp(m - shift) + sum_of_row(exp(from_shift))
+        s = tl.fma(s, exp(m - shift), sum_of_row(exp(from_shift)))
     else:
         by_lane: tl.constexpr = (z.shape[0], z.shape[1] // (LANES * VEC), LANES, VEC)
         z = tl.reshape(z, by_lane)
         m_new = tl.maximum(m, tl.max(tl.max(z, axis=3), axis=1))
         shift = safe_shift(m_new)
         from_shift = z - shift[:, None, :, None]
-        s = s * exp(m - shift) + tl.sum(tl.sum(exp(from_shift), axis=3), axis=1)
+        s = tl.fma(s, exp(m - shift), tl.sum(tl.sum(exp(from_shift), axis=3), axis=1))
     if DENSE:
-        bz_sum += b_sum * (safe_shift(m) - shift)
+        bz_sum = tl.fma(b_sum, safe_shift(m) - shift, bz_sum)
         if LANES == 1:
             bz_sum += sum_of_row(tl.where(mask, b * from_shift, 0.0))
             b_sum += sum_of_row(b)
@@ -267,13 +258,15 @@ def gradient(
 ):  # fmt: skip
     """dx_c = ((a * p_c - b_c) * factor) * dz/dx; p_c = exp(z_c - m) / s, p_factor = a * factor / s,
     taken = b_c * factor"""
-    dx = exp(z - m) * p_factor
+    p = exp(z - m)
     if TAKES:
-        dx -= taken
+        dx = tl.fma(p, p_factor, -taken)
+    else:
+        dx = p * p_factor
     if SCALED:
         dx = dx * logit_scale
     if CAPPED:
-        dx = dx * (1.0 - (z / softcap) * (z / softcap))
+        dx = dx * plus(-z / softcap, z / softcap, 1.0)
     return dx
 
 
