@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
 from fused.eager import cross_entropy as eager
+from fused.eager import cross_entropy_rows
 from tests.exactness import assert_as_exact_as, ulps_for
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -32,7 +33,7 @@ EXTRAS = ("z_loss", "softcap", "logit_scale")
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The closed form itself, in several chunks, in shapes that one or torch's own would serve."""
     monkeypatch.setattr(eager, "SMALL", 0)
-    monkeypatch.setattr(eager, "_CHUNK", 128)
+    monkeypatch.setattr(cross_entropy_rows, "CHUNK", 128)
 
 
 def example(
@@ -230,7 +231,7 @@ class LargeResults(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_no_memory_but_the_gradients(dtype, inplace, monkeypatch, device) -> None:
     """Nothing else of half the logits' size, with the closed form in chunks."""
-    monkeypatch.setattr(eager, "_CHUNK", 8 * 300)
+    monkeypatch.setattr(cross_entropy_rows, "CHUNK", 8 * 300)
     leaf, target, weight = example((64, 300), dtype, "cpu", weighted=True)
     logits = leaf.requires_grad_() * 1
     with fused.backend.use("eager"), LargeResults(leaf.numel() // 2) as large:

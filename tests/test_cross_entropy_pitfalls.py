@@ -140,6 +140,32 @@ def test_extreme_logits(extreme, kind, implementation, device) -> None:
     check_against_torch(logits, target, None, implementation)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("masked", MASKED)
+def test_masked_logits_of_half_precision(masked, reduction) -> None:
+    """The closed form looks for the largest logit only where a sum of exponentials asks for it."""
+    logits, _, _ = example((3, 8200), torch.bfloat16, "cpu")
+    target = torch.tensor([5000, 6000, 6999])
+    with fused.backend.use("eager"):
+        check_against_torch(
+            MASKED[masked](logits, target), target, None, "eager", reduction=reduction
+        )
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shift", [-3e4, -88.0, -14.0, -10.0, 52.0, 60.0, 95.0, 3e4])
+def test_half_precision_far_from_0(shift, dtype, reduction) -> None:
+    """In some of the rows: their exponentials may overflow or vanish, on both sides of where the
+    closed form begins to subtract the largest logit."""
+    logits, target, _ = example((16, 27), dtype, "cpu")
+    logits[6:9] += shift
+    logits[7, 3] -= 100  # a target whose probability is below what float32 can hold
+    target[7] = 3
+    with fused.backend.use("eager"):
+        check_against_torch(logits, target, None, "eager", reduction=reduction)
+
+
 @pytest.mark.parametrize("classes", [27, 668, 1128, 50257, 32003, 128256, 151936])
 def test_classes_that_are_no_multiple_of_a_block(classes, implementation, device) -> None:
     """Behind the cap a masked -inf would be -cap, and count: negative logits would show it."""

@@ -1,66 +1,27 @@
 """Softmax cross-entropy in plain PyTorch, with the functions of fused.kernels.cross_entropy.
 
-The mathematics is written there. Here lse - z_c is -log_softmax(z)_c and p is softmax(z): both are
-native and take one pass, so nothing but the arguments is kept between forward and backward.
-
-On the CPU the rows are taken in chunks that stay in its cache. The logits are read from memory once
-and their gradient is written once; what is in between never leaves the cache. On other devices
-(there are some without Triton) everything is one chunk.
+The mathematics is written there. Here lse - z_c is -log_softmax(z)_c and p is softmax(z), which are
+native and take one pass, or 2^z over its sum; nothing but the arguments is kept between forward and
+backward. Rows come in chunks: fused.eager.cross_entropy_rows.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of a chunk: 2 MB of float32. Of 0.25 to 4 MB, 1 to 2 were fastest; smaller ones are
-# Python's overhead, larger ones leave the cache.
-_CHUNK = 2**19
+from fused.eager.cross_entropy_rows import Rows, Scratch, Softmax, computed_in, scores
+
 # Up to so many elements torch's several passes stay in the cache as well, and take fewer calls.
 SMALL = 2**18
-_LOG2_E = math.log2(math.e)
 # Below this the probability of a target has lost digits, or everything, to underflow.
 _TINY = 1e-30
 
-
-class _Labels(NamedTuple):
-    """Class indices, looked at once a call."""
-
-    classes: Tensor  # to gather by, (N, 1, *S); 0 for a row that has none
-    ignored: Tensor | None  # which rows are, (N, *S); None where it is known that none is
-    outside: Tensor | None  # which are out of range; None on the CPU, where gather refuses them
-
-
-class _Rows(NamedTuple):
-    """Rows of logits, and the numbers of a call that concern a row."""
-
-    x: Tensor
-    target: Tensor
-    labels: _Labels | None  # None for probabilities
-    weight: Tensor | None
-    label_smoothing: float
-    z_loss: float
-    softcap: float
-    logit_scale: float
-
-    def chunks(self) -> Iterator[tuple[slice, "_Rows"]]:
-        """Slices of rows, and those: at least one, of everything where x is not on the CPU."""
-        n, size = max(1, self.x.shape[0]), max(1, self.x.numel())
-        step = max(1, _CHUNK * n // size) if self.x.is_cpu else n
-        for i in range(0, n, step):
-            part, labels = slice(i, i + step), self.labels
-            if labels is not None:
-                classes, ignored, outside = labels
-                labels = _Labels(
-                    classes[part],
-                    None if ignored is None else ignored[part],
-                    None if outside is None else outside[part],
-                )
-            yield part, self._replace(x=self.x[part], target=self.target[part], labels=labels)
+# Of each row the loss and, if wanted, the lse, and whether its prediction is right.
+_RowLosses = tuple[Tensor, Tensor | None, Tensor | None]
 
 
 def cross_entropy_fwd(
@@ -85,10 +46,18 @@ def cross_entropy_fwd(
     their largest logit at their target. An index outside [0, C) that is not `ignore_index` raises
     IndexError on the CPU; elsewhere, where looking would stall the device, its loss is NaN.
     """
-    rows = _rows(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    outputs: list[_RowLosses] = []
     with _index_errors(target, x.shape[1], ignore_index):
         scale = _scale(rows, reduction)
-        outputs = [_losses(chunk, want_extras) for _, chunk in rows.chunks()]
+        scratch, plain = Scratch(), _is_plain(rows, want_extras)
+        for _, chunk in rows.chunks():
+            z = scratch.scores(chunk)
+            if plain:
+                losses, _ = _plain_losses(scratch, z, chunk, None)
+            else:
+                losses = _losses(scratch.log_softmax(z), z, chunk, want_extras)
+            outputs.append(losses)
     loss, extras = _reduced(outputs, reduction, scale, loss_dtype)
     return loss, None, scale, extras
 
@@ -111,21 +80,20 @@ def cross_entropy_fwd_bwd(
 
     dx is in x's dtype and memory format, or in x's own memory if `inplace`.
     """
-    rows = _rows(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     dx = x if inplace else torch.empty_like(x)
-    # The loss is in what the gradient takes anyway: its softmax. Not where more is asked, nor where
-    # nobody may look whether a probability has underflowed.
-    plain = x.is_cpu and not (rows.labels is None or label_smoothing or z_loss or want_extras)
-    scratch, outputs = _Scratch(), []
+    scratch, plain = Scratch(), _is_plain(rows, want_extras)
+    outputs: list[_RowLosses] = []
     with _index_errors(target, x.shape[1], ignore_index):
         scale = _scale(rows, reduction)
         assert scale is not None
         for part, chunk in rows.chunks():
-            losses = None if plain else _losses(chunk, want_extras)
             z = scratch.scores(chunk)
-            p = scratch.softmax(z, chunk, dx[part])
-            if losses is None:
-                losses = _losses_from(p, chunk), None, None
+            if plain:
+                losses, p = _plain_losses(scratch, z, chunk, dx[part])
+            else:
+                losses = _losses(scratch.log_softmax(z), z, chunk, want_extras)
+                p = scratch.softmax(z, chunk, dx[part])
             outputs.append(losses)
             _gradient_from(p, z, chunk, scale, dx[part])
     loss, extras = _reduced(outputs, reduction, scale, loss_dtype)
@@ -155,17 +123,17 @@ def cross_entropy_bwd(
     their dtype.
     """
     assert stats is None, "stats belong to the Triton kernels"
-    rows = _rows(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     factor = dloss.to(computed_in(x, target))
     factor = factor if scale is None else factor * scale
     dx = None if not want_dx else x if inplace else torch.empty_like(x)
     dtarget = torch.empty_like(target) if want_dtarget else None
-    scratch = _Scratch()
+    scratch = Scratch()
     for part, chunk in rows.chunks():
         z = scratch.scores(chunk)
         f = factor[part].unsqueeze(1) if factor.dim() else factor
         if dtarget is not None:
-            dt = torch.log_softmax(z, dim=1).mul_((label_smoothing - 1) * f)
+            dt = scratch.log_softmax(z).mul_((label_smoothing - 1) * f)
             dtarget[part] = dt if weight is None else dt.mul_(_per_class(weight, z))
         if dx is not None:
             p = scratch.softmax(z, chunk, dx[part])
@@ -197,70 +165,14 @@ def cross_entropy_small(
     return loss if loss_dtype == torch.float32 else loss.to(loss_dtype)
 
 
-def _rows(
-    x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, *numbers: float
-) -> _Rows:
-    soft = target.shape == x.shape
-    labels = None if soft else _labels(target, x.shape[1], ignore_index)
-    return _Rows(x, target, labels, weight, *numbers)
-
-
-class _Scratch:
-    """Memory of a chunk's size, taken once a call: fresh pages cost more than what is done here."""
-
-    def __init__(self) -> None:
-        self._z: Tensor | None = None
-        self._p: Tensor | None = None
-
-    def scores(self, rows: _Rows) -> Tensor:
-        """`scores` of a chunk: its own logits where there is nothing to compute."""
-        x, dtype = rows.x, computed_in(rows.x, rows.target)
-        if x.dtype == dtype and rows.softcap == 0 and rows.logit_scale == 1:
-            return x
-        if self._z is None:
-            self._z = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-        z = self._z[: x.shape[0]].copy_(x)
-        if rows.logit_scale != 1:
-            z.mul_(rows.logit_scale)
-        return z if rows.softcap == 0 else z.div_(rows.softcap).tanh_().mul_(rows.softcap)
-
-    def softmax(self, z: Tensor, rows: _Rows, out: Tensor) -> Tensor:
-        """softmax(z), never over the logits: in `out` if it fits, else over z if that is free."""
-        if z.dtype == out.dtype and out.is_contiguous() and z.data_ptr() != out.data_ptr():
-            p = out
-        elif z.data_ptr() != rows.x.data_ptr() and not (rows.softcap or rows.z_loss):
-            if rows.x.dtype.itemsize == 2:
-                return _softmax_(z)
-            p = z
-        else:
-            if self._p is None:
-                self._p = torch.empty_like(z, memory_format=torch.contiguous_format)
-            p = self._p[: z.shape[0]]
-        return torch.softmax(z, dim=1, out=p)
-
-
-def _softmax_(z: Tensor) -> Tensor:
-    """softmax(z) over z, exact to about 1e-7 times what z falls below its row's maximum.
-
-    That is nothing to half precision, and 2^z takes torch a third of the time of e^z.
-    """
-    z.sub_(z.amax(1, keepdim=True)).mul_(_LOG2_E).exp2_()
-    return z.mul_(z.sum(1, keepdim=True).reciprocal_())
-
-
-def computed_in(x: Tensor, target: Tensor) -> torch.dtype:
-    """float64 if either is, else float32."""
-    return torch.float64 if torch.float64 in (x.dtype, target.dtype) else torch.float32
-
-
 def row_scale(
     x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor | None:
     """The factor of every row in the mean or sum, one number; of x only shape and dtype count."""
-    return _scale(_rows(x, target, weight, ignore_index, 0.0, 0.0, 0.0, 1.0), reduction)
+    return _scale(Rows.of(x, target, weight, ignore_index, 0.0, 0.0, 0.0, 1.0), reduction)
 
 
-def _scale(rows: _Rows, reduction: str) -> Tensor | None:
+def _scale(rows: Rows, reduction: str) -> Tensor | None:
     x, target, labels, weight = rows[:4]
     if reduction == "none":
         return None
@@ -277,11 +189,18 @@ def _scale(rows: _Rows, reduction: str) -> Tensor | None:
     return one / labels.ignored.logical_not().sum()
 
 
-def _losses(rows: _Rows, want_extras: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _is_plain(rows: Rows, want_extras: bool) -> bool:
+    """Whether the loss is taken from the softmax, which the gradient needs anyway.
+
+    Not where more is asked, nor where nobody may look whether a probability has underflowed.
+    """
+    more = rows.labels is None or rows.label_smoothing or rows.z_loss or want_extras
+    return rows.x.is_cpu and not more
+
+
+def _losses(logp: Tensor, z: Tensor, rows: Rows, want_extras: bool) -> _RowLosses:
     """Loss and, if wanted, lse of each row (N, *S), and whether its prediction is right."""
-    x, target, labels, weight, label_smoothing, z_loss, softcap, logit_scale = rows
-    z = scores(x, target, softcap, logit_scale)
-    logp = torch.log_softmax(z, dim=1)
+    x, target, labels, weight, label_smoothing, z_loss = rows[:6]
     if labels is None:
         loss = -(_dense_target(target, z, weight, label_smoothing) * logp).sum(1)
     else:
@@ -308,66 +227,89 @@ def _losses(rows: _Rows, want_extras: bool) -> tuple[Tensor, Tensor | None, Tens
     return loss, lse, hit
 
 
-def _losses_from(p: Tensor, rows: _Rows) -> Tensor:
-    """Loss of each row (N, *S), of class indices on the CPU, from its softmax p."""
+def _plain_losses(
+    scratch: Scratch, z: Tensor, rows: Rows, out: Tensor | None
+) -> tuple[_RowLosses, Softmax]:
+    """Losses, of class indices on the CPU, and the softmax from which they come."""
     labels = rows.labels
     assert labels is not None
-    p_y = _pick(p, labels.classes)
-    lost = p_y < _TINY
-    loss = p_y.log_().neg_()
-    if lost.any():
-        x, y = rows.x.movedim(1, -1)[lost], labels.classes.movedim(1, -1)[lost]
-        z = scores(x, rows.target, rows.softcap, rows.logit_scale)
-        loss[lost] = _pick(torch.log_softmax(z, dim=1), y).neg_()
+    z_y = _pick(z, labels.classes)  # before the softmax takes z's memory
+    p = scratch.softmax(z, rows, out)
+    if p.lse is not None:
+        loss = p.lse.squeeze(1).sub_(z_y)
+    else:
+        p_y = _pick(p.e, labels.classes)
+        lost = p_y < _TINY
+        loss = p_y.log_().neg_()
+        if lost.any():
+            x, y = rows.x.movedim(1, -1)[lost], labels.classes.movedim(1, -1)[lost]
+            z = scores(x, rows.target, rows.softcap, rows.logit_scale)
+            loss[lost] = _pick(torch.log_softmax(z, dim=1), y).neg_()
     if rows.weight is not None:
-        loss *= _pick(_per_class(rows.weight, p), labels.classes)
-    return loss if labels.ignored is None else loss.masked_fill_(labels.ignored, 0.0)
+        loss *= _pick(_per_class(rows.weight, p.e), labels.classes)
+    if labels.ignored is not None:
+        loss.masked_fill_(labels.ignored, 0.0)
+    return (loss, None, None), p
 
 
-def _gradient_from(p: Tensor, z: Tensor, rows: _Rows, factor: Tensor, out: Tensor) -> None:
-    """out = (a * p - b) * factor * dz/dx, of p = softmax(z), whose memory is used."""
+def _gradient_from(p: Softmax, z: Tensor, rows: Rows, factor: Tensor, out: Tensor) -> None:
+    """out = (a * p - b) * factor * dz/dx, of p = softmax(z), whose memory is used.
+
+    Of class indices alone a = b_y and b = b_y * onehot: one pass for e - sums * onehot, and one for
+    its factor.
+    """
+    e, sums, _ = p
     x, target, labels, weight, label_smoothing, z_loss, softcap, logit_scale = rows
-    a: Tensor | None = None  # sum_c b_c + 2 * z_loss * lse; None for 1
+    dense: Tensor | None = None  # the part of b that is not b_y * onehot
     if labels is None:
-        b = _dense_target(target, z, weight, label_smoothing)
+        dense = b = _dense_target(target, z, weight, label_smoothing)
         a = b.sum(1, keepdim=True)
     else:
-        b_y = z.new_full([1] * z.dim(), 1 - label_smoothing)
+        a = b_y = e.new_full((), 1 - label_smoothing)
         if weight is not None:
-            b_y = b_y * _pick(_per_class(weight, z), labels.classes).unsqueeze(1)
-        if weight is not None or label_smoothing > 0:
-            a = b_y
+            a = b_y = b_y * _pick(_per_class(weight, e), labels.classes).unsqueeze(1)
         if label_smoothing > 0:
-            share = torch.full_like(z[:1], label_smoothing / x.shape[1])
-            b = share if weight is None else share * _per_class(weight, z)
-            a = b_y + b.sum(1, keepdim=True)
-    if z_loss:
-        a = (1 if a is None else a) + 2 * z_loss * torch.logsumexp(z, 1, keepdim=True)
-    if a is not None:
-        p.mul_(a)
-    if labels is None or label_smoothing > 0:
-        p.sub_(b)
+            dense = torch.full_like(e[:1], label_smoothing / x.shape[1])
+            dense = dense if weight is None else dense * _per_class(weight, e)
+            a = a + dense.sum(1, keepdim=True)
+    if labels is not None and dense is None and not z_loss:
+        b_y = e.new_ones(()) if sums is None else sums
+        factor = factor * (a if sums is None else a / sums)
+    else:
+        if z_loss:
+            a = a + 2 * z_loss * torch.logsumexp(z, 1, keepdim=True)
+        e.mul_(a if sums is None else a / sums)
+        if dense is not None:
+            e.sub_(dense)
     if labels is not None:
-        p.scatter_add_(1, labels.classes, (-b_y).expand_as(labels.classes))
+        e.scatter_add_(1, labels.classes, (-b_y).expand_as(labels.classes))
         if labels.outside is not None:
-            nan = torch.where(labels.outside, float("nan"), 1.0).to(p.dtype)
+            nan = torch.where(labels.outside, float("nan"), 1.0).to(e.dtype)
             factor = factor * nan.unsqueeze(1)
     if logit_scale != 1:
         factor = factor * logit_scale
     if softcap:
-        p.mul_(1 - (z / softcap).square())
+        e.mul_(1 - (z / softcap).square())
     if labels is not None and labels.ignored is not None:
-        p.masked_fill_(labels.ignored.unsqueeze(1), 0.0)
+        _clear(e, labels.ignored)
         # A mean over no rows has the factor infinity.
         factor = torch.where(labels.ignored.unsqueeze(1), 0.0, factor)
-    if out.dtype == p.dtype:
-        torch.mul(p, factor, out=out)
+    if out.dtype == e.dtype:
+        torch.mul(e, factor, out=out)
     else:
-        out.copy_(p.mul_(factor))
+        out.copy_(e.mul_(factor))
+
+
+def _clear(e: Tensor, rows: Tensor) -> None:
+    """Writes 0 to the rows of e (n, C, *S) where `rows` (n, *S) is true."""
+    if e.is_cpu and e.dim() == 2:  # masked_fill_ takes as long there as the softmax
+        e.index_fill_(0, rows.nonzero().squeeze(1), 0.0)
+    else:  # elsewhere nobody may look
+        e.masked_fill_(rows.unsqueeze(1), 0.0)
 
 
 def _reduced(
-    outputs: list[tuple[Tensor, Tensor | None, Tensor | None]],
+    outputs: list[_RowLosses],
     reduction: str,
     scale: Tensor | None,
     loss_dtype: torch.dtype,
@@ -454,14 +396,6 @@ def cross_entropy_composed(
     return loss, row_loss.detach(), torch.where(counted, lse, 0.0).detach(), hit.sum()
 
 
-def scores(x: Tensor, target: Tensor, softcap: float, logit_scale: float) -> Tensor:
-    """z = cap * tanh(scale * x / cap), in the dtype that everything is computed in."""
-    z = x.to(computed_in(x, target))
-    if logit_scale != 1:
-        z = z * logit_scale
-    return z if softcap == 0 else (z / softcap).tanh() * softcap
-
-
 def _dense_target(target: Tensor, z: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
     """b_c = w_c * ((1 - e) * t_c + e / C)"""
     b = target.to(z.dtype)
@@ -478,18 +412,6 @@ def _per_class(weight: Tensor, z: Tensor) -> Tensor:
 def _pick(values: Tensor, index: Tensor) -> Tensor:
     """values (N or 1, C, ...) of each row's own class: (N, *S)."""
     return values.expand(*index.shape[:1], -1, *index.shape[2:]).gather(1, index).squeeze(1)
-
-
-def _labels(target: Tensor, n_classes: int, ignore_index: int) -> _Labels:
-    index = target.long()  # before the comparison: as a uint8, -100 would be 156
-    ignored = index == ignore_index
-    if target.is_cpu:
-        if not ignored.any():  # elsewhere nobody may look
-            return _Labels(index.unsqueeze(1), None, None)
-        return _Labels(index.masked_fill(ignored, 0).unsqueeze(1), ignored, None)
-    index = index.masked_fill(ignored, 0)
-    outside = (index < 0) | (index >= n_classes)
-    return _Labels(index.masked_fill_(outside, 0).unsqueeze(1), ignored, outside)
 
 
 @contextlib.contextmanager
