@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
@@ -13,6 +14,7 @@ from fused.second_order import differentiable_gradients
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _REDUCTIONS = ("none", "mean", "sum")
+_COMPUTED_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -210,6 +212,13 @@ def cross_entropy(
     The formulas are derived in docs/derivations.md. The z-loss is that of PaLM (Chowdhery et al.,
     2022), the cap that of Gemma 2 (2024).
     """
+    if (
+        weight is None
+        and not (label_smoothing or z_loss or softcap or inplace)
+        and logit_scale == 1
+        and _is_small(input, target)
+    ):
+        return _small(input, target, ignore_index, reduction)
     options = options_of(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
     return _run(input, target, weight, options, inplace, grad_in_forward, False)[0]
 
@@ -309,8 +318,6 @@ def _run(
     want_extras: bool,
 ) -> tuple[Tensor, ...]:
     """Checks, chooses, computes: (loss,), or (loss, row_loss, lse, correct)."""
-    if not (want_extras or inplace) and _is_small(input, target, weight, options):
-        return (_small(input, target, options),)
     check(input, target, weight, options)
     loss_dtype = loss_dtype_of(input, target, weight)
     no_batch = input.dim() == 1
@@ -344,33 +351,30 @@ def _run(
     return outputs
 
 
-def _is_small(input: Tensor, target: Tensor, weight: Tensor | None, options: _Options) -> bool:
+def _is_small(input: Tensor, target: Tensor) -> bool:
     """Whether torch's own function serves as well and is quicker to call: little, on the CPU."""
     return (
         not torch.compiler.is_compiling()
         and input.numel() <= eager.SMALL
         and input.is_cpu
-        and input.dtype != torch.float64
+        and input.dtype in _COMPUTED_IN_FLOAT32
         and target.dtype == torch.int64
-        and weight is None
-        and options[2:] == (0.0, 0.0, 0.0, 1.0)
         and backend.name_for(input) == "eager"
         and not torch._C._are_functorch_transforms_active()
     )
 
 
-def _small(input: Tensor, target: Tensor, options: _Options) -> Tensor:
+def _small(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    """A plain call by torch's own function, in float32, for autograd to differentiate."""
+    wide = input.dtype == torch.float32
+    logits = input if wide else input.float()
     try:
-        return eager.cross_entropy_small(
-            input,
-            target,
-            options.ignore_index,
-            options.reduction,
-            loss_dtype_of(input, target, None),
-        )
-    except Exception:
-        check(input, target, None, options)  # torch refuses the same; this says it better
+        loss = F.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
+    except Exception:  # torch refuses the same; this says it better
+        check(input, target, None, options_of(ignore_index, reduction, 0.0, 0.0, None, 1.0))
+        eager.raise_if_outside(target, input.shape[min(1, input.dim() - 1)], ignore_index)
         raise
+    return loss if wide or torch.is_autocast_enabled("cpu") else loss.to(input.dtype)
 
 
 def loss_dtype_of(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:

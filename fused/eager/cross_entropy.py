@@ -148,23 +148,6 @@ def cross_entropy_scale(dx: Tensor, dloss: Tensor) -> Tensor:
     return dx.mul_(dloss)
 
 
-def cross_entropy_small(
-    x: Tensor, target: Tensor, ignore_index: int, reduction: str, loss_dtype: torch.dtype
-) -> Tensor:
-    """The loss of logits (N, C, *S) and class indices by torch's own function, in float32.
-
-    For autograd to differentiate.
-    """
-    if x.dtype != torch.float32:
-        x = x.float()
-    try:
-        loss = F.cross_entropy(x, target, ignore_index=ignore_index, reduction=reduction)
-    except IndexError:
-        raise_if_outside(target, x.shape[1], ignore_index)
-        raise
-    return loss if loss_dtype == torch.float32 else loss.to(loss_dtype)
-
-
 def row_scale(
     x: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
 ) -> Tensor | None:
