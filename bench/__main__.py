@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains it")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument(
-        "--threads", type=int, help="of torch on the CPU (default: torch's own choice)"
+        "--threads", type=int, help="of torch and JAX on the CPU (default: their own choice)"
     )
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="default: by the suite")
     parser.add_argument(
@@ -60,6 +60,7 @@ def _run(arguments: argparse.Namespace) -> None:
         raise ValueError("--device cuda: torch finds no CUDA device here")
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
+        os.environ["NPROC"] = str(arguments.threads)  # XLA's, for JAX; XLA_FLAGS leave it several
     budget = arguments.budget or runner.BUDGETS[arguments.suite]
     result = runner.run(arguments.suite, arguments.op, arguments.case, device, budget)
     name = f"{machine.slug(result['machine'])}-{result['date'][:10]}.json"
