@@ -212,12 +212,8 @@ def cross_entropy(
     The formulas are derived in docs/derivations.md. The z-loss is that of PaLM (Chowdhery et al.,
     2022), the cap that of Gemma 2 (2024).
     """
-    if (
-        weight is None
-        and not (label_smoothing or z_loss or softcap or inplace)
-        and logit_scale == 1
-        and _is_small(input, target)
-    ):
+    plain = not (label_smoothing or z_loss or softcap or inplace) and logit_scale == 1
+    if plain and weight is None and _is_small(input, target):
         return _small(input, target, ignore_index, reduction)
     options = options_of(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
     return _run(input, target, weight, options, inplace, grad_in_forward, False)[0]
