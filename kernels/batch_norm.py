@@ -29,8 +29,10 @@ from fused.kernels import layout, tuning
 from fused.kernels.batch_norm_backward import _batch_norm_bwd_kernel, _batch_norm_sums_kernel
 from fused.kernels.batch_norm_forward import _batch_norm_fwd_kernel, _batch_norm_moments_kernel
 from fused.kernels.batch_norm_layout import View, by_channel, signs_shape, unpack_signs
+from fused.kernels.device import on_its_device
 
 
+@on_its_device
 def batch_norm_fwd(
     x: torch.Tensor,
     gamma: torch.Tensor | None,
@@ -65,6 +67,7 @@ def batch_norm_fwd(
     )  # fmt: skip
 
 
+@on_its_device
 def batch_norm_eval(
     x: torch.Tensor,
     gamma: torch.Tensor | None,
@@ -86,6 +89,7 @@ def batch_norm_eval(
     )
 
 
+@on_its_device
 def batch_norm_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(mean, m2) of x (N, C, *S): per-channel mean and sum of squared deviations, (C,) each.
 
@@ -103,6 +107,7 @@ def batch_norm_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return x3[0, :, 0].to(mean.dtype) + mean, m2
 
 
+@on_its_device
 def batch_norm_sums(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -128,6 +133,7 @@ def batch_norm_sums(
     return step.sums(step.plan(reduced=False)).sum(0), dresidual
 
 
+@on_its_device
 def batch_norm_dx(
     dy: torch.Tensor,
     x: torch.Tensor,
@@ -154,6 +160,7 @@ def batch_norm_dx(
     return dx
 
 
+@on_its_device
 def batch_norm_bwd(
     dy: torch.Tensor,
     x: torch.Tensor,

@@ -36,8 +36,10 @@ from fused.kernels.cross_entropy_kernels import (
     _cross_entropy_scale_kernel,
     _cross_entropy_sum_kernel,
 )
+from fused.kernels.device import on_its_device
 
 
+@on_its_device
 def cross_entropy_fwd(
     x: torch.Tensor,
     target: torch.Tensor,
@@ -73,6 +75,7 @@ def cross_entropy_fwd(
     return loss, stats, scale, extras
 
 
+@on_its_device
 def cross_entropy_fwd_bwd(
     x: torch.Tensor,
     target: torch.Tensor,
@@ -220,6 +223,7 @@ def _forward(
     return loss, extras
 
 
+@on_its_device
 def cross_entropy_bwd(
     dloss: torch.Tensor,
     x: torch.Tensor,
@@ -298,6 +302,7 @@ def cross_entropy_bwd(
     return dx, dtarget
 
 
+@on_its_device
 def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
     """dx, in its own memory, times dloss, one number on the device.
 

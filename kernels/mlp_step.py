@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from fused.kernels import tuning
+from fused.kernels.device import on_its_device
 from fused.kernels.mlp_train import _dot, _factor
 
 _SCALE = tl.constexpr(256.0)
@@ -377,6 +378,7 @@ class Steps:
             self.take(i)
 
 
+@on_its_device
 def mlp_train(
     C: torch.Tensor,
     W1: torch.Tensor,
@@ -421,9 +423,11 @@ def mlp_train(
 
 def captured(steps: Steps) -> torch.cuda.CUDAGraph:
     """The steps of a chunk as a graph; the parameters stay as they are."""
-    # Kernels are compiled and loaded at their first launch, which must not happen while capturing.
+    # Kernels are compiled and loaded at their first launch, which must not happen while capturing:
+    # for minibatches that begin at a multiple of 16 bytes, as that of step 0, and for others, which
+    # that of step 1 is if any are.
     before = [tensor.clone() for tensor in steps.parameters]
-    steps.take(0)
+    steps.take_all(2)
     for tensor, value in zip(steps.parameters, before, strict=True):
         tensor.copy_(value)
     graph = torch.cuda.CUDAGraph()

@@ -37,6 +37,7 @@ import triton
 import triton.language as tl
 
 from fused.kernels import tuning
+from fused.kernels.device import on_its_device
 
 
 @triton.jit
@@ -308,6 +309,7 @@ def plan(C: torch.Tensor, W1: torch.Tensor, n_context: int, n_batch: int) -> tun
     return tuning.mlp_train(n_context, C.shape[-1], W1.shape[-1], C.shape[-2], n_batch, memory)
 
 
+@on_its_device
 def mlp_train(
     C: torch.Tensor,
     W1: torch.Tensor,
