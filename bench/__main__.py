@@ -58,6 +58,10 @@ def _run(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise ValueError(f"--device {device}: there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(device)  # events, streams and the rest are of the current one
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
         os.environ["NPROC"] = str(arguments.threads)  # XLA's, for JAX; XLA_FLAGS leave it several
@@ -69,6 +73,8 @@ def _run(arguments: argparse.Namespace) -> None:
     print(f"\nwrote {_shown(path)}")
     for picture in report.plot(result, path.stem, path.parent):
         print(f"wrote {_shown(picture)}")
+    if result["failures"]:
+        sys.exit(f"bench: {len(result['failures'])} failed, listed as skipped")
 
 
 def _kernels(arguments: argparse.Namespace) -> None:

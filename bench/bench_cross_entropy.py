@@ -202,8 +202,8 @@ def _jax(x: Tensor, target: Tensor, upstream: Tensor) -> Contender:
     return Contender(
         outputs,
         {
-            "fwd": Phase(lambda _: jax.block_until_ready(forward(x_jax, y_jax))),
-            "fwd_bwd": Phase(lambda _: jax.block_until_ready(both(x_jax, y_jax))),
+            "fwd": Phase(lambda _: jax.block_until_ready(forward(x_jax, y_jax)), waits=True),
+            "fwd_bwd": Phase(lambda _: jax.block_until_ready(both(x_jax, y_jax)), waits=True),
         },
     )
 

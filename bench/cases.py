@@ -48,6 +48,7 @@ class Phase:
     prepare: Callable[[], Any] = lambda: None
     units: int = 1  # how much one run does: a figure is per unit
     capturable: bool = False  # needs nothing prepared, so that a CUDA graph can hold it
+    waits: bool = False  # works on streams of its own, and returns when the device is done
 
 
 @dataclass(frozen=True)
@@ -147,9 +148,14 @@ def _replay(phase: Phase) -> Callable[[Any], Any]:
         for _ in range(3):  # what is allocated and compiled on first use stays out of the graph
             phase.run(None)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = phase.run(None)
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            kept = phase.run(None)
+    finally:
+        torch.cuda.set_stream(current)  # a capture that fails leaves its own
+    graph.replay()
+    torch.testing.assert_close(kept, phase.run(None))
 
     def replay(_: Any, kept: Any = kept) -> None:  # the graph writes to what it was captured with
         graph.replay()

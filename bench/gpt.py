@@ -95,8 +95,8 @@ def train(loss: Any, steps: int, device: torch.device) -> dict[str, Any]:
         value.backward()
         optimizer.step()
         losses.append(value.detach())
+    found = torch.stack(losses).tolist()  # waits for the device
     seconds = time.perf_counter() - began
-    found = torch.stack(losses).tolist()  # waits for the device, so the time is complete
 
     def backward(_: Any) -> None:
         loss(model, block[:, :-1], block[:, 1:]).backward()

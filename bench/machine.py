@@ -45,9 +45,10 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """What the cases may take: free memory."""
+    """What the cases may take: free memory, and what PyTorch holds of it for later."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
     return _memory("MemAvailable")
 
 

@@ -56,8 +56,9 @@ def interleave(samplers: dict[str, Sampler], seconds: float) -> dict[str, list[f
     return found
 
 
-def wall(phase: Phase, device: torch.device) -> Sampler:
-    """Wall time of a unit, of as many calls in a row as make it measurable."""
+def wall(phase: Phase, device: torch.device, most: int = 100) -> Sampler:
+    """Wall time of a unit, of as many calls in a row as make it measurable; `most` is how many
+    results of `prepare` memory holds at once."""
 
     def timed(calls: int) -> float:
         prepared = [phase.prepare() for _ in range(calls)]
@@ -69,7 +70,7 @@ def wall(phase: Phase, device: torch.device) -> Sampler:
         return (time.perf_counter() - began) / (calls * phase.units)
 
     timed(1)  # what is built on the first call is not timed
-    calls = max(1, min(100, math.ceil(_LEAST_SAMPLE / (timed(1) * phase.units))))
+    calls = max(1, min(100, most, math.ceil(_LEAST_SAMPLE / (timed(1) * phase.units))))
     return lambda: timed(calls)
 
 
@@ -77,18 +78,21 @@ def on_device(phase: Phase, device: torch.device, cold: bool) -> Sampler:
     """Time of a unit between two events on a CUDA device, without what the host needs.
 
     The device sleeps before the first event for as long as the host takes to call, so that it never
-    waits for the host; where `cold`, something larger than the L2 cache is written before.
+    waits for the host; where `cold`, something larger than the L2 cache is written before. A phase
+    on streams of its own would not wait for the one that sleeps: its time is with the host's part.
     """
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     flush = torch.empty(4 * cache if cold else 0, dtype=torch.uint8, device=device)
-    call = wall(phase, device)
-    cycles = int(2e9 * min(2e-2, 2 * call() * phase.units + 2e-5))
+    cycles = int(2e9 * min(2e-2, 2 * _host_seconds(phase, device) + 2e-5))
 
     def sample() -> float:
         argument = phase.prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
-        torch.cuda._sleep(cycles)
+        if phase.waits:
+            synchronise(device)
+        else:
+            torch.cuda._sleep(cycles)
         start.record()
         phase.run(argument)
         end.record()
@@ -96,6 +100,21 @@ def on_device(phase: Phase, device: torch.device, cold: bool) -> Sampler:
         return start.elapsed_time(end) / (1e3 * phase.units)
 
     return sample
+
+
+def _host_seconds(phase: Phase, device: torch.device) -> float:
+    """How long the host takes for a call, whatever the device does meanwhile."""
+
+    def timed() -> float:
+        argument = phase.prepare()
+        synchronise(device)
+        began = time.perf_counter()
+        phase.run(argument)
+        taken = time.perf_counter() - began
+        synchronise(device)
+        return taken
+
+    return min(timed() for _ in range(3))
 
 
 def peak_bytes(phase: Phase, device: torch.device) -> int:

@@ -6,6 +6,7 @@ import importlib.util
 import pkgutil
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import bench
 from bench import machine
-from bench.cases import DTYPES, Case, Contender, Operation, Unavailable
+from bench.cases import DTYPES, Case, Contender, Operation, Phase, Unavailable
 from bench.measure import Sampler, Times, interleave, on_device, peak_bytes, wall
 
 BUDGETS = {"quick": 170.0, "full": 530.0}  # seconds
@@ -31,6 +32,9 @@ _REFERENCES = ("torch", "chunked")
 # weigh a thousand times what they should.)
 _TOLERANCE = {"f32": 1e-4, "bf16": 3e-2}
 _TENSORS_AT_ONCE = 12  # of a case's size: what the greediest contender holds, and the inputs
+_HEADLINE_WEIGHT = 4  # a headline's share of the budget, in ordinary shares: it has more to build
+# Bytes of the part of a case that says how long the whole will take: enough to be no mere overhead.
+_PROBE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 
 
 def operations(names: list[str] | None = None) -> dict[str, Operation]:
@@ -53,7 +57,8 @@ def run(
 ) -> dict[str, Any]:
     """Measures every case of the suite, or those whose name contains `only`.
 
-    The cases share what is left of `budget` seconds.
+    The cases share what is left of `budget` seconds: first each operation's headlines, so that what
+    the budget cuts is the least. A case that fails is listed under "failures", and the others run.
     """
     began = time.perf_counter()
     result: dict[str, Any] = {
@@ -63,30 +68,57 @@ def run(
         "copy_bytes_per_second": machine.copy_bandwidth(device),
         "rows": [],
         "skipped": [],
+        "failures": [],
         "notes": [],
     }
-    todo = [
-        (op, case)
+    found = [
+        (op, [case for case in op.cases(suite) if (only or "") in str(case)])
         for op in operations(ops).values()
-        for case in op.cases(suite)
-        if (only or "") in str(case)
     ]
+    todo = in_turn(found)
     if not todo:
         raise ValueError(f"no case of the suite has {only!r} in its name")
-    build_seconds: dict[str, float] = {}
+    build_seconds: dict[tuple[str, str], float] = {}
     with progress(len(todo)) as advance:
         for i, (op, case) in enumerate(todo):
-            share = (budget - (time.perf_counter() - began)) / (len(todo) - i)
+            left = budget - (time.perf_counter() - began)
+            share = left * _weight(case) / sum(_weight(later) for _, later in todo[i:])
             advance(f"{op.OPERATION} {case}")
             if share < 0.5:
                 result["skipped"].append(_skip(case, "all", "the budget was spent"))
                 continue
-            _Measurement(op, case, device, suite, share, build_seconds, result).run()
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            try:
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                _Measurement(op, case, device, suite, share, build_seconds, result).run()
+            except torch.OutOfMemoryError:
+                result["skipped"].append(_skip(case, "all", "out of memory"))
+            except Exception as error:
+                _fail(result, case, "all", error)
+    places = {(op.OPERATION, str(case)): i for i, (op, case) in enumerate(_in_order(found))}
+    result["rows"].sort(key=lambda row: places[row["operation"], row["asked"]])
     result["seconds"] = round(time.perf_counter() - began, 1)
     return result
+
+
+def in_turn(cases: list[tuple[Operation, list[Case]]]) -> list[tuple[Operation, Case]]:
+    """Headlines before all others, and of each kind the operations in turn."""
+
+    def turn(of: list[Case], case: Case) -> tuple[bool, int]:
+        alike = [other for other in of if other.headline == case.headline]
+        return not case.headline, alike.index(case)
+
+    placed = [(turn(of, case), op, case) for op, of in cases for case in of]
+    return [(op, case) for _, op, case in sorted(placed, key=lambda entry: entry[0])]
+
+
+def _in_order(cases: list[tuple[Operation, list[Case]]]) -> list[tuple[Operation, Case]]:
+    return [(op, case) for op, of in cases for case in of]
+
+
+def _weight(case: Case) -> int:
+    return _HEADLINE_WEIGHT if case.headline else 1
 
 
 class _Measurement:
@@ -99,7 +131,7 @@ class _Measurement:
         device: torch.device,
         suite: str,
         share: float,
-        build_seconds: dict[str, float],
+        build_seconds: dict[tuple[str, str], float],
         result: dict[str, Any],
     ) -> None:
         self.op, self.asked, self.device, self.suite = op, case, device, suite
@@ -126,8 +158,12 @@ class _Measurement:
                 began = time.perf_counter()
                 contender = build()
                 outputs = contender.outputs()
-                self.build_seconds[name] = time.perf_counter() - began
                 self._check_outputs(name, outputs, references)
+                if name in SLOW_TO_BUILD:  # a phase may take a compilation of its own
+                    for phase in contender.phases.values():
+                        phase.run(phase.prepare())
+                    took = time.perf_counter() - began
+                    self.build_seconds[self.op.OPERATION, name] = took
                 if name in _REFERENCES:
                     references[name] = outputs
             except Unavailable as missing:
@@ -136,9 +172,9 @@ class _Measurement:
                 self.result["skipped"].append(_skip(self.case, name, "out of memory"))
             except Exception as error:
                 if name in ("torch", "fused"):
-                    raise
-                reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-                self.result["skipped"].append(_skip(self.case, name, reason))
+                    _fail(self.result, self.case, name, error)
+                else:
+                    self.result["skipped"].append(_skip(self.case, name, _reason(error)))
             else:
                 found[name] = contender
         return found
@@ -150,7 +186,8 @@ class _Measurement:
             raise Unavailable("only at some shapes: it takes long to compile")
         if self.suite == "quick" and name == "compile max":
             raise Unavailable("only in the full suite")
-        if self.build_seconds.get(name, 0.0) > self.deadline - time.perf_counter():
+        took = self.build_seconds.get((self.op.OPERATION, name), 0.0)
+        if took > self.deadline - time.perf_counter():
             raise Unavailable("not enough of the budget left to compile")
 
     def _check_outputs(
@@ -169,10 +206,23 @@ class _Measurement:
             self.result["notes"].append(f"{self.op.OPERATION} {self.case}: {name}'s {key} is {far}")
 
     def _time(self, phase: str, contenders: dict[str, Contender], seconds: float) -> None:
-        metrics: dict[str, Callable[[Any], Sampler]] = {"wall": lambda p: wall(p, self.device)}
-        if self.device.type == "cuda":
-            metrics["device_warm"] = lambda p: on_device(p, self.device, cold=False)
-            metrics["device_cold"] = lambda p: on_device(p, self.device, cold=True)
+        metrics: dict[str, Callable[[Phase, int], Sampler]] = {
+            "wall": lambda p, most: wall(p, self.device, most)
+        }
+        # A loop of many units keeps the host busy, and no sleep of the device hides that.
+        if self.device.type == "cuda" and contenders["torch"].phases[phase].units == 1:
+            metrics["device_warm"] = lambda p, _: on_device(p, self.device, cold=False)
+            metrics["device_cold"] = lambda p, _: on_device(p, self.device, cold=True)
+        peaks: dict[str, int] = {}
+        for name, contender in list(contenders.items()):
+            try:
+                peaks[name] = peak_bytes(contender.phases[phase], self.device)
+            except torch.OutOfMemoryError:
+                if name == "torch":  # all are measured against it
+                    raise
+                del contenders[name]
+                reason = f"out of memory in {phase}"
+                self.result["skipped"].append(_skip(self.case, name, reason))
         rows: dict[str, dict[str, Any]] = {
             name: {
                 "operation": self.op.OPERATION,
@@ -185,14 +235,18 @@ class _Measurement:
                 "phase": phase,
                 "contender": name,
                 "least_bytes": self.op.least_bytes(self.case).get(phase),
-                "peak_bytes": peak_bytes(contender.phases[phase], self.device),
+                "peak_bytes": peaks[name],
                 "times": {},
                 "ratio_to_torch": {},
             }
-            for name, contender in contenders.items()
+            for name in contenders
         }
+        room = machine.memory_bytes(self.device) // 4
         for metric, sampler in metrics.items():
-            samplers = {n: sampler(c.phases[phase]) for n, c in contenders.items()}
+            samplers = {
+                n: sampler(c.phases[phase], max(1, room // max(1, peaks[n])))
+                for n, c in contenders.items()
+            }
             samples = interleave(samplers, seconds / len(metrics))
             for name, values in samples.items():
                 ratios = [a / b for a, b in zip(values, samples["torch"], strict=True)]
@@ -204,10 +258,10 @@ class _Measurement:
 def fitted(op: Operation, case: Case, device: torch.device, seconds: float) -> Case:
     """The case with as many of its rows as memory and the share of the budget allow."""
     rows, row_bytes = case.shape[0], case.bytes // case.shape[0]
-    memory = 0.6 * machine.memory_bytes(device)
+    memory = 0.65 * machine.memory_bytes(device)
     while rows > 1 and _TENSORS_AT_ONCE * rows * row_bytes > memory:
         rows //= 2
-    probe = case.with_rows(min(rows, max(2, (1 << 22) // row_bytes)))
+    probe = case.with_rows(min(rows, max(2, _PROBE_BYTES[device.type] // row_bytes)))
     if probe.shape[0] < rows:
         torch_ = op.contenders(probe, device)["torch"]()
         calls = sum(wall(phase, device)() for phase in torch_.phases.values())
@@ -235,6 +289,17 @@ def _skip(case: Case, contender: str, reason: str) -> dict[str, str]:
         "contender": contender,
         "reason": reason,
     }
+
+
+def _fail(result: dict[str, Any], case: Case, contender: str, error: Exception) -> None:
+    """What must not happen: said as what was skipped, and in the end by the exit status."""
+    result["failures"].append(_skip(case, contender, _reason(error)))
+    result["skipped"].append(result["failures"][-1])
+    traceback.print_exception(error)
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 @contextmanager
