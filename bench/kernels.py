@@ -67,7 +67,8 @@ class Launch:
                 constants[path] = value
             elif isinstance(value, torch.Tensor):
                 # As far as the allocator goes, every tensor starts at a multiple of 16 bytes.
-                if value.storage_offset() * value.dtype.itemsize % 16 == 0:
+                begins = value.storage_offset() * value.dtype.itemsize
+                if begins % 16 == 0 and not parameter.do_not_specialize_on_alignment:
                     attributes[path] = [["tt.divisibility", 16]]
             elif isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
                 attributes[path] = [["tt.divisibility", 16]]

@@ -27,6 +27,12 @@ from fused.kernels.device import on_its_device
 from fused.kernels.mlp_train import _dot, _factor
 
 _SCALE = tl.constexpr(256.0)
+# One binary for every step, wherever in its chunk the minibatch begins, and for any number of
+# models: none is left to be compiled while capturing, and all add up in the same order.
+_step_kernel = triton.jit(
+    do_not_specialize=["n_streams"],
+    do_not_specialize_on_alignment=["x_ptr", "y_ptr", "loss_ptr"],
+)
 
 
 @triton.jit
@@ -37,7 +43,7 @@ def _embeddings(C_ptr, x_ptr, b, f, B, T: tl.constexpr, E: tl.constexpr, V: tl.c
     return tl.load(C_ptr + x * E + (f % E)[None, :], mask=mask & (x >= 0) & (x < V), other=0.0)
 
 
-@triton.jit
+@_step_kernel
 def _mlp_hidden_kernel(
     C_ptr,  # (n_models, V, E)
     W1_ptr,  # (n_models, T*E, H)
@@ -105,7 +111,7 @@ def _mlp_hidden_kernel(
         tl.store(h_ptr + at, h, mask=at_mask)
 
 
-@triton.jit
+@_step_kernel
 def _mlp_logits_kernel(
     W2_ptr,  # (n_models, H, V)
     b2_ptr,  # (n_models, V)
@@ -166,7 +172,7 @@ def _mlp_logits_kernel(
         tl.store(at, dz, mask=mask)
 
 
-@triton.jit
+@_step_kernel
 def _mlp_backward_kernel(
     C_ptr,  # (n_models, V, E)
     W1_ptr,  # in and out, (n_models, T*E, H)
@@ -270,7 +276,7 @@ def _mlp_backward_kernel(
         tl.store(W1_at, W1 + (rate * slope)[None, :] * dW1, mask=W1_mask)
 
 
-@triton.jit
+@_step_kernel
 def _mlp_table_kernel(
     C_ptr,  # in and out, (n_models, V, E)
     b2_ptr,  # in and out, (n_models, V)
@@ -423,11 +429,9 @@ def mlp_train(
 
 def captured(steps: Steps) -> torch.cuda.CUDAGraph:
     """The steps of a chunk as a graph; the parameters stay as they are."""
-    # Kernels are compiled and loaded at their first launch, which must not happen while capturing:
-    # for minibatches that begin at a multiple of 16 bytes, as that of step 0, and for others, which
-    # that of step 1 is if any are.
+    # Kernels are compiled and loaded at their first launch, which must not happen while capturing.
     before = [tensor.clone() for tensor in steps.parameters]
-    steps.take_all(2)
+    steps.take(0)
     for tensor, value in zip(steps.parameters, before, strict=True):
         tensor.copy_(value)
     graph = torch.cuda.CUDAGraph()

@@ -30,20 +30,23 @@ def test_cuda_takes_the_kernels_by_default() -> None:
     assert backend.name_for(torch.zeros(1, device="cuda")) == "triton"
 
 
-def test_use_overrides_and_restores() -> None:
+def test_use_overrides_and_restores(device) -> None:
+    x = torch.zeros(1, device=device)
+    default = backend.name_for(x)
     with backend.use("triton"):
-        assert backend.name_for(torch.zeros(1)) == "triton"
+        assert backend.name_for(x) == "triton"
         with backend.use("eager"):
-            assert backend.name_for(torch.zeros(1)) == "eager"
-        assert backend.name_for(torch.zeros(1)) == "triton"
-    assert backend.name_for(torch.zeros(1)) == "eager"
+            assert backend.name_for(x) == "eager"
+        assert backend.name_for(x) == "triton"
+    assert backend.name_for(x) == default
 
 
-def test_backward_is_served_by_what_served_forward() -> None:
-    x = torch.randn(4, 27, requires_grad=True)
+def test_backward_is_served_by_what_served_forward(device) -> None:
+    x = torch.randn(4, 27, device=device, requires_grad=True)
     with backend.use("triton"):
-        loss = fused.cross_entropy(x, torch.zeros(4, dtype=torch.int64))
-    loss.backward()  # eager would refuse the statistics of the kernels
+        loss = fused.cross_entropy(x, torch.zeros(4, dtype=torch.int64, device=device))
+    with backend.use("eager"):
+        loss.backward()  # eager would refuse the statistics of the kernels
     assert x.grad is not None
 
 

@@ -263,7 +263,7 @@ def test_the_closed_form_never_looks_at_values() -> None:
 def test_auto_is_the_fastest_that_fits(name, expected_method) -> None:
     pytest.importorskip("triton")
     pytest.importorskip("numba")
-    p, x, _, _ = start(SMALL, 1, "numba")
+    p, x, _, _ = start(SMALL, 1, expected_method)
     with fused.backend.use(name):
         assert train_mlp_method(p, x, 32) == expected_method
         assert train_mlp_method(p, x, 32768) in ("numba", "graph")  # no multiprocessor holds it
@@ -321,8 +321,9 @@ def test_bad_arguments(case) -> None:
 
 @pytest.mark.parametrize("method", METHODS[2:])
 @pytest.mark.parametrize("what", ["row", "character", "target"])
-def test_out_of_range(what, method) -> None:
-    p, x, y, index = start(SMALL, 2, method)
+def test_out_of_range_on_the_cpu(what, method) -> None:
+    """(On a GPU torch's assertion would end the context, and every later test with it.)"""
+    p, x, y, index = start(SMALL, 2, "numba")
     index[1, 2] = 300 if what == "row" else 7
     x[7, 1] = 11 if what == "character" else 0
     y[7] = -1 if what == "target" else 0

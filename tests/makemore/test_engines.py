@@ -10,6 +10,7 @@ import torch
 from fused.makemore import data
 from fused.makemore.engines import ENGINES
 from fused.makemore.model import Settings, calibrate, initial_parameters
+from fused.mlp_train import MLPParameters
 
 SETTINGS = Settings()
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
@@ -22,13 +23,14 @@ def dataset() -> data.Dataset:
 
 
 def trained(engine: str, dataset: data.Dataset, steps: int, settings: Settings = SETTINGS):
-    """(parameters, losses) after `steps` steps."""
+    """(parameters, losses) after `steps` steps, on the dataset's device wherever they ran."""
     device = dataset.train.x.device
-    parameters, generator = initial_parameters(settings, len(dataset.vocabulary), device)
+    where = torch.device("cpu") if engine == "numba" else device
+    parameters, generator = initial_parameters(settings, len(dataset.vocabulary), where)
     index = torch.randint(0, len(dataset.train), (steps, settings.batch), generator=generator)
-    index = index.to(device)
-    losses = ENGINES[engine](parameters).run(dataset.train.x, dataset.train.y, index, 0.1)
-    return parameters, losses
+    train = dataset.train.to(where)
+    losses = ENGINES[engine](parameters).run(train.x, train.y, index.to(where), 0.1)
+    return MLPParameters(*(p.to(device) for p in parameters)), losses.to(device)
 
 
 def engines(*names: str) -> pytest.MarkDecorator:
