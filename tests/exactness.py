@@ -1,5 +1,10 @@
-"""The rule for every approximate comparison: as exact as torch, measured against float64."""
+"""The rule for every approximate comparison: as exact as torch, measured against float64; and what
+tests that need a GPU share."""
 
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -39,6 +44,12 @@ def assert_as_exact_as(
     assert error <= bound, f"{what}: error {error:.3g}, expected at most {bound:.3g}"
 
 
+def same_bits(device: torch.device) -> dict[str, float]:
+    """Tolerances of two kernels that compute the same: none where nothing is compiled. A compiler
+    may round other products and sums once, or add up in another order: there assert_close's own."""
+    return {} if device.type == "cuda" else {"rtol": 0, "atol": 0}
+
+
 def ulps_for(dtype: torch.dtype, implementation: str) -> float:
     """2 ulps: one rounding in the result and one in the arithmetic before it.
 
@@ -49,3 +60,25 @@ def ulps_for(dtype: torch.dtype, implementation: str) -> float:
         return 8.0
     truncates = implementation == "triton" and not torch.cuda.is_available()
     return 3.0 if truncates and dtype == torch.bfloat16 else 2.0
+
+
+def captured(step: Callable[[], Any]) -> tuple[Any, Any]:
+    """What a CUDA graph of `step` computes when it is replayed, and what the step itself does."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles what must not be compiled while capturing
+        expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    return found, expected
+
+
+def free_memory(gigabytes: int) -> None:
+    """Skips the test where the GPU has less: a smaller one, or one that other tests are using."""
+    torch.cuda.empty_cache()
+    if torch.cuda.mem_get_info()[0] < gigabytes << 30:
+        pytest.skip(f"{gigabytes} GB of a GPU's memory are not to be had")

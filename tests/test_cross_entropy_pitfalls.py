@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused
+from tests.exactness import captured, free_memory, same_bits
 from tests.test_cross_entropy import REDUCTIONS, check_against_torch, example, small_chunks  # noqa: F401
 
 INF = float("inf")
@@ -242,15 +243,7 @@ def test_no_host_synchronisation(reduction) -> None:
         loss = fused.cross_entropy(logits, target, weight, reduction=reduction, label_smoothing=0.1)
         return torch.autograd.grad(loss, logits, torch.ones_like(loss))[0]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = step()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+    torch.testing.assert_close(*captured(step), rtol=0, atol=0)
 
 
 def test_float16_gradients_do_not_flush_to_zero(implementation, device) -> None:
@@ -297,16 +290,18 @@ def test_offsets_beyond_2_to_the_31(implementation, device) -> None:
     logits.set_(memory, 0, (3, 27), (2**30, 1))
     logits.copy_(values)
     loss = fused.cross_entropy(logits, target)
-    torch.testing.assert_close(loss, fused.cross_entropy(values, target), rtol=0, atol=0)
+    expected = fused.cross_entropy(values, target)
+    torch.testing.assert_close(loss, expected, **same_bits(device))
     logits.set_(memory, 0, (3, 27), (1, 2**26))  # and classes far apart
     logits.copy_(values)
     loss = fused.cross_entropy(logits, target)
-    torch.testing.assert_close(loss, fused.cross_entropy(values, target), rtol=0, atol=0)
+    torch.testing.assert_close(loss, expected, **same_bits(device))
 
 
 @pytest.mark.cuda
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements() -> None:
+    free_memory(12)
     logits = torch.randn(65536, 40000, dtype=torch.bfloat16, device="cuda", requires_grad=True)
     target = torch.randint(40000, (65536,), device="cuda")
     fused.cross_entropy(logits, target, reduction="sum").backward()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused
 from fused.eager.linear_cross_entropy import chunk_rows
 from tests import test_cross_entropy_pitfalls as pitfalls
-from tests.exactness import assert_as_exact_as, ulps_for
+from tests.exactness import assert_as_exact_as, captured, ulps_for
 from tests.test_cross_entropy import DTYPES, REDUCTIONS, torchs
 from tests.test_cross_entropy_transforms import compiler as compiler
 
@@ -416,15 +416,7 @@ def test_captured_in_a_cuda_graph(reduction) -> None:
         loss = fused.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
         return torch.autograd.grad(loss, leaves, torch.ones_like(loss))
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = step()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.testing.assert_close(captured, expected, rtol=0, atol=0)
+    torch.testing.assert_close(*captured(step), rtol=0, atol=0)
 
 
 def test_two_runs_are_bitwise_equal(implementation, device) -> None:

@@ -82,7 +82,8 @@ def test_other_sizes(engine, settings) -> None:
 
 @engines("fused", "chunked", "autograd")
 def test_blocks_do_not_matter(engine, dataset) -> None:
-    """Ten steps at once or in three parts: the same parameters to the last bit."""
+    """Ten steps at once or in three parts: the same parameters to the last bit; but for what adds
+    up the table's gradients by atomics on a GPU."""
     whole, _ = trained(engine, dataset, 10)
     parameters, generator = initial_parameters(SETTINGS, 27, dataset.train.x.device)
     runner = ENGINES[engine](parameters)
@@ -90,8 +91,9 @@ def test_blocks_do_not_matter(engine, dataset) -> None:
         index = torch.randint(0, len(dataset.train), (steps, SETTINGS.batch), generator=generator)
         index = index.to(dataset.train.x.device)
         runner.run(dataset.train.x, dataset.train.y, index, 0.1)
+    exact = engine != "chunked" or dataset.train.x.device.type == "cpu"
     for ours, theirs in zip(parameters, whole, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0 if exact else 1e-5)
 
 
 def test_training_learns(dataset) -> None:
