@@ -90,7 +90,7 @@ def on_device(phase: Phase, device: torch.device, cold: bool) -> Sampler:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
         if phase.waits:
-            synchronise(device)
+            torch.cuda.synchronize(device)
         else:
             torch.cuda._sleep(cycles)
         start.record()

@@ -40,7 +40,7 @@ def write() -> Path:
     """Writes the page and the plots; returns the page's path."""
     for path, result in _results():
         if "rows" in result:
-            plot(result, path.stem)
+            plot(result, path.stem, RESULTS)
     PAGE.write_text(text())
     return PAGE
 
@@ -60,7 +60,7 @@ def _results() -> list[tuple[Path, dict[str, Any]]]:
     return [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
 
 
-def plot(result: dict[str, Any], stem: str, folder: Path = RESULTS) -> list[Path]:
+def plot(result: dict[str, Any], stem: str, folder: Path) -> list[Path]:
     """The PNGs of a run, beside its JSON; none where matplotlib is not installed."""
     try:
         from bench import plots

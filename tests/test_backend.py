@@ -1,8 +1,10 @@
 """Which implementation serves a tensor."""
 
+import contextlib
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,33 @@ def test_backward_is_served_by_what_served_forward(device) -> None:
     with backend.use("eager"):
         loss.backward()  # eager would refuse the statistics of the kernels
     assert x.grad is not None
+
+
+def test_kernels_are_launched_on_their_tensors_device(monkeypatch) -> None:
+    """A stand-in for a second GPU: the guard is there, and left out where it has nothing to do."""
+    pytest.importorskip("triton")
+    from fused.kernels.device import on_its_device
+
+    class Elsewhere(torch.Tensor):
+        is_cuda = True
+        device = torch.device("cuda", 1)
+
+    current = [0]
+
+    @contextlib.contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "device", guard)
+    launch = on_its_device(lambda x: list(current))
+    x = torch.zeros(2).as_subclass(Elsewhere)
+    assert launch(x) == [0, 1] and current == [0]
+    current[0] = 1
+    assert launch(x) == [1]
+    assert launch(torch.zeros(2)) == [1]
 
 
 def test_refuses_unknown_names() -> None:

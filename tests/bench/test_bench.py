@@ -1,11 +1,14 @@
 """The benchmark's own figures: what it measures, what it refuses, what it writes."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from bench import assembly, report, runner, tables
 from bench.cases import Case, Contender, Phase, differentiable
-from bench.measure import Times, interleave, peak_bytes, wall
+from bench.measure import Times, interleave, on_device, peak_bytes, wall
 from tests.test_package import ROOT
 
 CPU = torch.device("cpu")
@@ -116,6 +119,113 @@ def test_what_computes_something_else_is_not_timed(monkeypatch) -> None:
     row = result["rows"][0]
     assert row["contender"] == "torch" and row["ratio_to_torch"]["wall"] == 1.0
     assert row["times"]["wall"]["samples"] >= 5
+
+
+def test_a_failure_of_ours_is_listed_and_the_other_cases_run(monkeypatch, capsys) -> None:
+    class Failing(Square):
+        def cases(self, suite: str) -> list[Case]:
+            return [Case("square", (n, 8), torch.float32) for n in (64, 2, 32)]
+
+        def contenders(self, case: Case, device: torch.device):
+            found = super().contenders(case, device)
+
+            def fail() -> Contender:
+                raise RuntimeError("out of registers")
+
+            if case.shape[0] == 2:
+                raise torch.OutOfMemoryError
+            return found | ({"fused": fail} if case.shape[0] == 64 else {})
+
+    monkeypatch.setattr(runner, "operations", lambda names=None: {"square": Failing()})
+    result = runner.run("quick", None, None, CPU, 20.0)
+    (failure,) = result["failures"]
+    assert failure["case"] == "64x8-f32" and failure["reason"] == "RuntimeError: out of registers"
+    reasons = {(s["case"], s["contender"]): s["reason"] for s in result["skipped"]}
+    assert reasons["64x8-f32", "fused"] == failure["reason"]
+    assert reasons["2x8-f32", "all"] == "out of memory"
+    measured = {(r["case"], r["contender"]) for r in result["rows"]}
+    assert {("64x8-f32", "torch"), ("32x8-f32", "fused")} <= measured
+    assert "out of registers" in capsys.readouterr().err
+
+
+def test_a_budget_that_ends_early_has_had_every_operation() -> None:
+    for suite in ("quick", "full"):
+        found = [(op, op.cases(suite)) for op in runner.operations().values()]
+        turns = runner.in_turn(found)
+        assert len(turns) == sum(len(of) for _, of in found)
+        headlines = sum(case.headline for _, case in turns)
+        assert all(case.headline for _, case in turns[:headlines])
+        assert len({op.OPERATION for op, _ in turns[: len(found)]}) == len(found)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_sample_of_device_time(waits, monkeypatch) -> None:
+    """What is asked of the device and in which order, of one that is not there: it never waits for
+    the host, unless the phase has streams of its own, which would run while ours sleeps."""
+    asked: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            asked.append("event")
+
+        def elapsed_time(self, end: object) -> float:
+            return 3.0  # milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: asked.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append("wait"))
+    properties = SimpleNamespace(L2_cache_size=1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+
+    def prepare() -> str:
+        asked.append("prepare")
+        return "run"
+
+    phase = Phase(asked.append, prepare, units=2, waits=waits)
+    sampler = on_device(phase, CPU, cold=True)
+    asked.clear()
+    assert sampler() == 1.5e-3
+    before = "wait" if waits else "sleep"
+    assert asked == ["prepare", before, "event", "run", "event", "wait"]
+
+
+def test_the_page_of_a_gpu(tmp_path, monkeypatch) -> None:
+    """A made-up JSON as an H100's would be: bandwidths are of the time with a cold cache."""
+    cases = {"cross_entropy": ["fwd", "fwd_bwd"], "makemore": ["step"]}
+    rows = []
+    for operation, phases in cases.items():
+        for phase, (name, factor) in itertools.product(phases, [("torch", 4), ("fused", 1)]):
+            loop = operation == "makemore"
+            metrics = {"wall": 9e-5} | ({} if loop else {"device_warm": 1e-5, "device_cold": 2e-5})
+            times = {k: asdict(Times.of([factor * t] * 5)) for k, t in metrics.items()}
+            rows.append({
+                "operation": operation, "case": "64x1000-f32", "asked": "64x1000-f32",
+                "shape": [64, 1000], "dtype": "f32", "variant": "", "tensor_bytes": 256_000,
+                "phase": phase, "contender": name, "times": times, "peak_bytes": 512_000,
+                "least_bytes": None if loop else 30_000_000,
+                "ratio_to_torch": {k: factor / 4 for k in metrics},
+            })  # fmt: skip
+    result = {
+        "suite": "quick", "date": "2026-01-01T00:00:00+00:00", "seconds": 1.0, "command": "bench",
+        "machine": {"type": "cuda", "name": "NVIDIA H100", "versions": {"torch": "2.13.0"}},
+        "copy_bytes_per_second": 3e12, "rows": rows, "skipped": [], "failures": [], "notes": [],
+    }  # fmt: skip
+    (tmp_path / "nvidia-h100-2026-01-01.json").write_text(json.dumps(result))
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    report.write()
+    page = (tmp_path / "page.md").read_text()
+    assert page == report.text()
+    for phase in cases["cross_entropy"]:
+        cells = ["64x1000-f32", phase, "80 us", "0.25", "1500.0", "50%"]
+        assert cells in [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines()]
+    assert page.count("Wall time of calls in a row:") == 2 and "90 us" in page
+    assert "64x1000-f32 fused" in page and "11,111" in page  # steps a second
+    for picture in ("cross_entropy-speed", "cross_entropy-memory", "makemore-speed"):
+        assert f"results/nvidia-h100-2026-01-01-{picture}.png" in page
 
 
 def test_cases_shrink_to_the_budget() -> None:
