@@ -217,11 +217,13 @@ class _Measurement:
         for name, contender in list(contenders.items()):
             try:
                 peaks[name] = peak_bytes(contender.phases[phase], self.device)
-            except torch.OutOfMemoryError:
-                if name == "torch":  # all are measured against it
+            except Exception as error:
+                full = isinstance(error, torch.OutOfMemoryError)
+                # All are measured against torch, and ours has to run.
+                if name == "torch" or (name == "fused" and not full):
                     raise
                 del contenders[name]
-                reason = f"out of memory in {phase}"
+                reason = f"{'out of memory' if full else _reason(error)} in {phase}"
                 self.result["skipped"].append(_skip(self.case, name, reason))
         rows: dict[str, dict[str, Any]] = {
             name: {

@@ -185,5 +185,7 @@ def test_statistics_of_data_that_drifts(small_plans, implementation, device) -> 
         x = data.to(device, F32)
         mean, var = torch.zeros(2, 2, device=device).unbind()
         fused.batch_norm(x, mean, var, training=True, momentum=1.0)
-        torch.testing.assert_close(mean.double(), x.double().mean(0), rtol=1e-6, atol=1e-3)
+        # The last place of 1e4 is 1e-3; a GPU's division is good to two of those.
+        atol = 1e-3 if device.type == "cpu" else 4e-3
+        torch.testing.assert_close(mean.double(), x.double().mean(0), rtol=1e-6, atol=atol)
         torch.testing.assert_close(var.double(), x.double().var(0), rtol=1e-5, atol=0)
