@@ -46,7 +46,7 @@ def assert_as_exact_as(
 
 def same_bits(device: torch.device) -> dict[str, float]:
     """Tolerances of two kernels that compute the same: none where nothing is compiled. A compiler
-    may round other products and sums once, or add up in another order: there assert_close's own."""
+    chooses who adds up what, by the strides for one: there assert_close's own."""
     return {} if device.type == "cuda" else {"rtol": 0, "atol": 0}
 
 
