@@ -153,14 +153,12 @@ def _kept(ptr, G: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
 @triton.jit(do_not_specialize=["n_steps", "n_streams"])
 def _mlp_train_kernel(
     C_ptr,  # in and out, as all parameters: shape (n_models, V, E)
-    W1_ptr,  # (n_models, PARTS, G*U*BLOCK_F), as `_keep` orders it
-    W2_ptr,  # (n_models, PARTS, G*U*BLOCK_V), with b2
+    kept_ptr,  # of each model W1, W2 with b2, and scratch for d and h; each part as `_keep` has it
     affine_ptr,  # (n_models, 2, G*PARTS*U): gain and bias
     words_ptr,  # minibatches, shape (n_streams, n_steps, B): T characters and the target in a word
     lr_ptr,  # (n_models,)
     loss_ptr,  # out: loss of each example, shape (n_models, n_steps, B)
     demb_ptr,  # scratch, (n_models, 2, BLOCK_B, BLOCK_F): demb as a factor
-    kept_ptr,  # scratch, (n_models, 2, PARTS, G*U*BLOCK_B): d and h
     n_steps,
     n_streams,
     eps: tl.float32,
@@ -191,16 +189,17 @@ def _mlp_train_kernel(
     model = tl.program_id(0).to(tl.int64)
     C_ptr += model * (V * E)
     UNITS: tl.constexpr = G * U  # of a part
-    W1_ptr += model * (PARTS * UNITS * BLOCK_F)
-    W2_ptr += model * (PARTS * UNITS * BLOCK_V)
+    # From one address with offsets that are constants: addresses take registers, too.
+    W1_ptr = kept_ptr + model * (PARTS * UNITS * (BLOCK_F + BLOCK_V + 2 * BLOCK_B))
+    W2_ptr = W1_ptr + PARTS * UNITS * BLOCK_F
+    d_ptr = W2_ptr + PARTS * UNITS * BLOCK_V
+    h_ptr = d_ptr + PARTS * UNITS * BLOCK_B
     gain_ptr = affine_ptr + model * (2 * PARTS * UNITS)
     bias_ptr = gain_ptr + PARTS * UNITS
     words_ptr += (model % n_streams) * n_steps * B
     loss_ptr += model * n_steps * B
     high_ptr = demb_ptr + model * (2 * BLOCK_B * BLOCK_F)
     low_ptr = high_ptr + BLOCK_B * BLOCK_F
-    d_ptr = kept_ptr + model * (2 * PARTS * UNITS * BLOCK_B)
-    h_ptr = d_ptr + PARTS * UNITS * BLOCK_B
 
     b = tl.arange(0, BLOCK_B)
     f = tl.arange(0, BLOCK_F)
@@ -373,22 +372,25 @@ def mlp_train(
     losses = C.new_full((n_models, n_steps, B), float("nan"))  # stays of a target out of range
     dtype = torch.float16 if precision.startswith("fp16") else torch.float32
     demb = torch.empty(n_models, 2, p.BLOCK_B, p.BLOCK_F, dtype=dtype, device=C.device)
-    kept = C.new_empty(n_models, 2, p.parts, p.groups * p.units * p.BLOCK_B)
+    units = p.groups * p.parts * p.units
+    d_h = C.new_empty(n_models, 2 * units * p.BLOCK_B)
     W1_kept = _in_order(W1.transpose(1, 2), p, p.BLOCK_F)
     W2_kept = _in_order(torch.cat((W2, b2.unsqueeze(1)), 1), p, p.BLOCK_V)
-    affine = F.pad(torch.stack((gain, bias), 1), (0, p.groups * p.parts * p.units - H))
+    kept = torch.cat((W1_kept, W2_kept, d_h), 1)
+    affine = F.pad(torch.stack((gain, bias), 1), (0, units - H))
     affine[:, 1, H] = 20.0  # tanh(20) is 1
     options = {} if torch.version.hip else {"maxnreg": p.max_registers}
     _mlp_train_kernel[(n_models,)](
-        C, W1_kept, W2_kept, affine, words, lr, losses, demb, kept, n_steps, n_streams, eps,
+        C, kept, affine, words, lr, losses, demb, n_steps, n_streams, eps,
         T=T, E=E, V=V, B=B, LANES=_lanes(), BITS=p.bits, PARTS=p.parts, G=p.groups, U=p.units,
         BLOCK_B=p.BLOCK_B, BLOCK_F=p.BLOCK_F, BLOCK_V=p.BLOCK_V, BLOCK_E=p.BLOCK_E,
         BLOCK_T=p.BLOCK_T, ROWS=p.rows, COLS_V=p.columns(p.BLOCK_V), COLS_F=p.columns(p.BLOCK_F),
         PRECISION=precision, num_warps=p.num_warps, num_stages=1,
         enable_fp_fusion=True, **options,
     )  # fmt: skip
-    W1.copy_(_out_of_order(W1_kept)[:, :H, : T * E].transpose(1, 2))
-    W2_b2 = _out_of_order(W2_kept)
+    W1_kept, W2_kept, _ = kept.split((units * p.BLOCK_F, units * p.BLOCK_V, d_h.shape[1]), 1)
+    W1.copy_(_out_of_order(W1_kept, p)[:, :H, : T * E].transpose(1, 2))
+    W2_b2 = _out_of_order(W2_kept, p)
     W2.copy_(W2_b2[:, :H, :V])
     b2.copy_(W2_b2[:, H, :V])
     gain.copy_(affine[:, 0, :H])
@@ -401,20 +403,23 @@ def _lanes() -> int:
 
 
 def _in_order(x: torch.Tensor, p: tuning.MLPTrainPlan, n: int) -> torch.Tensor:
-    """x (M, H, N) padded to all units and n columns, as the kernel's `_keep` orders each part."""
+    """x (M, H, N) padded to all units and n columns, as the kernel's `_keep` orders each part"""
     x = F.pad(x, (0, n - x.shape[2], 0, p.groups * p.parts * p.units - x.shape[1]))
     if _lanes() == 32:
         x = x.view(-1, p.groups, p.parts, 2, 8, n // 8, 4, 2).permute(0, 2, 5, 1, 4, 6, 3, 7)
     else:
         x = x.view(-1, p.groups, p.parts, 16, n // 16, 4, 4).permute(0, 2, 4, 1, 5, 3, 6)
-    return x.contiguous()
+    return x.flatten(1)
 
 
-def _out_of_order(x: torch.Tensor) -> torch.Tensor:
+def _out_of_order(x: torch.Tensor, p: tuning.MLPTrainPlan) -> torch.Tensor:
     """(M, units, n) of what `_in_order` made"""
-    order = (0, 3, 1, 6, 4, 2, 5, 7) if _lanes() == 32 else (0, 3, 1, 5, 2, 4, 6)
-    x = x.permute(order)
-    return x.flatten(-3).flatten(1, -2)
+    units = p.groups * p.parts * p.units
+    if _lanes() == 32:
+        x = x.view(len(x), p.parts, -1, p.groups, 8, 4, 2, 2).permute(0, 3, 1, 6, 4, 2, 5, 7)
+    else:
+        x = x.view(len(x), p.parts, -1, p.groups, 4, 16, 4).permute(0, 3, 1, 5, 2, 4, 6)
+    return x.reshape(len(x), units, -1)
 
 
 def _pack(x: torch.Tensor, y: torch.Tensor, bits: int) -> torch.Tensor:
