@@ -14,8 +14,11 @@
 A linear map of a centred input is centred, so it is the embedding that is centred; a bias in front
 of batch norm is cancelled by it and is not here at all (docs/derivations.md).
 
-One program owns one model. Its weights stay in registers from the first step to the last; only the
-embedding table, a kilobyte that is gathered from, lives in memory. A warp owns PARTS x U hidden
+One program owns one model. What a step needs at once does not fit its registers: W1, W2, d and h go
+to memory while they wait, 128 KB that stay in the cache, in an order that every thread reads and
+writes 16 bytes at a time and finds its own numbers in (`_keep`). The embedding table, a kilobyte
+that is gathered from, lives in memory, too; of W2 the two halves of a factor stay in registers, of
+W1 what was just updated. A warp owns PARTS x U hidden
 units, so what batch norm and tanh need never leaves a warp; one part after the other, as two at a
 time would need twice the registers. Only z and demb are sums over all hidden units: there a warp
 owns a tile of the result, and the factors reach it through shared memory, which turns them on the
@@ -357,11 +360,11 @@ def mlp_train(
     Bytes: x and y are read and written as N words of 4 bytes (8 where T+1 characters need more than
     31 bits); of each step and stream the B words that the minibatch gathers are written, and read
     once by each of its models; of each step and model 4*B bytes of losses are written twice and
-    read once; each parameter is read and written once, 8 bytes. The least is a read of the
-    minibatches and a write of M*K losses beside the parameters. The scratch buffer, 4 KB a model
-    at the default sizes, and the table C are written and read in every step, by one multiprocessor:
-    they stay in the cache. Launches: 3*T + 2 to pack, 1 to gather, 1 to fill, 1 to train,
-    1 for the means.
+    read once; the parameters are read and written a few times a call, to pad and to order them. The
+    least is a read of the minibatches and a write of M*K losses beside the parameters. In every
+    step one multiprocessor writes and reads, at the default sizes, 128 KB of W1, W2, d and h, and
+    5 KB of C and demb: they stay in the cache. Launches: 3*T + 2 to pack, 1 to gather, 1 to fill,
+    about 20 to order the parameters and back, 1 to train, 1 for the means.
     """
     n_models, V, E = C.shape
     n_streams, n_steps, B = index.shape
