@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import fused
-from bench.cases import Case, Contender, Phase, generator, require
+from bench.cases import Case, Contender, Phase, Unavailable, generator, require
 from fused.makemore.engines import ENGINES, METHODS, AutogradEngine, Engine, torch_loss
 from fused.makemore.model import EPS, Settings, initial_parameters
+from fused.makemore.processes import Processes
 from fused.mlp_train import MLPParameters
 
 OPERATION = "makemore"
@@ -82,7 +83,8 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
 
 
 def _many_models(case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:
-    """Every method of `fused.train_mlp` with many models, against one model in torch at a time."""
+    """Every method of `fused.train_mlp` with many models, and the processes of a sweep, against
+    one model in torch at a time."""
     models = int(case.variant.removesuffix("models"))
 
     def alone() -> Contender:
@@ -101,16 +103,36 @@ def _many_models(case: Case, device: torch.device) -> dict[str, Callable[[], Con
             return MLPParameters(*(p[-1] for p in done))
 
         # In these all models are in the same launches; "eager" takes one model after the other.
-        steps = 1000 if device.type == "cuda" and method in ("persistent", "graph") else 20
+        steps = 1000 if device.type == "cuda" and method in ("persistent", "graph") else 50
         return Contender(
             lambda: _compared(run(10)),
             {"step": Phase(lambda _: run(steps), units=steps * models)},
         )
 
+    def divided() -> Contender:
+        count = torch.get_num_threads()
+        if device.type != "cpu" or count == 1:
+            raise Unavailable("needs several threads of a CPU, to make a process of each")
+        start, x, y, index = _problem(case, device, steps=50)
+        stacked = MLPParameters(*(torch.stack([p] * models) for p in start))
+        processes = Processes("eager", stacked, x, y, count)  # they end with this one
+        lr = torch.full((models,), _LR)
+
+        def run(steps: int) -> MLPParameters:
+            for mine, p in zip(stacked, start, strict=True):
+                mine.copy_(p)
+            processes.train(index[None, :steps], lr)
+            return MLPParameters(*(p[-1] for p in stacked))
+
+        return Contender(
+            lambda: _compared(run(10)), {"step": Phase(lambda _: run(50), units=50 * models)}
+        )
+
     def builder(method: str) -> Callable[[], Contender]:
         return lambda: together(method)
 
-    return {"torch": alone} | {name: builder(method) for name, method in METHODS.items()}
+    builders = {"torch": alone} | {name: builder(method) for name, method in METHODS.items()}
+    return builders | {"manual divided": divided}
 
 
 def _problem(

@@ -195,10 +195,14 @@ def _programs(m: _Multiprocessor, registers: int, shared: int, warps: int, lanes
     )
 
 
-def caught(op: Operation, case: Case) -> list[Launch]:
-    """The launches of a user's forward and backward of the case."""
-    with fused.backend.use("triton"), catch_launches() as launches:
-        op.launch(case, torch.device("meta"))
+def caught(op: Operation, case: Case, hip: str | None = None) -> list[Launch]:
+    """The launches of a user's forward and backward of the case, on a PyTorch for ROCm if `hip`."""
+    before, torch.version.hip = torch.version.hip, hip
+    try:
+        with fused.backend.use("triton"), catch_launches() as launches:
+            op.launch(case, torch.device("meta"))
+    finally:
+        torch.version.hip = before
     return launches
 
 
@@ -220,7 +224,7 @@ def report(
             advance(f"{name} {case}")
             size, least = op.traffic_case(case).bytes, op.least_bytes(case).get("fwd_bwd")
             count = next(counts[name]) if name in counts else []
-            launches = caught(op, case)
+            launches, on_amd = caught(op, case), caught(op, case, hip="6.4")
             names = [launch.kernel.__name__ for launch in launches]
             # With fewer rows or channels another plan may have been taken: then nothing is said.
             same = names == [kernel for kernel, _, _ in count]
@@ -234,7 +238,7 @@ def report(
                         "writes": count[i][2] / size if same else None,
                         "least": None if least is None else least / case.bytes,
                         "targets": {
-                            t: asdict(compile_launch(launch, t))
+                            t: asdict(compile_launch(on_amd[i] if t == "gfx942" else launch, t))
                             for t in targets
                             if launch.options.get("num_ctas", 1) == 1 or t in _WITH_CLUSTERS
                         },

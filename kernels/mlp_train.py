@@ -14,8 +14,11 @@
 A linear map of a centred input is centred, so it is the embedding that is centred; a bias in front
 of batch norm is cancelled by it and is not here at all (docs/derivations.md).
 
-One program owns one model. Its weights stay in registers from the first step to the last; only the
-embedding table, a kilobyte that is gathered from, lives in memory. A warp owns PARTS x U hidden
+One program owns one model. What a step needs at once does not fit its registers: W1, W2, d and h go
+to memory while they wait, 128 KB that stay in the cache, in an order that every thread reads and
+writes 16 bytes at a time and finds its own numbers in (`_keep`). The embedding table, a kilobyte
+that is gathered from, lives in memory, too; of W2 the two halves of a factor stay in registers, of
+W1 what was just updated. A warp owns PARTS x U hidden
 units, so what batch norm and tanh need never leaves a warp; one part after the other, as two at a
 time would need twice the registers. Only z and demb are sums over all hidden units: there a warp
 owns a tile of the result, and the factors reach it through shared memory, which turns them on the
@@ -33,6 +36,7 @@ everything carries a factor SCALE that keeps small gradients clear of float16's 
 # (Tuples of a tensor for each part grow in loops that the compiler unrolls.)
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -120,26 +124,53 @@ def _sum_over_units(a, b, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.
     return tl.reshape(z, (N, M))
 
 
+@triton.jit
+def _keep(ptr, x, LANES: tl.constexpr):
+    """Writes x (G, 16, N) in the order in which the tensor cores' results lie in registers: of a
+    tile of 16 rows 4 numbers of each thread, so that they go to memory and back 16 bytes at a time
+    """
+    G: tl.constexpr = x.shape[0]
+    COLS: tl.constexpr = LANES // 4  # of a tile
+    TILES: tl.constexpr = x.shape[2] // COLS
+    if LANES == 32:
+        x = tl.permute(tl.reshape(x, (G, 2, 8, TILES, 4, 2)), (3, 0, 2, 4, 1, 5))
+    else:
+        x = tl.permute(tl.reshape(x, (G, 16, TILES, 4, 4)), (2, 0, 3, 1, 4))
+    at = tl.arange(0, TILES)[:, None] * (G * 16 * COLS) + tl.arange(0, G * 16 * COLS)[None, :]
+    tl.store(ptr + at, tl.reshape(x, (TILES, G * 16 * COLS)))
+
+
+@triton.jit
+def _kept(ptr, G: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
+    """What `_keep` wrote, (G, 16, N)"""
+    COLS: tl.constexpr = LANES // 4
+    TILES: tl.constexpr = N // COLS
+    at = tl.arange(0, TILES)[:, None] * (G * 16 * COLS) + tl.arange(0, G * 16 * COLS)[None, :]
+    x = tl.load(ptr + at)
+    if LANES == 32:
+        x = tl.permute(tl.reshape(x, (TILES, G, 8, 4, 2, 2)), (1, 4, 2, 0, 3, 5))
+    else:
+        x = tl.permute(tl.reshape(x, (TILES, G, 4, 16, 4)), (1, 3, 0, 2, 4))
+    return tl.reshape(x, (G, 16, N))
+
+
 @triton.jit(do_not_specialize=["n_steps", "n_streams"])
 def _mlp_train_kernel(
     C_ptr,  # in and out, as all parameters: shape (n_models, V, E)
-    W1_ptr,  # (n_models, T*E, H)
-    W2_ptr,  # (n_models, H, V)
-    b2_ptr,  # (n_models, V)
-    gain_ptr,  # (n_models, H)
-    bias_ptr,  # (n_models, H)
+    kept_ptr,  # of each model W1, W2 with b2, and scratch for d and h; each part as `_keep` has it
+    affine_ptr,  # (n_models, 2, G*PARTS*U): gain and bias
     words_ptr,  # minibatches, shape (n_streams, n_steps, B): T characters and the target in a word
     lr_ptr,  # (n_models,)
     loss_ptr,  # out: loss of each example, shape (n_models, n_steps, B)
-    scratch_ptr,  # (n_models, 2, BLOCK_B, BLOCK_F): demb as a factor
+    demb_ptr,  # scratch, (n_models, 2, BLOCK_B, BLOCK_F): demb as a factor
     n_steps,
     n_streams,
     eps: tl.float32,
     T: tl.constexpr,
     E: tl.constexpr,
-    H: tl.constexpr,
     V: tl.constexpr,
     B: tl.constexpr,
+    LANES: tl.constexpr,  # of a warp
     BITS: tl.constexpr,  # of a character in a word
     PARTS: tl.constexpr,
     G: tl.constexpr,
@@ -161,14 +192,17 @@ def _mlp_train_kernel(
     TWICE_LOG2_E: tl.constexpr = 2.8853900817779268
     model = tl.program_id(0).to(tl.int64)
     C_ptr += model * (V * E)
-    W1_ptr += model * (F * H)
-    W2_ptr += model * (H * V)
-    b2_ptr += model * V
-    gain_ptr += model * H
-    bias_ptr += model * H
+    UNITS: tl.constexpr = G * U  # of a part
+    # From one address with offsets that are constants: addresses take registers, too.
+    W1_ptr = kept_ptr + model * (PARTS * UNITS * (BLOCK_F + BLOCK_V + 2 * BLOCK_B))
+    W2_ptr = W1_ptr + PARTS * UNITS * BLOCK_F
+    d_ptr = W2_ptr + PARTS * UNITS * BLOCK_V
+    h_ptr = d_ptr + PARTS * UNITS * BLOCK_B
+    gain_ptr = affine_ptr + model * (2 * PARTS * UNITS)
+    bias_ptr = gain_ptr + PARTS * UNITS
     words_ptr += (model % n_streams) * n_steps * B
     loss_ptr += model * n_steps * B
-    high_ptr = scratch_ptr + model * (2 * BLOCK_B * BLOCK_F)
+    high_ptr = demb_ptr + model * (2 * BLOCK_B * BLOCK_F)
     low_ptr = high_ptr + BLOCK_B * BLOCK_F
 
     b = tl.arange(0, BLOCK_B)
@@ -176,22 +210,15 @@ def _mlp_train_kernel(
     v = tl.arange(0, BLOCK_V)
     e = tl.arange(0, BLOCK_E)
     b_mask, v_mask = b < B, v < V
-    unit_0 = tl.arange(0, G)[:, None, None] * (PARTS * U) + tl.arange(0, U)[None, :, None]
+    unit = tl.arange(0, G)[:, None, None] * (PARTS * U) + tl.arange(0, U)[None, :, None]
 
     W1, W2, gain, bias = (), (), (), ()  # of every part
     for part in tl.static_range(PARTS):
-        unit = unit_0 + part * U  # (G, U, 1)
-        mask = unit < H
-        W1_mask, W2_mask = mask & (f < F)[None, None, :], mask & v_mask[None, None, :]
-        W1_part = tl.load(W1_ptr + f[None, None, :] * H + unit, mask=W1_mask, other=0.0)
-        W2_part = tl.load(W2_ptr + unit * V + v[None, None, :], mask=W2_mask, other=0.0)
-        b2_mask = (unit == H) & v_mask[None, None, :]
-        W2_part += tl.load(b2_ptr + v[None, None, :] + 0 * unit, mask=b2_mask, other=0.0)
-        bias_part = tl.load(bias_ptr + unit, mask=mask, other=0.0)
-        W1 += (W1_part,)  # (G, U, F)
-        W2 += (W2_part,)  # (G, U, V)
-        gain += (tl.load(gain_ptr + unit, mask=mask, other=0.0),)
-        bias += (tl.where(unit == H, 20.0, bias_part),)  # tanh(20) is 1
+        W1 += (_kept(W1_ptr + part * UNITS * BLOCK_F, G, BLOCK_F, LANES),)  # (G, U, F)
+        W2_part = _kept(W2_ptr + part * UNITS * BLOCK_V, G, BLOCK_V, LANES)  # (G, U, V)
+        W2 += (_factor(W2_part, PRECISION),)
+        gain += (tl.load(gain_ptr + unit + part * U),)  # (G, U, 1)
+        bias += (tl.load(bias_ptr + unit + part * U),)
     rate = -tl.load(lr_ptr + model) / (B * SCALE)
 
     C_at = C_ptr + v[:, None] * E + e[None, :]
@@ -216,18 +243,19 @@ def _mlp_train_kernel(
         emb = tl.where(emb_mask, emb - tl.sum(emb, axis=1, keep_dims=True) / B, 0.0)
         emb = _factor(emb, PRECISION)
         z = tl.zeros((BLOCK_B, BLOCK_V), dtype=tl.float32)
-        d, rstd, h, h_factor, W2_factor = (), (), (), (), ()
+        rstd, h_factor = (), ()
         for part in tl.static_range(PARTS):
-            d += (_dot(_factor(W1[part], PRECISION), _for_groups(emb, G), PRECISION),)  # (G, U, B)
-            var = tl.sum(d[part] * d[part], axis=2, keep_dims=True) / (B - 1)
+            d = _dot(_factor(W1[part], PRECISION), _for_groups(emb, G), PRECISION)  # (G, U, B)
+            _keep(d_ptr + part * UNITS * BLOCK_B, d, LANES)
+            var = tl.sum(d * d, axis=2, keep_dims=True) / (B - 1)
             rstd += (tl.rsqrt(var + eps),)
             # tanh(a) = 1 - 2 / (exp(2a) + 1)
             slope = gain[part] * TWICE_LOG2_E * rstd[part]
-            root = tl.rsqrt(tl.exp2(slope * d[part] + bias[part] * TWICE_LOG2_E) + 1.0)
-            h += (1.0 - 2.0 * (root * root),)
-            h_factor += (_factor(h[part], PRECISION),)
-            W2_factor += (_factor(W2[part], PRECISION),)
-            z += _sum_over_units(h_factor[part], W2_factor[part], ROWS, COLS_V, PRECISION)
+            root = tl.rsqrt(tl.exp2(slope * d + bias[part] * TWICE_LOG2_E) + 1.0)
+            h = 1.0 - 2.0 * (root * root)
+            _keep(h_ptr + part * UNITS * BLOCK_B, h, LANES)
+            h_factor += (_factor(h, PRECISION),)
+            z += _sum_over_units(h_factor[part], W2[part], ROWS, COLS_V, PRECISION)
 
         z = tl.where(v_mask[None, :], z, float("-inf"))  # (B, V)
         y = tl.load(words_ptr + b, mask=b_mask, other=0) >> (T * BITS)
@@ -242,33 +270,40 @@ def _mlp_train_kernel(
         dz = _factor(dz, PRECISION)
 
         # What needs one layout of a shared factor comes together: it is then read once.
+        tl.debug_barrier()
         dy, q, scale = (), (), ()
         for part in tl.static_range(PARTS):
-            dh = _dot(W2_factor[part], _for_groups(_transposed(dz), G), PRECISION)  # (G, U, B)
-            dy += ((1.0 - h[part] * h[part]) * dh,)
+            dh = _dot(W2[part], _for_groups(_transposed(dz), G), PRECISION)  # (G, U, B)
+            h = _kept(h_ptr + part * UNITS * BLOCK_B, G, BLOCK_B, LANES)
+            dy += ((1.0 - h * h) * dh,)
         new_gain, new_bias = (), ()
         for part in tl.static_range(PARTS):
+            d = _kept(d_ptr + part * UNITS * BLOCK_B, G, BLOCK_B, LANES)
             dbias = tl.sum(dy[part], axis=2, keep_dims=True)  # (G, U, 1)
-            dgain = tl.sum(dy[part] * d[part], axis=2, keep_dims=True) * rstd[part]
-            q_part = dy[part] - dbias / B - d[part] * (rstd[part] * dgain / (B - 1))
+            dgain = tl.sum(dy[part] * d, axis=2, keep_dims=True) * rstd[part]
+            q_part = dy[part] - dbias / B - d * (rstd[part] * dgain / (B - 1))
             q += (_factor(q_part, PRECISION),)
             scale += (gain[part] * rstd[part],)
             new_gain += (gain[part] + rate * dgain,)
             new_bias += (bias[part] + rate * dbias,)
         gain, bias = new_gain, new_bias
-        new_W2 = ()
+        W2 = ()
         for part in tl.static_range(PARTS):
             dW2 = _dot(h_factor[part], _for_groups(dz, G), PRECISION)
-            new_W2 += (W2[part] + rate * dW2,)
-        W2 = new_W2
+            W2_part = _kept(W2_ptr + part * UNITS * BLOCK_V, G, BLOCK_V, LANES) + rate * dW2
+            _keep(W2_ptr + part * UNITS * BLOCK_V, W2_part, LANES)
+            W2 += (_factor(W2_part, PRECISION),)
+        W1 = ()
         demb = tl.zeros((BLOCK_B, BLOCK_F), dtype=tl.float32)
         for part in tl.static_range(PARTS):
+            W1 += (_kept(W1_ptr + part * UNITS * BLOCK_F, G, BLOCK_F, LANES),)
             W1_factor = _factor(W1[part] * scale[part], PRECISION)
             demb += _sum_over_units(q[part], W1_factor, ROWS, COLS_F, PRECISION)
         new_W1 = ()
         for part in tl.static_range(PARTS):
             dW1 = _dot(q[part], _for_groups(_transposed(emb), G), PRECISION)
             new_W1 += (W1[part] + (rate * scale[part]) * dW1,)
+            _keep(W1_ptr + part * UNITS * BLOCK_F, new_W1[part], LANES)
         W1 = new_W1
 
         demb = _factor(demb, PRECISION)
@@ -289,15 +324,8 @@ def _mlp_train_kernel(
         loss_ptr += B
 
     for part in tl.static_range(PARTS):
-        unit = unit_0 + part * U
-        mask = unit < H
-        W1_mask, W2_mask = mask & (f < F)[None, None, :], mask & v_mask[None, None, :]
-        b2_mask = (unit == H) & v_mask[None, None, :]
-        tl.store(W1_ptr + f[None, None, :] * H + unit, W1[part], mask=W1_mask)
-        tl.store(W2_ptr + unit * V + v[None, None, :], W2[part], mask=W2_mask)
-        tl.store(b2_ptr + v[None, None, :] + 0 * unit, W2[part], mask=b2_mask)
-        tl.store(gain_ptr + unit, gain[part], mask=mask)
-        tl.store(bias_ptr + unit, bias[part], mask=mask)
+        tl.store(gain_ptr + unit + part * U, gain[part])
+        tl.store(bias_ptr + unit + part * U, bias[part])
 
 
 def plan(C: torch.Tensor, W1: torch.Tensor, n_context: int, n_batch: int) -> tuning.MLPTrainPlan:
@@ -334,11 +362,11 @@ def mlp_train(
     Bytes: x and y are read and written as N words of 4 bytes (8 where T+1 characters need more than
     31 bits); of each step and stream the B words that the minibatch gathers are written, and read
     once by each of its models; of each step and model 4*B bytes of losses are written twice and
-    read once; each parameter is read and written once, 8 bytes. The least is a read of the
-    minibatches and a write of M*K losses beside the parameters. The scratch buffer, 4 KB a model
-    at the default sizes, and the table C are written and read in every step, by one multiprocessor:
-    they stay in the cache. Launches: 3*T + 2 to pack, 1 to gather, 1 to fill, 1 to train,
-    1 for the means.
+    read once; the parameters are read and written a few times a call, to pad and to order them. The
+    least is a read of the minibatches and a write of M*K losses beside the parameters. In every
+    step one multiprocessor writes and reads, at the default sizes, 128 KB of W1, W2, d and h, and
+    5 KB of C and demb: they stay in the cache. Launches: 3*T + 2 to pack, 1 to gather, 1 to fill,
+    about 20 to order the parameters and back, 1 to train, 1 for the means.
     """
     n_models, V, E = C.shape
     n_streams, n_steps, B = index.shape
@@ -348,17 +376,55 @@ def mlp_train(
     words = _pack(x, y, p.bits)[index]  # (S, K, B)
     losses = C.new_full((n_models, n_steps, B), float("nan"))  # stays of a target out of range
     dtype = torch.float16 if precision.startswith("fp16") else torch.float32
-    scratch = torch.empty(n_models, 2, p.BLOCK_B, p.BLOCK_F, dtype=dtype, device=C.device)
+    demb = torch.empty(n_models, 2, p.BLOCK_B, p.BLOCK_F, dtype=dtype, device=C.device)
+    units = p.groups * p.parts * p.units
+    d_h = C.new_empty(n_models, 2 * units * p.BLOCK_B)
+    W1_kept = _in_order(W1.transpose(1, 2), p, p.BLOCK_F)
+    W2_kept = _in_order(torch.cat((W2, b2.unsqueeze(1)), 1), p, p.BLOCK_V)
+    kept = torch.cat((W1_kept, W2_kept, d_h), 1)
+    affine = F.pad(torch.stack((gain, bias), 1), (0, units - H))
+    affine[:, 1, H] = 20.0  # tanh(20) is 1
     options = {} if torch.version.hip else {"maxnreg": p.max_registers}
     _mlp_train_kernel[(n_models,)](
-        C, W1, W2, b2, gain, bias, words, lr, losses, scratch, n_steps, n_streams, eps,
-        T=T, E=E, H=H, V=V, B=B, BITS=p.bits, PARTS=p.parts, G=p.groups, U=p.units,
+        C, kept, affine, words, lr, losses, demb, n_steps, n_streams, eps,
+        T=T, E=E, V=V, B=B, LANES=_lanes(), BITS=p.bits, PARTS=p.parts, G=p.groups, U=p.units,
         BLOCK_B=p.BLOCK_B, BLOCK_F=p.BLOCK_F, BLOCK_V=p.BLOCK_V, BLOCK_E=p.BLOCK_E,
         BLOCK_T=p.BLOCK_T, ROWS=p.rows, COLS_V=p.columns(p.BLOCK_V), COLS_F=p.columns(p.BLOCK_F),
         PRECISION=precision, num_warps=p.num_warps, num_stages=1,
         enable_fp_fusion=True, **options,
     )  # fmt: skip
+    W1_kept, W2_kept, _ = kept.split((units * p.BLOCK_F, units * p.BLOCK_V, d_h.shape[1]), 1)
+    W1.copy_(_out_of_order(W1_kept, p)[:, :H, : T * E].transpose(1, 2))
+    W2_b2 = _out_of_order(W2_kept, p)
+    W2.copy_(W2_b2[:, :H, :V])
+    b2.copy_(W2_b2[:, H, :V])
+    gain.copy_(affine[:, 0, :H])
+    bias.copy_(affine[:, 1, :H])
     return losses.mean(2)
+
+
+def _lanes() -> int:
+    return 64 if torch.version.hip else 32
+
+
+def _in_order(x: torch.Tensor, p: tuning.MLPTrainPlan, n: int) -> torch.Tensor:
+    """x (M, H, N) padded to all units and n columns, as the kernel's `_keep` orders each part"""
+    x = F.pad(x, (0, n - x.shape[2], 0, p.groups * p.parts * p.units - x.shape[1]))
+    if _lanes() == 32:
+        x = x.view(-1, p.groups, p.parts, 2, 8, n // 8, 4, 2).permute(0, 2, 5, 1, 4, 6, 3, 7)
+    else:
+        x = x.view(-1, p.groups, p.parts, 16, n // 16, 4, 4).permute(0, 2, 4, 1, 5, 3, 6)
+    return x.flatten(1)
+
+
+def _out_of_order(x: torch.Tensor, p: tuning.MLPTrainPlan) -> torch.Tensor:
+    """(M, units, n) of what `_in_order` made"""
+    units = p.groups * p.parts * p.units
+    if _lanes() == 32:
+        x = x.view(len(x), p.parts, -1, p.groups, 8, 4, 2, 2).permute(0, 3, 1, 6, 4, 2, 5, 7)
+    else:
+        x = x.view(len(x), p.parts, -1, p.groups, 4, 16, 4).permute(0, 3, 1, 5, 2, 4, 6)
+    return x.reshape(len(x), units, -1)
 
 
 def _pack(x: torch.Tensor, y: torch.Tensor, bits: int) -> torch.Tensor:

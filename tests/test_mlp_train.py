@@ -1,10 +1,10 @@
 """fused.train_mlp: every method takes the reference's steps, alone and together, whole and cut."""
 
+import functools
 import importlib.util
 import json
 import os
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -218,6 +218,16 @@ def test_the_kernel_does_not_follow_a_character_out_of_range() -> None:
     assert losses[0].isnan()[1] and all(t.isfinite().all() for t in p)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU says how many lanes it has")
+def test_warps_of_64_lanes_keep_the_same_numbers(monkeypatch) -> None:
+    """In another order, which nothing may depend on."""
+    data = start(Sizes(V=11, T=2, E=3, H=130, B=5), 3, "persistent")
+    ours, losses = fused.train_mlp(*data, 0.1, method="persistent")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    amds, losses_of_amd = fused.train_mlp(*data, 0.1, method="persistent")
+    assert_equal([*amds, losses_of_amd], [*ours, losses])
+
+
 def test_chunks_do_not_matter(monkeypatch) -> None:
     """What "graph" captures at a time, here 2 steps: the same bits, the losses where they belong"""
     mlp_step = pytest.importorskip("fused.kernels.mlp_step")
@@ -342,12 +352,13 @@ def test_what_one_multiprocessor_cannot_hold() -> None:
 
 
 COMPILE = """
-import json, sys; sys.path.insert(0, {root!r})
+import itertools, json, sys; sys.path.insert(0, {root!r})
 import torch
 from bench import kernels
 from fused.kernels import mlp_step, mlp_train, tuning
 torch.set_default_device("meta")  # where there are no values to look at
-for T, E, H, V, B in {sizes}:
+for (T, E, H, V, B), target in itertools.product({sizes}, kernels.TARGETS):
+    torch.version.hip = "6.4" if target == "gfx942" else None
     shapes = (1, V, E), (1, T * E, H), (1, H, V), (1, V), (1, H), (1, H)
     p = [torch.zeros(s) for s in shapes]
     x, y = torch.zeros(9, T, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)
@@ -357,14 +368,12 @@ for T, E, H, V, B in {sizes}:
     one = "{module}" == "mlp_train"
     most = tuning.mlp_train(T, E, H, V, B, 2**40).shared_bytes if one else 2**40
     for launch in launches:
-        for target in kernels.TARGETS:
-            if target == "gfx942":
-                launch.options.pop("maxnreg", None)
-            c = kernels.compile_launch(launch, target)
-            print(json.dumps([launch.kernel.__name__, H, target, c.spilled, c.shared <= most]))
+        c = kernels.compile_launch(launch, target)
+        print(json.dumps([launch.kernel.__name__, H, target, c.spilled, c.shared <= most]))
 """
 
 
+@functools.cache
 def compiled(module: str, *sizes: tuple[int, ...]) -> list[list]:
     """(kernel, hidden units, target, what is spilled, whether shared memory is at most the plan's
     for "persistent") for sizes (T, E, H, V, B)."""
@@ -376,18 +385,16 @@ def compiled(module: str, *sizes: tuple[int, ...]) -> list[list]:
     return rows
 
 
-def test_the_kernel_compiles_for_every_target() -> None:
-    """What 200 hidden units spill is in docs/performance.md. Of 64 a few addresses are, which are
-    needed behind the loop; no weight and nothing in the loop. Other Tritons spill more."""
-    spilled = {row[2]: row[3] for row in compiled("mlp_train", (3, 10, 64, 27, 32))}
-    if version("triton").startswith("3.7."):
-        assert all(spilled[target] <= 24 for target in ("sm_80", "sm_90", "sm_100"))
-
-
-@pytest.mark.xfail(strict=True, reason="16 bytes on sm_90, 24 on sm_80, 150 registers on gfx942")
 def test_the_kernel_of_64_units_spills_nothing() -> None:
+    """8 bytes on sm_100 are needed behind the loop only. 200 units are in docs/performance.md."""
     spilled = {row[2]: row[3] for row in compiled("mlp_train", (3, 10, 64, 27, 32))}
-    assert spilled["sm_90"] == spilled["sm_80"] == spilled["gfx942"] == 0
+    assert spilled["sm_80"] == spilled["sm_90"] == 0 and spilled["sm_100"] <= 8
+
+
+@pytest.mark.xfail(strict=True, reason="100 registers")
+def test_the_kernel_of_64_units_spills_nothing_on_gfx942() -> None:
+    spilled = {row[2]: row[3] for row in compiled("mlp_train", (3, 10, 64, 27, 32))}
+    assert spilled["gfx942"] == 0
 
 
 def test_the_kernels_of_a_step_spill_nothing() -> None:
@@ -400,7 +407,7 @@ def test_the_kernels_compile_for_large_networks() -> None:
     sizes = (3, 10, 200, 27, 32), (8, 4, 100, 65, 20), (1, 10, 400, 27, 32)
     rows = compiled("mlp_train", *sizes)
     assert all(row[4] for row in rows if row[2] != "gfx942")
-    assert all(row[3] <= 600 for row in rows if row[1] == 200)
+    assert all(row[3] <= (320 if row[2] == "gfx942" else 80) for row in rows if row[1] == 200)
     rows = compiled("mlp_step", (16, 24, 2048, 300, 512), (1, 64, 4096, 27, 64))
     assert all(row[3] <= 8 for row in rows)
 

@@ -95,8 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         "sweep",
         help="train many networks: learning rates times seeds",
         description="Trains a network for each learning rate and seed, on a GPU all of them in one "
-        "launch; prints a table sorted by validation loss, and saves it as JSON with plots of the "
-        "losses. From half way the learning rate is a tenth.",
+        "launch, on a CPU on all cores; prints a table sorted by validation loss, and saves it as "
+        "JSON with plots of the losses. From half way the learning rate is a tenth.",
     )
     _add_data(sweep)
     _add_network(sweep, _DEFAULTS, seed=False)

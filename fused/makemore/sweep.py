@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import fused
-from fused.makemore import engines, training
+from fused.makemore import processes, training
 from fused.makemore.data import Dataset
-from fused.makemore.model import EPS, Settings, calibrate, initial_parameters
+from fused.makemore.model import Settings, calibrate, initial_parameters
 from fused.mlp_train import MLPParameters
 
 VARIED = ("lr", "final_lr", "seed")
@@ -77,14 +76,6 @@ def train(models: Models, engine: str, dataset: Dataset) -> training.Outcome:
         rates.to(split.x.device, torch.float32) for rates in (models.lr, models.lr / 10)
     )
 
-    method = engines.METHODS[engine]
-
-    def steps(index: Tensor, rates: Tensor) -> Tensor:
-        _, losses = fused.train_mlp(
-            models.parameters, split.x, split.y, index, rates, eps=EPS, method=method, inplace=True
-        )
-        return losses.cpu()
-
     def take(count: int) -> Tensor:
         streams = [training.minibatches(g, len(split), count, s.batch) for g in models.generators]
         late = models.losses.shape[1] >= s.steps // 2
@@ -92,11 +83,11 @@ def train(models: Models, engine: str, dataset: Dataset) -> training.Outcome:
         models.losses = torch.cat((models.losses, losses), 1)
         return losses.nanmean(0)
 
-    with engines.input_errors(engine):
-        steps(torch.empty(0, s.batch, dtype=torch.int64, device=split.x.device), lr)
-    started = time.monotonic()
-    interrupted = training.take_blocks(take, 0, s, len(models), torch.empty(0))
-    return training.Outcome(interrupted, models.losses.shape[1] / (time.monotonic() - started))
+    with processes.trainer(engine, models.parameters, split.x, split.y, s) as steps:
+        started = time.monotonic()
+        interrupted = training.take_blocks(take, 0, s, len(models), torch.empty(0))
+        elapsed = time.monotonic() - started
+    return training.Outcome(interrupted, models.losses.shape[1] / elapsed)
 
 
 def table(results: list[Result]) -> str:
