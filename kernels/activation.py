@@ -1,8 +1,8 @@
 """Device functions: activations, their derivatives, and what the interpreter does not have.
 
-Launches say enable_fp_fusion=False, so that every a * b + c rounded once is written as one: left to
-the compiler, the lanes that add up a row come to different sums (one rounds its product before the
-addition, its partner does not), and which of them is stored is a race.
+Batch norm and cross-entropy are launched with enable_fp_fusion=False, and every a * b + c rounded
+once is written as one: left to the compiler, the lanes that add up a row come to different sums
+(one rounds its product before the addition, its partner does not), and which is stored is a race.
 """
 
 import triton
