@@ -175,7 +175,7 @@ def largest(values, classes, best, best_value):
 @triton.jit
 def accumulate(
     m, s, b_sum, bz_sum, z, b, mask,
-    LANES: tl.constexpr, VEC: tl.constexpr, DENSE: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, DENSE: tl.constexpr, CONSTANT: tl.constexpr,
 ):  # fmt: skip
     """Takes a tile into the running maximum m, s = sum exp(z - m), sum b and sum b * (z - m).
 
@@ -201,6 +201,10 @@ def accumulate(
             b_sum += sum_of_row(b)
         else:
             b = tl.reshape(b, by_lane)
+            if CONSTANT:
+                # Of constants alone the compiler would spread b over the threads in another way
+                # than z, and exchange it between them; what it is beside a NaN does not matter.
+                b = tl.where(z == z, b, float("nan"))
             bz = tl.where(tl.reshape(mask, by_lane), b * from_shift, 0.0)
             bz_sum += tl.sum(tl.sum(bz, axis=3), axis=1)
             b_sum += tl.sum(tl.sum(b, axis=3), axis=1)
@@ -229,7 +233,10 @@ def take(
         x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes, mask, n_classes,
         smoothing, logit_scale, softcap, ACC, SOFT, SMOOTHED, SCALED, CAPPED, POLICY,
     )  # fmt: skip
-    m, s, b_sum, bz_sum = accumulate(m, s, b_sum, bz_sum, z, b, mask, LANES, VEC, SOFT or SMOOTHED)
+    m, s, b_sum, bz_sum = accumulate(
+        m, s, b_sum, bz_sum, z, b, mask, LANES, VEC,
+        SOFT or SMOOTHED, not SOFT and weight_ptr is None,
+    )  # fmt: skip
     if CORRECT:
         best, z_best = largest(z, classes, best, z_best)
         if SOFT:

@@ -40,6 +40,10 @@ def cross_entropy(dtype):
     for x, target in ((rows, t), (inner, indices)):
         fused.cross_entropy_with_stats(x, target, weight, **numbers).loss.backward()
         fused.cross_entropy(x, target, weight, reduction="none").sum().backward()
+    for n_classes in (27, 1000, 32000):
+        x = torch.zeros(8192, n_classes, dtype=dtype, requires_grad=True)
+        target = torch.zeros(8192, dtype=torch.int64)
+        fused.cross_entropy(x, target, label_smoothing=0.1).backward()
 
 def batch_norm(dtype):
     acc = torch.float64 if dtype == torch.float64 else torch.float32
