@@ -75,11 +75,11 @@ def test_guards_keep_threads_out() -> None:
 
 @pytest.mark.parametrize("shared", [0, 124])
 def test_an_access_beyond_shared_memory(shared) -> None:
-    """Whose size is rounded up to 16 bytes; the other block's memory is none of this one's."""
-    body = "st.shared.b32 [%r1+4], %r1;"
+    """Whose size is rounded up to 16 bytes; that of the next block is none of this one's."""
+    body = "mov.u32 %r5, %ctaid.x; setp.eq.s32 %p1, %r5, 0; @%p1 st.shared.b32 [%r1+4], %r1;"
     with pytest.raises(Fault, match="outside of shared memory"):
         emulate(body, empty(1), empty(1), shared=shared, blocks=2)
-    emulate(body, empty(1), empty(1), shared=132)
+    emulate(body, empty(1), empty(1), shared=132, blocks=2)
 
 
 @pytest.mark.parametrize("offset", [4, 8])
@@ -114,6 +114,14 @@ def test_a_race_in_shared_memory(barrier, threads, enough) -> None:
                 emulate(body, empty(1), empty(threads), threads, shared=4 * threads)
 
 
+def test_a_race_with_one_of_two_readers() -> None:
+    load = "ld.shared.b32 %r2, [global_smem];"
+    body = f"""setp.eq.s32 %p1, %r0, 40; setp.eq.s32 %p2, %r0, 5;
+    @%p1 {load} @%p2 {load} @%p2 st.shared.b32 [global_smem], 1;"""
+    with pytest.raises(Fault, match="shared memory used and written"):
+        emulate(body, empty(1), empty(1), threads=64, shared=16)
+
+
 def test_two_threads_write_one_address() -> None:
     with pytest.raises(Fault, match="written differently by two threads"):
         emulate("st.global.b32 [%d1], %r0;", empty(1), empty(1))
@@ -132,6 +140,7 @@ def test_blocks_are_never_in_order() -> None:
         f"{first} {store} {BLOCK} @%p2 {load}",
         f"{first} {load} {BLOCK} @%p2 {load} {BLOCK} @%p2 {store}",
         f"@%p1 {load} {BLOCK} @%p2 {store}",
+        f"@%p1 {load} {BLOCK} @%p2 {load} {BLOCK} @%p2 {store}",
     ):
         with pytest.raises(
             Fault, match="global memory (used and )?written (and read )?(without|differently)"
@@ -174,6 +183,15 @@ def test_a_barrier_that_some_threads_miss() -> None:
         emulate(f"{leave} {BLOCK}", empty(1), empty(1), threads=64)
 
 
+def test_a_guard_in_a_branch() -> None:
+    body = """mov.b32 %r2, 0; setp.lt.u32 %p1, %r0, 8; setp.lt.u32 %p2, %r0, 16;
+	@%p1 bra $done;
+	@%p2 mov.b32 %r2, 1;
+$done:
+	st.global.b32 [%d4], %r2;"""
+    assert emulate(body, empty(1), empty(32)).tolist() == [0] * 8 + [1] * 8 + [0] * 16
+
+
 def test_a_loop_of_as_many_rounds_as_a_thread_likes() -> None:
     body = """mov.b32 %r2, 0; mov.b32 %r3, 0;
 $again:
@@ -201,6 +219,9 @@ def test_asynchronous_copies_arrive_when_they_are_waited_for() -> None:
     assert copied("cp.async.wait_group 0;", False) and copied("cp.async.wait_group 0;", True)
     assert not copied("", False) and not copied("cp.async.wait_group 1;", False)
     assert copied("", True)
+    some = f"setp.lt.u32 %p1, %r0, 5; {ASYNC} @%p1 cp.async.wait_group 0; {TAKE}"
+    result = emulate(some, numbers(32), empty(32), shared=128)
+    assert result.tolist() == [*numbers(5), *[0] * 27]
 
 
 @pytest.mark.parametrize("early", [False, True])
@@ -352,6 +373,8 @@ def test_a_comparison_with_nan() -> None:
         ("ltu", [1, 1, 0]),
         ("neu", [1, 1, 0]),
         ("ne", [1, 0, 0]),
+        ("nan", [0, 1, 0]),
+        ("num", [1, 0, 1]),
     ):
         body = f"setp.{how}.f32 %p1, %r2, %r3; selp.b32 %r9, 1, 0, %p1;"
         assert applied(body, a, b).tolist() == expected
