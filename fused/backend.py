@@ -26,10 +26,10 @@ _override: contextvars.ContextVar[str | None] = contextvars.ContextVar(
 def use(name: str) -> Iterator[None]:
     """Within the block, serve every operation by `name`: "triton", "eager" or "auto" (the default).
 
-    "triton" on CPU tensors works only in Triton's interpreter (TRITON_INTERPRET=1 in the
-    environment before triton is imported), which is for tests: it is slow. On meta tensors it shows
-    what would be launched (`bench.kernels.catch_launches`). A backward pass is served by whatever
-    served its forward.
+    "triton" on CPU tensors works only where Triton's driver is one for CPUs, and in its interpreter
+    (TRITON_INTERPRET=1 in the environment before triton is imported), which is for tests: it is
+    slow. On meta tensors it shows what would be launched (`bench.kernels.catch_launches`). A
+    backward pass is served by whatever served its forward.
     """
     token = _override.set(_checked(name))
     try:
@@ -52,7 +52,7 @@ def name_for(tensor: torch.Tensor) -> str:
                 "the Triton kernels were asked for, but triton is not installed "
                 "(it exists for Linux: pip install triton); backend 'eager' needs nothing but torch"
             )
-        if not (tensor.is_cuda or tensor.is_meta or _interpreting()):
+        if not (tensor.is_cuda or tensor.is_meta or _runs_on_cpus()):
             raise RuntimeError(
                 f"the Triton kernels were asked for on a {tensor.device.type} tensor; move it to a "
                 "CUDA device, or set TRITON_INTERPRET=1 before Python starts to interpret them"
@@ -78,10 +78,16 @@ def _triton_installed() -> bool:
 
 
 @functools.cache
-def _interpreting() -> bool:
+def _runs_on_cpus() -> bool:
+    """Whether Triton takes CPU tensors: in its interpreter, or by a driver for them."""
     import triton
 
-    return bool(triton.knobs.runtime.interpret)
+    if triton.knobs.runtime.interpret:
+        return True
+    try:
+        return triton.runtime.driver.active.get_active_torch_device().type == "cpu"
+    except RuntimeError:  # there is no driver
+        return False
 
 
 @functools.cache

@@ -1,14 +1,12 @@
 """Fixtures: the device, the implementation under test, and memory that is never clean by luck."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers have the cores
@@ -24,8 +22,69 @@ INTERPRETER_WARNINGS = [
 ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+_DRIVER = pytest.StashKey[Any]()  # the emulator, if kernels are compiled
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("kernels", "kernels on a machine without a GPU")
+    group.addoption(
+        "--compiled",
+        action="store_true",
+        help="compile the kernels and run their PTX in tests/emulator, in place of interpreting",
+    )
+    group.addoption("--compiled-for", type=int, choices=(80, 90), default=90, help="sm_80 or sm_90")
+    group.addoption(
+        "--compiled-copies",
+        choices=("late", "early"),
+        default="late",
+        help="when asynchronous copies arrive: as they are waited for, or at once",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before anything imports triton."""
+    compiled = config.getoption("--compiled")
+    if torch.cuda.is_available():
+        if compiled:
+            raise pytest.UsageError("--compiled is for machines without a GPU: this one has one")
+    elif compiled:
+        os.environ.pop("TRITON_INTERPRET", None)
+        from tests.emulator.driver import Driver
+
+        early = config.getoption("--compiled-copies") == "early"
+        driver = Driver(config.getoption("--compiled-for"), early)
+        driver.activate()
+        config.stash[_DRIVER] = driver
+    else:
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Large products for sm_90 are wgmma's, which the emulator has not; those for sm_80 are mma's."""
+    try:
+        return (yield)
+    except NotImplementedError as error:
+        if item.config.getoption("--compiled") and "wgmma" in str(error):
+            pytest.skip(f"not emulated: {error}")
+        raise
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    driver = config.stash.get(_DRIVER, None)
+    for name, launches in sorted(driver.launches.items()) if driver else ():
+        terminalreporter.write_line(
+            f"compiled for sm_{driver.capability}: {name}, {launches} times"
+        )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
+        interpreted = item.get_closest_marker("interpreted")
+        if interpreted and config.getoption("--compiled"):
+            item.add_marker(pytest.mark.skip(reason=f"not compiled: {interpreted.args[0]}"))
         for warning in INTERPRETER_WARNINGS:
             item.add_marker(pytest.mark.filterwarnings(warning))
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():

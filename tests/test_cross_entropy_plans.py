@@ -62,6 +62,7 @@ def test_clusters_for_few_rows_and_for_rows_beyond_l2(clusters) -> None:
     assert blocks(4096, 131072) == 1
 
 
+@pytest.mark.interpreted("no clusters in the emulator, nor in Triton 3.6 and 3.7")
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 5.0}], ids=str)
 @pytest.mark.parametrize("shape", [(3, 16384), (2, 8201)], ids=str)
 def test_clusters_match_torch(shape, options, monkeypatch, device) -> None:
