@@ -61,7 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Large products for sm_90 are wgmma, which the emulator has not; those for sm_80 are mma."""
+    """Large products for sm_90 are wgmma, which the emulator has not; for sm_80 they are mma."""
     try:
         return (yield)
     except NotImplementedError as error:
