@@ -251,7 +251,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where total may be wider than they are."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif total.is_cuda:
+    elif total.is_cuda and torch.version.hip is None:  # ROCm's library has no such product
         torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
     else:
         total += torch.mm(a, b)
