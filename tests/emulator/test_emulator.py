@@ -257,7 +257,7 @@ LANES: list[tuple[str, Callable[[int], int]]] = [
 ]
 
 
-@pytest.mark.parametrize("how, lane", LANES, ids=str)
+@pytest.mark.parametrize("how, lane", LANES, ids=[how.split(".")[0] for how, _ in LANES])
 def test_shuffle(how, lane) -> None:
     clamp = 0 if how.startswith("up") else 31
     body = f"shfl.sync.{how}, {clamp}, -1; st.global.b32 [%d4], %r2;"
