@@ -45,8 +45,8 @@ def assert_as_exact_as(
 
 
 def same_bits(device: torch.device) -> dict[str, float]:
-    """Tolerances of two kernels that compute the same: none where nothing is compiled. A compiler
-    chooses who adds up what, by the strides for one: there assert_close's own."""
+    """Tolerances of one kernel on tensors with other strides: none where nothing is compiled. By
+    the strides a compiler chooses who adds up what: there assert_close's own."""
     return {} if device.type == "cuda" else {"rtol": 0, "atol": 0}
 
 
