@@ -36,7 +36,7 @@ def tanh(x):
     x2 = x * x
     tail = plus(x2, tl.full(x.shape, 62.0 / 2835.0, x.dtype), -17.0 / 315.0)
     tail = plus(x2, plus(x2, tail, 2.0 / 15.0), -1.0 / 3.0)
-    near = tl.fma(x * x2, tail, x)
+    near = tl.fma(x2 * tail, x, x)
     return tl.where(tl.abs(x) < near_0, near, tl.where(x < 0.0, -far, far))
 
 
