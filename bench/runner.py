@@ -34,7 +34,8 @@ _TOLERANCE = {"f32": 1e-4, "bf16": 3e-2}
 _TENSORS_AT_ONCE = 12  # of a case's size: what the greediest contender holds, and the inputs
 _HEADLINE_WEIGHT = 4  # a headline's share of the budget, in ordinary shares: it has more to build
 # Bytes of the part of a case that says how long the whole will take: enough to be no mere overhead.
-_PROBE_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
+_PROBE_BYTES = {"cuda": 1 << 28}
+_PROBE_BYTES_ELSEWHERE = 1 << 22
 
 
 def operations(names: list[str] | None = None) -> dict[str, Operation]:
@@ -263,7 +264,8 @@ def fitted(op: Operation, case: Case, device: torch.device, seconds: float) -> C
     memory = 0.65 * machine.memory_bytes(device)
     while rows > 1 and _TENSORS_AT_ONCE * rows * row_bytes > memory:
         rows //= 2
-    probe = case.with_rows(min(rows, max(2, _PROBE_BYTES[device.type] // row_bytes)))
+    probe_bytes = _PROBE_BYTES.get(device.type, _PROBE_BYTES_ELSEWHERE)
+    probe = case.with_rows(min(rows, max(2, probe_bytes // row_bytes)))
     if probe.shape[0] < rows:
         torch_ = op.contenders(probe, device)["torch"]()
         calls = sum(wall(phase, device)() for phase in torch_.phases.values())

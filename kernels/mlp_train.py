@@ -18,13 +18,13 @@ One program owns one model. What a step needs at once does not fit its registers
 to memory while they wait, 128 KB that stay in the cache, in an order that every thread reads and
 writes 16 bytes at a time and finds its own numbers in (`_keep`). The embedding table, a kilobyte
 that is gathered from, lives in memory, too; of W2 the two halves of a factor stay in registers, of
-W1 what was just updated. A warp owns PARTS x U hidden
-units, so what batch norm and tanh need never leaves a warp; one part after the other, as two at a
-time would need twice the registers. Only z and demb are sums over all hidden units: there a warp
-owns a tile of the result, and the factors reach it through shared memory, which turns them on the
-way. Every sum has a fixed order: two runs are equal to the last bit, a model gets the same bits
-alone and among others, and how steps are cut into launches does not matter. b2 is the row of W2
-that belongs to a hidden unit beyond the last one, whose h is always 1.
+W1 what was just updated. A warp owns PARTS x U hidden units, so what batch norm and tanh need never
+leaves a warp; one part after the other, as two at a time would need twice the registers. Only z and
+demb are sums over all hidden units: there a warp owns a tile of the result, and the factors reach
+it through shared memory, which turns them on the way. Every sum has a fixed order: two runs are
+equal to the last bit, a model gets the same bits alone and among others, and how steps are cut into
+launches does not matter. b2 is the row of W2 that belongs to a hidden unit beyond the last one,
+whose h is always 1.
 
 Products: PRECISION "fp16x3" writes each factor as the sum of two float16 numbers and takes three of
 the four products, which is as exact as float32 ("tf32x3" does that with TF32, "ieee" without tensor

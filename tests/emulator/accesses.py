@@ -60,15 +60,12 @@ def _at(t: Threads, on: Array, values: Array) -> Array:
 
 def _load_matrices(t: Threads, i: Instruction) -> Run:
     to, address = names_in(i.operands[0]), t.address(i.operands[1])
-    _check_matrix(i)
 
     def run(mask: Mask) -> None:
-        t.together(mask, i, WARP)
-        on = t.on(mask)
-        at, lanes = address()[on].reshape(-1, WARP), on.reshape(-1, WARP)
+        on = _whole_warps(t, mask, i)
+        at, lanes = address()[on].reshape(-1, 4, 8), on.reshape(-1, 4, 8)
         for k, name in enumerate(to):
-            rows = slice(8 * k, 8 * k + 8)
-            got = t.load(True, at[:, rows].ravel(), 16, lanes[:, rows].ravel(), i)
+            got = t.load(True, at[:, k].ravel(), 16, lanes[:, k].ravel(), i)
             matrices = got.view(np.uint16).reshape(-1, 8, 8)
             if "trans" in i.parts:
                 matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1))
@@ -80,26 +77,26 @@ def _load_matrices(t: Threads, i: Instruction) -> Run:
 def _store_matrices(t: Threads, i: Instruction) -> Run:
     address = t.address(i.operands[0])
     sources = [t.source(name, TYPES["b32"]) for name in names_in(i.operands[1])]
-    _check_matrix(i)
 
     def run(mask: Mask) -> None:
-        t.together(mask, i, WARP)
-        on = t.on(mask)
-        at, lanes = address()[on].reshape(-1, WARP), on.reshape(-1, WARP)
+        on = _whole_warps(t, mask, i)
+        at, lanes = address()[on].reshape(-1, 4, 8), on.reshape(-1, 4, 8)
         for k, source in enumerate(sources):
             matrices = source()[on].view(np.uint16).reshape(-1, 8, 8)
             if "trans" in i.parts:
                 matrices = matrices.transpose(0, 2, 1)
-            rows = slice(8 * k, 8 * k + 8)
             values = bytes_of(matrices.reshape(-1, 8))
-            t.store(True, at[:, rows].ravel(), values, lanes[:, rows].ravel(), i)
+            t.store(True, at[:, k].ravel(), values, lanes[:, k].ravel(), i)
 
     return run
 
 
-def _check_matrix(i: Instruction) -> None:
+def _whole_warps(t: Threads, mask: Mask, i: Instruction) -> Array:
+    """The threads that execute an instruction of matrices."""
     if "m8n8" not in i.parts or i.kind() != "b16":
         raise NotImplementedError(str(i))
+    t.together(mask, i, WARP)
+    return t.on(mask)
 
 
 @dataclass
