@@ -54,7 +54,7 @@ def cross_entropy_fwd(
         for _, chunk in rows.chunks():
             z = scratch.scores(chunk)
             if plain:
-                losses, _ = _plain_losses(scratch, z, chunk, None)
+                losses = _plain_losses(scratch.softmax(z, chunk), chunk)
             else:
                 losses = _losses(scratch.log_softmax(z), z, chunk, want_extras)
             outputs.append(losses)
@@ -90,7 +90,8 @@ def cross_entropy_fwd_bwd(
         for part, chunk in rows.chunks():
             z = scratch.scores(chunk)
             if plain:
-                losses, p = _plain_losses(scratch, z, chunk, dx[part])
+                p = scratch.softmax(z, chunk, dx[part])
+                losses = _plain_losses(p, chunk)
             else:
                 losses = _losses(scratch.log_softmax(z), z, chunk, want_extras)
                 p = scratch.softmax(z, chunk, dx[part])
@@ -210,29 +211,25 @@ def _losses(logp: Tensor, z: Tensor, rows: Rows, want_extras: bool) -> _RowLosse
     return loss, lse, hit
 
 
-def _plain_losses(
-    scratch: Scratch, z: Tensor, rows: Rows, out: Tensor | None
-) -> tuple[_RowLosses, Softmax]:
-    """Losses, of class indices on the CPU, and the softmax from which they come."""
+def _plain_losses(p: Softmax, rows: Rows) -> _RowLosses:
+    """Losses, of class indices on the CPU, from their softmax."""
     labels = rows.labels
     assert labels is not None
-    z_y = _pick(z, labels.classes)  # before the softmax takes z's memory
-    p = scratch.softmax(z, rows, out)
-    if p.lse is not None:
-        loss = p.lse.squeeze(1).sub_(z_y)
-    else:
-        p_y = _pick(p.e, labels.classes)
-        lost = p_y < _TINY
-        loss = p_y.log_().neg_()
-        if lost.any():
-            x, y = rows.x.movedim(1, -1)[lost], labels.classes.movedim(1, -1)[lost]
-            z = scores(x, rows.target, rows.softcap, rows.logit_scale)
-            loss[lost] = _pick(torch.log_softmax(z, dim=1), y).neg_()
+    loss = p.e.gather(1, labels.classes)
+    if p.sums is not None:
+        loss.div_(p.sums)
+    loss.squeeze_(1)
+    lost = loss < _TINY
+    loss.log_().neg_()
+    if lost.any():
+        x, y = rows.x.movedim(1, -1)[lost], labels.classes.movedim(1, -1)[lost]
+        z = scores(x, rows.target, rows.softcap, rows.logit_scale)
+        loss[lost] = _pick(torch.log_softmax(z, dim=1), y).neg_()
     if rows.weight is not None:
         loss *= _pick(_per_class(rows.weight, p.e), labels.classes)
     if labels.ignored is not None:
         loss.masked_fill_(labels.ignored, 0.0)
-    return (loss, None, None), p
+    return loss, None, None
 
 
 def _gradient_from(p: Softmax, z: Tensor, rows: Rows, factor: Tensor, out: Tensor) -> None:
@@ -241,34 +238,20 @@ def _gradient_from(p: Softmax, z: Tensor, rows: Rows, factor: Tensor, out: Tenso
     Of class indices alone a = b_y and b = b_y * onehot: one pass for e - sums * onehot, and one for
     its factor.
     """
-    e, sums, _ = p
+    e, sums = p
     x, target, labels, weight, label_smoothing, z_loss, softcap, logit_scale = rows
-    dense: Tensor | None = None  # the part of b that is not b_y * onehot
-    if labels is None:
-        dense = b = _dense_target(target, z, weight, label_smoothing)
-        a = b.sum(1, keepdim=True)
-    else:
-        a = b_y = e.new_full((), 1 - label_smoothing)
+    if labels is not None and not label_smoothing and not z_loss:
+        minus = e.new_full((1,), -1.0) if sums is None else sums.neg()
+        e.scatter_add_(1, labels.classes, minus.expand_as(labels.classes))
         if weight is not None:
-            a = b_y = b_y * _pick(_per_class(weight, e), labels.classes).unsqueeze(1)
-        if label_smoothing > 0:
-            dense = torch.full_like(e[:1], label_smoothing / x.shape[1])
-            dense = dense if weight is None else dense * _per_class(weight, e)
-            a = a + dense.sum(1, keepdim=True)
-    if labels is not None and dense is None and not z_loss:
-        b_y = e.new_ones(()) if sums is None else sums
-        factor = factor * (a if sums is None else a / sums)
+            factor = factor * _pick(_per_class(weight, e), labels.classes).unsqueeze(1)
+        if sums is not None:
+            factor = factor / sums
     else:
-        if z_loss:
-            a = a + 2 * z_loss * torch.logsumexp(z, 1, keepdim=True)
-        e.mul_(a if sums is None else a / sums)
-        if dense is not None:
-            e.sub_(dense)
-    if labels is not None:
-        e.scatter_add_(1, labels.classes, (-b_y).expand_as(labels.classes))
-        if labels.outside is not None:
-            nan = torch.where(labels.outside, float("nan"), 1.0).to(e.dtype)
-            factor = factor * nan.unsqueeze(1)
+        _subtract(p, z, rows)
+    if labels is not None and labels.outside is not None:
+        nan = torch.where(labels.outside, float("nan"), 1.0).to(e.dtype)
+        factor = factor * nan.unsqueeze(1)
     if logit_scale != 1:
         factor = factor * logit_scale
     if softcap:
@@ -281,6 +264,27 @@ def _gradient_from(p: Softmax, z: Tensor, rows: Rows, factor: Tensor, out: Tenso
         torch.mul(e, factor, out=out)
     else:
         out.copy_(e.mul_(factor))
+
+
+def _subtract(p: Softmax, z: Tensor, rows: Rows) -> None:
+    """e = a * p - b of a p = e / sums"""
+    e, sums = p
+    x, target, labels, weight, label_smoothing, z_loss = rows[:6]
+    if labels is None:
+        b = _dense_target(target, z, weight, label_smoothing)
+        a = b.sum(1, keepdim=True)
+    else:
+        a = b_y = e.new_full((1,), 1 - label_smoothing)
+        if weight is not None:
+            a = b_y = b_y * _pick(_per_class(weight, e), labels.classes).unsqueeze(1)
+        b = torch.full_like(e[:1], label_smoothing / x.shape[1])
+        b = b if weight is None else b * _per_class(weight, e)
+        a = a + b.sum(1, keepdim=True)
+    if z_loss:
+        a = a + 2 * z_loss * torch.logsumexp(z, 1, keepdim=True)
+    e.mul_(a if sums is None else a / sums).sub_(b)
+    if labels is not None:
+        e.scatter_add_(1, labels.classes, (-b_y).expand_as(labels.classes))
 
 
 def _clear(e: Tensor, rows: Tensor) -> None:

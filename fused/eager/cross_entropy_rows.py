@@ -7,6 +7,7 @@ chunk of float32 (float64 for float64) that never leaves the cache. On other dev
 without Triton) everything is one chunk.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -42,8 +43,10 @@ class Labels(NamedTuple):
         outside = (index < 0) | (index >= n_classes)
         return Labels(index.masked_fill_(outside, 0).unsqueeze(1), ignored, outside)
 
-    def part(self, rows: slice) -> "Labels":
-        return Labels(*(None if t is None else t[rows] for t in self))  # type: ignore[arg-type]
+    def split(self, n: int) -> "list[Labels]":
+        """Parts of n rows."""
+        columns = [itertools.repeat(None) if t is None else t.split(n) for t in self]
+        return [Labels(*part) for part in zip(*columns, strict=False)]
 
 
 class Rows(NamedTuple):
@@ -68,12 +71,12 @@ class Rows(NamedTuple):
 
     def chunks(self) -> Iterator[tuple[slice, "Rows"]]:
         """Slices of rows, and those: at least one, of everything where x is not on the CPU."""
-        n, size = max(1, self.x.shape[0]), max(1, self.x.numel())
-        step = max(1, CHUNK * n // size) if self.x.is_cpu else n
-        for i in range(0, n, step):
-            part = slice(i, i + step)
-            labels = None if self.labels is None else self.labels.part(part)
-            yield part, self._replace(x=self.x[part], target=self.target[part], labels=labels)
+        x, target, labels, weight = self[:4]
+        n, size = max(1, x.shape[0]), max(1, x.numel())
+        step = max(1, CHUNK * n // size) if x.is_cpu else n
+        parts = [None] if labels is None else labels.split(step)
+        for i, own in enumerate(zip(x.split(step), target.split(step), itertools.cycle(parts))):
+            yield slice(i * step, (i + 1) * step), Rows(*own, weight, *self[4:])
 
     @property
     def computed_in(self) -> torch.dtype:
@@ -85,7 +88,6 @@ class Softmax(NamedTuple):
 
     e: Tensor  # (n, C, *S)
     sums: Tensor | None  # (n, 1, *S); None for 1
-    lse: Tensor | None  # (n, 1, *S), where it came by the way
 
 
 class Scratch:
@@ -122,7 +124,7 @@ class Scratch:
             p = out
         else:
             p = z if z_is_free else self._like(z)
-        return Softmax(torch.softmax(z, dim=1, out=p), None, None)
+        return Softmax(torch.softmax(z, dim=1, out=p), None)
 
     def _powers_of_2(self, z: Tensor, rows: Rows) -> Softmax:
         """2^(z * log2(e)) over z.
@@ -134,12 +136,12 @@ class Scratch:
         if z.is_cpu and not self._shifts:  # elsewhere nobody may look at the sums
             sums = z.mul_(_LOG2_E).exp2_().sum(1, keepdim=True)
             if torch.equal(sums, sums.clamp(_LEAST_SUM, _LARGEST_SUM)):
-                return Softmax(z, sums, sums.log())
+                return Softmax(z, sums)
             self._shifts = True
             self.scores(rows)
         largest = z.amax(1, keepdim=True)
         sums = z.sub_(largest).mul_(_LOG2_E).exp2_().sum(1, keepdim=True)
-        return Softmax(z, sums, sums.log().add_(largest))
+        return Softmax(z, sums)
 
     def _like(self, z: Tensor) -> Tensor:
         if self._p is None:
