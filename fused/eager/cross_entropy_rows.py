@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fused.eager.activation import tanh_
+
 # Elements of a chunk: 4 MB of float32. Of 0.25 to 8 MB, 4 were fastest or nearly so: a chunk takes
 # some 50 us of calls, and a larger one leaves the cache.
 CHUNK = 2**20
@@ -108,7 +110,7 @@ class Scratch:
         z = self._z[: x.shape[0]].copy_(x)
         if rows.logit_scale != 1:
             z.mul_(rows.logit_scale)
-        return z if rows.softcap == 0 else z.div_(rows.softcap).tanh_().mul_(rows.softcap)
+        return z if rows.softcap == 0 else tanh_(z.div_(rows.softcap)).mul_(rows.softcap)
 
     def log_softmax(self, z: Tensor) -> Tensor:
         return torch.log_softmax(z, dim=1, out=self._like(z))
