@@ -1,4 +1,5 @@
-"""docs/benchmarks.md from the JSONs in bench/results/, so that no figure is typed by hand."""
+"""docs/benchmarks.md, and the README's figures, from the JSONs in bench/results/, so that none is
+typed by hand."""
 
 import json
 from pathlib import Path
@@ -9,6 +10,11 @@ from bench import runner, tables
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 PAGE = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
+
+# Whose headlines the README shows, between the two lines.
+_SHOWN = ("cpu-amd-epyc-1-thread.json",)
+_BEGIN, _END = "<!-- by python -m bench report -->\n", "<!-- to here -->\n"
 
 _PREFACE = """# Benchmarks
 
@@ -38,11 +44,12 @@ The least possible bytes:
 
 
 def write() -> Path:
-    """Writes the page and the plots; returns the page's path."""
+    """Writes the page, the plots and the README's figures; returns the page's path."""
     for path, result in _results():
         if "rows" in result:
             plot(result, path.stem, RESULTS)
     PAGE.write_text(text())
+    README.write_text(readme())
     return PAGE
 
 
@@ -55,6 +62,27 @@ def text() -> str:
         elif "kernels" in result:
             parts.append(_kernel_section(path, result))
     return "\n\n".join(parts) + "\n"
+
+
+def readme() -> str:
+    """The README, with the figures of the results."""
+    before, rest = README.read_text().split(_BEGIN)
+    after = rest.split(_END)[1]
+    parts = [
+        f"{tables.heading(result)}:\n\n{tables.headlines(result, _headlines(result['suite']))}\n"
+        for path, result in _results()
+        if path.name in _SHOWN
+    ]
+    return "\n".join([before + _BEGIN, *parts, _END + after])
+
+
+def _headlines(suite: str) -> set[tuple[str, str]]:
+    return {
+        (name, str(case))
+        for name, op in runner.operations().items()
+        for case in op.cases(suite)
+        if case.headline
+    }
 
 
 def _results() -> list[tuple[Path, dict[str, Any]]]:

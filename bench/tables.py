@@ -34,8 +34,7 @@ def operations(result: dict[str, Any]) -> list[str]:
 
 def speed(result: dict[str, Any], operation: str) -> str:
     """Time of torch, then of every contender as a ratio to it; then how near to the copy."""
-    cuda = result["machine"]["type"] == "cuda"
-    metric = "device_cold" if cuda else "wall"
+    metric = _metric(result)
     groups = _groups(result, operation)
     names = _contenders(result, operation)
     others = [name for name in names if name != "torch"]
@@ -76,6 +75,24 @@ def memory(result: dict[str, Any], operation: str) -> str:
         cells = ["" if peak is None else f"{peak:.2f}" for peak in peaks]
         rows.append([case, phase, *cells])
     return markdown(["case", "phase", *names], rows)
+
+
+def headlines(result: dict[str, Any], cases: set[tuple[str, str]]) -> str:
+    """Forward and backward of the cases, (operation, what was asked): time and memory."""
+    metric = _metric(result)
+    rows = []
+    for operation in operations(result):
+        for (case, phase), group in _groups(result, operation).items():
+            torch, fused, compiled = (group.get(n) for n in ("torch", "fused", "compile"))
+            asked = torch is not None and (operation, torch["asked"]) in cases
+            if phase != "fwd_bwd" or not asked or torch is None or fused is None:
+                continue
+            ratios = (row and f"{row['ratio_to_torch'][metric]:.2f}" for row in (fused, compiled))
+            peaks = (f"{r['peak_bytes'] / r['tensor_bytes']:.2f}" for r in (torch, fused))
+            time = duration(torch["times"][metric]["median"])
+            rows.append([operation, case, time, *(r or "" for r in ratios), *peaks])
+    header = ["operation", "case", "torch", "fused", "compile", "memory: torch", "fused"]
+    return markdown(header, rows)
 
 
 def rates(result: dict[str, Any], operation: str) -> str:
@@ -219,6 +236,10 @@ def duration(seconds: float) -> str:
         if seconds * factor >= 1 or unit == "us":
             break
     return f"{seconds * factor:.3g} {unit}"
+
+
+def _metric(result: dict[str, Any]) -> str:
+    return "device_cold" if result["machine"]["type"] == "cuda" else "wall"
 
 
 def _rate(seconds: float) -> str:

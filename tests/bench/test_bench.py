@@ -202,7 +202,7 @@ def test_the_page_of_a_gpu(tmp_path, monkeypatch) -> None:
             metrics = {"wall": 9e-5} | ({} if loop else {"device_warm": 1e-5, "device_cold": 2e-5})
             times = {k: asdict(Times.of([factor * t] * 5)) for k, t in metrics.items()}
             rows.append({
-                "operation": operation, "case": "64x1000-f32", "asked": "64x1000-f32",
+                "operation": operation, "case": "64x1000-f32", "asked": "8192x1000-f32",
                 "shape": [64, 1000], "dtype": "f32", "variant": "", "tensor_bytes": 256_000,
                 "phase": phase, "contender": name, "times": times, "peak_bytes": 512_000,
                 "least_bytes": None if loop else 30_000_000,
@@ -216,6 +216,9 @@ def test_the_page_of_a_gpu(tmp_path, monkeypatch) -> None:
     (tmp_path / "nvidia-h100-2026-01-01.json").write_text(json.dumps(result))
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(report, "README", tmp_path / "readme.md")
+    monkeypatch.setattr(report, "_SHOWN", ("nvidia-h100-2026-01-01.json",))
+    (tmp_path / "readme.md").write_text(f"above\n{report._BEGIN}old{report._END}below\n")
     report.write()
     page = (tmp_path / "page.md").read_text()
     assert page == report.text()
@@ -223,6 +226,10 @@ def test_the_page_of_a_gpu(tmp_path, monkeypatch) -> None:
         cells = ["64x1000-f32", phase, "80 us", "0.25", "1500.0", "50%"]
         assert cells in [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines()]
     assert page.count("Wall time of calls in a row:") == 2 and "90 us" in page
+    above, *_, row, _, _, below = (tmp_path / "readme.md").read_text().splitlines()
+    assert (above, below) == ("above", "below")
+    cells = ["cross_entropy", "64x1000-f32", "80 us", "0.25", "", "2.00", "2.00"]
+    assert [c.strip() for c in row.split("|")[1:-1]] == cells
     assert "64x1000-f32 fused" in page and "11,111" in page  # steps a second
     for picture in ("cross_entropy-speed", "cross_entropy-memory", "makemore-speed"):
         assert f"results/nvidia-h100-2026-01-01-{picture}.png" in page
@@ -273,8 +280,9 @@ def test_bad_input_is_one_line(arguments, message) -> None:
 
 
 def test_the_page_is_what_the_results_say() -> None:
-    """docs/benchmarks.md is up to date: python -m bench report."""
+    """docs/benchmarks.md and the README are up to date: python -m bench report."""
     assert report.PAGE.read_text() == report.text()
+    assert report.README.read_text() == report.readme()
 
 
 def test_a_table_reads_without_being_rendered() -> None:
