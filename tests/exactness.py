@@ -2,6 +2,7 @@
 tests that need a GPU share."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -81,8 +82,14 @@ def captured(step: Callable[[], Any]) -> tuple[Any, Any]:
     return found, expected
 
 
-def free_memory(gigabytes: int) -> None:
-    """Skips the test where the GPU has less: a smaller one, or one that other tests are using."""
-    torch.cuda.empty_cache()
-    if torch.cuda.mem_get_info()[0] < gigabytes << 30:
-        pytest.skip(f"{gigabytes} GB of a GPU's memory are not to be had")
+def free_memory(gigabytes: int, device: torch.device) -> None:
+    """Skips the test where the device has less: a smaller one, or one that others are using."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        lines = Path("/proc/meminfo").read_text().splitlines()  # slow tests run on Linux
+        (available,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
+        free = int(available) << 10
+    if free < gigabytes << 30:
+        pytest.skip(f"{gigabytes} GB of memory are not to be had")
