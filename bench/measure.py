@@ -133,7 +133,7 @@ def peak_bytes(phase: Phase, device: torch.device) -> int:
 def _peak_bytes_cpu(phase: Phase) -> int:
     """From the profiler's record of torch's allocations: what others allocate is not seen."""
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
         kept: Any = phase.run(phase.prepare())
         del kept
