@@ -19,6 +19,7 @@ from fused.linear_cross_entropy import (
 )
 from fused.mlp_train import MLPParameters, train_mlp
 from fused.sync_batch_norm import SyncBatchNorm
+from fused.vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 
 __all__ = [
     "BatchNorm1d",
@@ -37,5 +38,6 @@ __all__ = [
     "linear_cross_entropy",
     "linear_cross_entropy_with_stats",
     "train_mlp",
+    "vocab_parallel_cross_entropy",
 ]
 __version__ = "0.1.0"

@@ -330,7 +330,7 @@ def _run(
         wants_gradient = input.requires_grad and torch.is_grad_enabled()
         inplace = inplace and wants_gradient
         if inplace:
-            _check_inplace(input)
+            check_inplace(input)
         early = (
             grad_in_forward
             and wants_gradient
@@ -483,7 +483,7 @@ def _check_weight(weight: Tensor, classes: int, input: Tensor, target: Tensor) -
         )
 
 
-def _check_inplace(input: Tensor) -> None:
+def check_inplace(input: Tensor) -> None:
     if input.is_leaf:
         raise RuntimeError(
             "cross_entropy: expected inplace=False for a leaf that requires grad: its gradient "

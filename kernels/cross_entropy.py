@@ -65,7 +65,7 @@ def cross_entropy_fwd(
     a forward alone. Launches: as `cross_entropy_fwd_bwd`; one for "none".
     """
     numbers = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    acc = _computed_in(x, target)
+    acc = computed_in(x, target)
     n_rows = x.shape[0] * x.shape[2:].numel()
     stats = torch.empty((4 if want_extras else 3, n_rows), dtype=acc, device=x.device)
     scale = None if reduction == "none" else torch.empty((), dtype=acc, device=x.device)
@@ -105,11 +105,34 @@ def cross_entropy_fwd_bwd(
     n_rows = x.shape[0] * x.shape[2:].numel()
     stats = None
     if want_extras:
-        stats = torch.empty((4, n_rows), dtype=_computed_in(x, target), device=x.device)
+        stats = torch.empty((4, n_rows), dtype=computed_in(x, target), device=x.device)
     loss, extras = _forward(
         x, target, weight, numbers, reduction, loss_dtype, want_extras, None, stats, dx
     )
     return loss, extras, dx
+
+
+@on_its_device
+def cross_entropy_shard(
+    x: torch.Tensor,
+    target: torch.Tensor,
+    shard: tuple[int, int],
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    logit_scale: float,
+    stats: torch.Tensor,
+) -> None:
+    """Of logits x (N, C, *S) that are a shard of the classes, what the loss of all classes needs.
+
+    shard is (the first of these classes, the number of all); target counts from the first of all.
+    Writes stats (4, rows): m and s of the shard, its sum of b_c, and its sum of b_c * (m - z_c).
+
+    Bytes: reads x once; writes 16 bytes a row. One launch.
+    """
+    numbers = (ignore_index, label_smoothing, 0.0, softcap, logit_scale)
+    rows = stats[3]
+    _forward(x, target, None, numbers, "none", rows.dtype, False, None, stats, None, shard, rows)
 
 
 def _forward(
@@ -123,13 +146,15 @@ def _forward(
     scale: torch.Tensor | None,
     stats: torch.Tensor | None,
     dx: torch.Tensor | None,
+    shard: tuple[int, int] | None = None,
+    rows_loss: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-    """(loss, extras); fills scale, stats and dx, where they are given."""
+    """(loss, extras); fills scale, stats, dx and rows_loss, where they are given."""
     ignore_index, label_smoothing, z_loss, softcap, logit_scale = numbers
-    x3, target3, soft = layout.inner(x), _rows_of_target(x, target), target.shape == x.shape
+    x3, target3, soft = layout.inner(x), rows_of_target(x, target), target.shape == x.shape
     dx3 = None if dx is None else x3 if dx is x else layout.inner(dx)
     n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
-    acc, t_strides = _computed_in(x, target), _target_strides(target3, soft)
+    acc, t_strides = computed_in(x, target), _target_strides(target3, soft)
     reduced, mean = reduction != "none", reduction == "mean"
     plan = tuning.cross_entropy(x3)
 
@@ -150,13 +175,13 @@ def _forward(
             n_classes,
             t_strides,
             ignore_index,
-            ACC=_TRITON[acc],
+            ACC=TRITON[acc],
             BLOCK=walk.BLOCK,
             num_warps=walk.num_warps,
             enable_fp_fusion=False,
         )
-    rows_loss = parts = None
-    if want_extras or not reduced:
+    parts = None
+    if rows_loss is None and (want_extras or not reduced):
         rows_loss = new(n_rows, dtype=acc if reduced else loss_dtype)
     if reduced:  # one program's part is the whole
         parts = new(dtype=loss_dtype) if plan.n_programs == 1 else new(plan.n_programs)
@@ -179,6 +204,7 @@ def _forward(
             t_strides,
             layout.strides(dx3),
             ignore_index,
+            shard,
             label_smoothing,
             z_loss,
             softcap,
@@ -190,7 +216,7 @@ def _forward(
             SCALED=logit_scale != 1,
             CORRECT=want_extras,
             MEAN=mean,
-            ACC=_TRITON[acc],
+            ACC=TRITON[acc],
             BLOCK_N=plan.BLOCK_N,
             BLOCK_C=plan.BLOCK_C,
             BLOCK_COUNT=plan.BLOCK_COUNT,
@@ -218,7 +244,7 @@ def _forward(
         return parts, extras
     loss = new(dtype=loss_dtype)
     _cross_entropy_sum_kernel[(1,)](
-        parts, loss, plan.n_programs, ACC=_TRITON[acc], BLOCK=tuning.scan(plan.n_programs)
+        parts, loss, plan.n_programs, ACC=TRITON[acc], BLOCK=tuning.scan(plan.n_programs)
     )
     return loss, extras
 
@@ -239,12 +265,15 @@ def cross_entropy_bwd(
     want_dx: bool,
     want_dtarget: bool,
     inplace: bool,
+    shard: tuple[int, int] | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """The gradients (dx, dtarget) of the loss, each None where it is not wanted.
 
     dloss is the upstream gradient, (N, *S) with any strides or one number; stats and scale are what
     `cross_entropy_fwd` returned. dx is in x's dtype and memory format, or in x's own memory if
-    `inplace`; dtarget, of probabilities, in their dtype and memory format.
+    `inplace`; dtarget, of probabilities, in their dtype and memory format. If x is a `shard` of the
+    classes, as in `cross_entropy_shard`, stats are those of all classes, and a is NaN in a row whose
+    target is none of them.
 
     Bytes: reads x once (and the probabilities once), writes dx once (and dtarget once). With the
     forward 2 reads and 1 write of the logits; the least possible is 1 read and 1 write, which
@@ -255,7 +284,7 @@ def cross_entropy_bwd(
     dtarget = torch.empty_like(target) if want_dtarget else None
     if x.numel() == 0:
         return dx, dtarget
-    x3, target3 = layout.inner(x), _rows_of_target(x, target)
+    x3, target3 = layout.inner(x), rows_of_target(x, target)
     # Of a layout that no view collapses, the gradient is written contiguous and copied.
     dx3 = None if dx is None else x3 if dx is x else layout.inner(dx)
     dt3 = None if dtarget is None else layout.inner(dtarget)
@@ -281,6 +310,7 @@ def cross_entropy_bwd(
         layout.strides(dx3),
         layout.strides(dt3),
         ignore_index,
+        shard,
         label_smoothing,
         softcap,
         logit_scale,
@@ -288,7 +318,7 @@ def cross_entropy_bwd(
         SMOOTHED=label_smoothing > 0,
         CAPPED=softcap != 0,
         SCALED=logit_scale != 1,
-        ACC=_TRITON[_computed_in(x, target)],
+        ACC=TRITON[computed_in(x, target)],
         BLOCK_N=plan.BLOCK_N,
         BLOCK_C=plan.BLOCK_C,
         VEC=plan.VEC,
@@ -320,7 +350,7 @@ def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
             dx,
             dloss,
             dx.numel(),
-            ACC=_TRITON[_computed_in(dx, dx)],
+            ACC=TRITON[computed_in(dx, dx)],
             BLOCK=walk.BLOCK,
             num_warps=walk.num_warps,
             enable_fp_fusion=False,
@@ -328,14 +358,14 @@ def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
     return dx
 
 
-_TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
-def _computed_in(x: torch.Tensor, target: torch.Tensor) -> torch.dtype:
+def computed_in(x: torch.Tensor, target: torch.Tensor) -> torch.dtype:
     return torch.float64 if torch.float64 in (x.dtype, target.dtype) else torch.float32
 
 
-def _rows_of_target(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def rows_of_target(x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Probabilities as (N, C, S), class indices as (N, S); a view wherever one exists."""
     if target.shape == x.shape:
         return layout.inner(target)

@@ -40,7 +40,7 @@ def _counted(
 
 
 @triton.jit
-def _summed(parts_ptr, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def summed(parts_ptr, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of n numbers, always in the same order."""
     total = tl.zeros((BLOCK,), ACC)
     for start in range(0, n, BLOCK):
@@ -69,6 +69,7 @@ def _cross_entropy_fwd_kernel(
     stride_t,
     stride_dx,
     ignore_index,
+    shard,  # of a slice of the classes: its first one, and the number of all; None for all
     label_smoothing: tl.float64,
     z_loss: tl.float64,
     softcap: tl.float64,
@@ -95,9 +96,13 @@ def _cross_entropy_fwd_kernel(
 
     m and s with a running maximum. HELD: main is one tile, which stays in registers until its
     gradient is written; otherwise the gradient reads the row again, from L2 if it is still there.
+    Of a shard, where s is that of its own classes, the loss goes without the log s.
     """
     cap, z_scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
     smoothing = tl.full((), label_smoothing, ACC)
+    n_all = n_classes
+    if shard is not None:
+        n_all = shard[1]
     dense: tl.constexpr = SOFT or SMOOTHED
     again: tl.constexpr = dx_ptr is not None and not HELD
     first_read: tl.constexpr = "evict_last" if again else ""
@@ -109,7 +114,7 @@ def _cross_entropy_fwd_kernel(
         if SOFT:
             scale = 1.0 / tl.cast(n_rows, ACC)
         elif counts_ptr is not None:
-            scale = 1.0 / _summed(counts_ptr, n_counts, ACC, BLOCK_COUNT)
+            scale = 1.0 / summed(counts_ptr, n_counts, ACC, BLOCK_COUNT)
         else:
             scale = 1.0 / _counted(
                 0, n_rows, target_ptr, weight_ptr, n_inner, n_classes, stride_t, ignore_index,
@@ -124,7 +129,7 @@ def _cross_entropy_fwd_kernel(
         t_rows = row_offsets(rows, n_inner, stride_t)
         y, valid, inside, z_y, b_y = row_targets(
             x_ptr, x_rows, stride_x, target_ptr, t_rows, weight_ptr, row_mask, n_classes,
-            ignore_index, smoothing, z_scale, cap, ACC, SOFT, SCALED, CAPPED,
+            ignore_index, shard, smoothing, z_scale, cap, ACC, SOFT, SCALED, CAPPED,
         )  # fmt: skip
         x_main, head, n_main = row_parts(x_rows, n_classes, VEC, EDGES)
         m = tl.full((BLOCK_N,), float("-inf"), ACC)
@@ -140,7 +145,7 @@ def _cross_entropy_fwd_kernel(
             edge_z, edge_b, m, s, b_sum, bz_sum, best, z_best, t_best, t_max = take(
                 m, s, b_sum, bz_sum, best, z_best, t_best, t_max,
                 x_ptr, x_rows[:, None] + edge_classes, target_ptr, t_rows, stride_t, weight_ptr,
-                edge_classes, valid[:, None] & edge_mask, n_classes, smoothing, z_scale, cap,
+                edge_classes, valid[:, None] & edge_mask, n_all, smoothing, z_scale, cap,
                 ACC, SOFT, SMOOTHED, SCALED, CAPPED, CORRECT, 1, VEC, "",
             )  # fmt: skip
         if LANES > 1:
@@ -150,7 +155,7 @@ def _cross_entropy_fwd_kernel(
             z, b, m, s, b_sum, bz_sum, best, z_best, t_best, t_max = take(
                 m, s, b_sum, bz_sum, best, z_best, t_best, t_max,
                 x_ptr, beside(x_main, places) + places * stride_x[1], target_ptr, t_rows, stride_t,
-                weight_ptr, classes, beside(valid, mask) & mask, n_classes, smoothing, z_scale, cap,
+                weight_ptr, classes, beside(valid, mask) & mask, n_all, smoothing, z_scale, cap,
                 ACC, SOFT, SMOOTHED, SCALED, CAPPED, CORRECT, LANES, VEC, "",
             )  # fmt: skip
         else:
@@ -160,11 +165,14 @@ def _cross_entropy_fwd_kernel(
                 z, b, m, s, b_sum, bz_sum, best, z_best, t_best, t_max = take(
                     m, s, b_sum, bz_sum, best, z_best, t_best, t_max,
                     x_ptr, x_main[:, None] + places * stride_x[1], target_ptr, t_rows, stride_t,
-                    weight_ptr, classes, valid[:, None] & mask, n_classes, smoothing, z_scale, cap,
+                    weight_ptr, classes, valid[:, None] & mask, n_all, smoothing, z_scale, cap,
                     ACC, SOFT, SMOOTHED, SCALED, CAPPED, CORRECT, LANES, VEC, first_read,
                 )  # fmt: skip
         m, s, b_sum, bz_sum = merge_lanes(m, s, b_sum, bz_sum, LANES)
-        log_s = tl.log(tl.where(valid, s, 1.0))
+        if shard is None:
+            log_s = tl.log(tl.where(valid, s, 1.0))
+        else:
+            log_s = tl.zeros((BLOCK_N,), ACC)
 
         loss = tl.zeros((BLOCK_N,), ACC)
         a = tl.zeros((BLOCK_N,), ACC)
@@ -218,13 +226,13 @@ def _cross_entropy_fwd_kernel(
                     read_and_put(
                         dx_ptr, dx_main[:, None] + places * stride_dx[1], None, t_rows, stride_t,
                         x_ptr, x_main[:, None] + places * stride_x[1], target_ptr, t_rows, stride_t,
-                        weight_ptr, classes, mask, row_mask, n_classes, valid,
+                        weight_ptr, classes, mask, row_mask, n_all, valid,
                         m, log_s, p_factor, factor, smoothing, z_scale, cap,
                         ACC, SOFT, SMOOTHED, SCALED, CAPPED, "evict_first",
                     )  # fmt: skip
             if not SOFT and not at_y:
                 put_dx_y(
-                    dx_ptr, dx_rows + y * stride_dx[1], z_y, b_y, weight_ptr, y, inside, n_classes,
+                    dx_ptr, dx_rows + y * stride_dx[1], z_y, b_y, weight_ptr, y, inside, n_all,
                     m, p_factor, factor, smoothing, z_scale, cap, ACC, SMOOTHED, SCALED, CAPPED,
                 )  # fmt: skip
     if sum_ptr is not None:
@@ -259,7 +267,7 @@ def _cross_entropy_count_kernel(
 @triton.jit(do_not_specialize=["n"])
 def _cross_entropy_sum_kernel(parts_ptr, out_ptr, n, ACC: tl.constexpr, BLOCK: tl.constexpr):
     """out = the sum of n parts, added up by one program in a fixed order"""
-    tl.store(out_ptr, _summed(parts_ptr, n, ACC, BLOCK))
+    tl.store(out_ptr, summed(parts_ptr, n, ACC, BLOCK))
 
 
 @triton.jit(do_not_specialize=["n_rows", "ignore_index"])
@@ -281,6 +289,7 @@ def _cross_entropy_bwd_kernel(
     stride_dx,
     stride_dt,
     ignore_index,
+    shard,  # of a slice of the classes: its first one, and the number of all; None for all
     label_smoothing: tl.float64,
     softcap: tl.float64,
     logit_scale: tl.float64,
@@ -298,6 +307,9 @@ def _cross_entropy_bwd_kernel(
     """dx_c = dloss * (a * p_c - b_c) * dz/dx,  dt_c = dloss * (1 - e) * w_c * (lse - z_c)"""
     cap, z_scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
     smoothing = tl.full((), label_smoothing, ACC)
+    n_all = n_classes
+    if shard is not None:
+        n_all = shard[1]
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
     row_mask = rows < n_rows
     x_rows = row_offsets(rows, n_inner, stride_x)
@@ -306,7 +318,7 @@ def _cross_entropy_bwd_kernel(
     dt_rows = row_offsets(rows, n_inner, stride_dt)
     y, valid, inside, z_y, b_y = row_targets(
         x_ptr, x_rows, stride_x, target_ptr, t_rows, weight_ptr, row_mask, n_classes,
-        ignore_index, smoothing, z_scale, cap, ACC, SOFT, SCALED, CAPPED,
+        ignore_index, shard, smoothing, z_scale, cap, ACC, SOFT, SCALED, CAPPED,
     )  # fmt: skip
     tl.debug_barrier()  # in place, no warp may write before all have read their z_y
     stats_rows = stats_ptr + rows
@@ -316,7 +328,9 @@ def _cross_entropy_bwd_kernel(
     factor = tl.load(dloss_ptr + rows * stride_dloss, mask=valid, other=0.0).to(ACC)
     if scale_ptr is not None:
         factor *= tl.load(scale_ptr)
-    factor = tl.where(valid, tl.where(inside, factor, float("nan")), 0.0)
+    if shard is None:
+        factor = tl.where(inside, factor, float("nan"))
+    factor = tl.where(valid, factor, 0.0)
     p_factor, log_s = a * factor / s, tl.log(s)
     x_main, head, n_main = row_parts(x_rows, n_classes, VEC, EDGES)
     dx_main, _, _ = row_parts(dx_rows, n_classes, VEC, EDGES)
@@ -325,7 +339,7 @@ def _cross_entropy_bwd_kernel(
         read_and_put(
             dx_ptr, beside(dx_main, places) + places * stride_dx[1], dt_ptr, dt_rows, stride_dt,
             x_ptr, beside(x_main, places) + places * stride_x[1], target_ptr, t_rows, stride_t,
-            weight_ptr, classes, mask, row_mask, n_classes, valid,
+            weight_ptr, classes, mask, row_mask, n_all, valid,
             m, log_s, p_factor, factor, smoothing, z_scale, cap,
             ACC, SOFT, SMOOTHED, SCALED, CAPPED, "",
         )  # fmt: skip
@@ -334,13 +348,13 @@ def _cross_entropy_bwd_kernel(
         read_and_put(
             dx_ptr, dx_rows[:, None] + edge_classes, dt_ptr, dt_rows, stride_dt,
             x_ptr, x_rows[:, None] + edge_classes, target_ptr, t_rows, stride_t,
-            weight_ptr, edge_classes, edge_mask, row_mask, n_classes, valid,
+            weight_ptr, edge_classes, edge_mask, row_mask, n_all, valid,
             m, log_s, p_factor, factor, smoothing, z_scale, cap,
             ACC, SOFT, SMOOTHED, SCALED, CAPPED, "",
         )  # fmt: skip
     if dx_ptr is not None and not SOFT:
         put_dx_y(
-            dx_ptr, dx_rows + y * stride_dx[1], z_y, b_y, weight_ptr, y, inside, n_classes,
+            dx_ptr, dx_rows + y * stride_dx[1], z_y, b_y, weight_ptr, y, inside, n_all,
             m, p_factor, factor, smoothing, z_scale, cap, ACC, SMOOTHED, SCALED, CAPPED,
         )  # fmt: skip
 

@@ -119,24 +119,31 @@ def scores(x, mask, logit_scale, softcap, SCALED: tl.constexpr, CAPPED: tl.const
 @triton.jit
 def row_targets(
     x_ptr, x_rows, stride_x, target_ptr, t_rows, weight_ptr, row_mask, n_classes, ignore_index,
-    smoothing, logit_scale, softcap, ACC: tl.constexpr, SOFT: tl.constexpr, SCALED: tl.constexpr,
-    CAPPED: tl.constexpr,
+    shard, smoothing, logit_scale, softcap, ACC: tl.constexpr, SOFT: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Of class indices y, (BLOCK_N,) each: y; whether the row is not ignored; whether y is a class
-    as well; the logit x_y as a score, NaN where it is none; (1 - e) * w_y."""
+    as well; the logit x_y as a score, NaN where it is none; (1 - e) * w_y.
+
+    Of a shard, y counts from its first class, and of a y elsewhere score and weight are 0."""
     b_y = tl.zeros(x_rows.shape, ACC)
     if SOFT:
         return tl.zeros(x_rows.shape, tl.int64), row_mask, row_mask, b_y, b_y
     else:
         y = tl.load(target_ptr + t_rows, mask=row_mask, other=0).to(tl.int64)
         valid = row_mask & (y != ignore_index)
+        if shard is not None:
+            y -= shard[0]
         inside = valid & (y >= 0) & (y < n_classes)
         x_y = tl.load(x_ptr + x_rows + y * stride_x[1], mask=inside, other=float("nan"))
         z_y = scores(x_y.to(ACC), inside, logit_scale, softcap, SCALED, CAPPED)
         b_y += 1.0 - smoothing
         if weight_ptr is not None:
             b_y *= tl.load(weight_ptr + y, mask=inside, other=0.0).to(ACC)
-        return y, valid, inside, tl.where(inside, z_y, float("nan")), b_y
+        if shard is not None:
+            return y, valid, inside, tl.where(inside, z_y, 0.0), tl.where(inside, b_y, 0.0)
+        else:
+            return y, valid, inside, tl.where(inside, z_y, float("nan")), b_y
 
 
 @triton.jit

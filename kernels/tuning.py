@@ -151,6 +151,11 @@ def scale(n: int, device: torch.device) -> Pass:
     return Pass(block, 8, min((n + block - 1) // block, 4 * _device(device)[0]))
 
 
+def merge(n_rows: int) -> Pass:
+    """Over the shards of `n_rows`: a row a thread, in small programs, as all there is is latency."""
+    return Pass(128, 4, (n_rows + 127) // 128)
+
+
 @functools.cache
 def _device(device: torch.device) -> tuple[int, int]:
     """(multiprocessors, bytes of L2); an H100's where there is no device."""
