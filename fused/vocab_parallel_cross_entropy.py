@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 
 from fused import backend
 from fused.cross_entropy import check, check_inplace, cross_entropy, loss_dtype_of, options_of
+from fused.operators import vocab_parallel_cross_entropy as operators
 
 
 class VocabParallelCrossEntropyFunction(torch.autograd.Function):
@@ -21,33 +22,34 @@ class VocabParallelCrossEntropyFunction(torch.autograd.Function):
         input: Tensor,
         target: Tensor,
         group: Any,
-        world: int,
+        n_shards: int,
         shard: tuple[int, int],
         options: Any,
         loss_dtype: torch.dtype,
         inplace: bool,
     ) -> Tensor:
-        kernels, o = backend.implementation("vocab_parallel_cross_entropy", input), options
-        numbers = (o.ignore_index, o.label_smoothing, o.softcap, o.logit_scale)
-        own = kernels.shard_fwd(input, target, shard, *numbers)
-        shards = torch.empty((world, own.numel()), dtype=own.dtype, device=own.device)
-        dist.all_gather_into_tensor(shards, own, group=group)
-        loss, stats, scale = kernels.merged(
-            shards, input, target, shard[1], o.ignore_index, o.reduction, o.z_loss, loss_dtype
-        )
+        kernels = backend.implementation("vocab_parallel_cross_entropy", input)
+        arguments = (n_shards, *shard, *options, loss_dtype)
+        loss, stats, scale = operators.forward(kernels, input, target, group, *arguments)
         if inplace:
             # The memory is the gradient's from here on: no graph that saved the logits may run.
             increment_version(input)
         ctx.save_for_backward(input, target, stats, scale)
-        ctx.kernels, ctx.shard, ctx.numbers, ctx.inplace = kernels, shard, numbers, inplace
+        ctx.kernels, ctx.shard, ctx.options, ctx.inplace = kernels, shard, options, inplace
         return loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "vocab_parallel_cross_entropy: expected create_graph=False: its gradient cannot be "
+                "differentiated again, which would take the logits of the other processes"
+            )
         input, target, stats, scale = ctx.saved_tensors
+        o = ctx.options
+        numbers = (o.ignore_index, o.label_smoothing, o.softcap, o.logit_scale)
         dx = ctx.kernels.shard_bwd(
-            dloss, input, target, ctx.shard, stats, scale, *ctx.numbers, ctx.inplace
+            dloss, input, target, ctx.shard, stats, scale, *numbers, ctx.inplace
         )
         if ctx.inplace:
             increment_version(input)
@@ -124,21 +126,23 @@ def vocab_parallel_cross_entropy(
     """
     options = options_of(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
     _check(input, target, options)
-    world, rank = 1, 0
+    n_shards, rank = 1, 0
     if dist.is_available() and dist.is_initialized():
-        world, rank = dist.get_world_size(group), dist.get_rank(group)
-    shard = _shard(input.shape[1], rank, world, widths)
-    if world == 1:
+        n_shards, rank = dist.get_world_size(group), dist.get_rank(group)
+    shard = _shard(input.shape[1], rank, n_shards, widths)
+    if n_shards == 1:
         return cross_entropy(
             input, target, None, *options[:3], z_loss=z_loss, softcap=softcap,
             logit_scale=logit_scale, inplace=inplace,
         )  # fmt: skip
+    loss_dtype = loss_dtype_of(input, target, None)
+    if torch.compiler.is_compiling():
+        return operators.call(input, target, group, n_shards, *shard, *options, loss_dtype)
     inplace = inplace and input.requires_grad and torch.is_grad_enabled()
     if inplace:
         check_inplace(input)
-    loss_dtype = loss_dtype_of(input, target, None)
     loss: Tensor = VocabParallelCrossEntropyFunction.apply(
-        input, target, group, world, shard, options, loss_dtype, inplace
+        input, target, group, n_shards, shard, options, loss_dtype, inplace
     )
     return loss
 
@@ -157,17 +161,17 @@ def _check(input: Tensor, target: Tensor, options: Any) -> None:
     check(input, target, None, options)
 
 
-def _shard(width: int, rank: int, world: int, widths: Sequence[int] | None) -> tuple[int, int]:
+def _shard(width: int, rank: int, n_shards: int, widths: Sequence[int] | None) -> tuple[int, int]:
     """(the first class of this process, the number of all classes)"""
     if rank < 0:
         raise RuntimeError(
             "vocab_parallel_cross_entropy: expected a group that this process is one of"
         )
     if widths is None:
-        return rank * width, world * width
-    if len(widths) != world or widths[rank] != width:
+        return rank * width, n_shards * width
+    if len(widths) != n_shards or widths[rank] != width:
         raise ValueError(
-            f"vocab_parallel_cross_entropy: expected widths of {world} processes, "
+            f"vocab_parallel_cross_entropy: expected widths of {n_shards} processes, "
             f"{width} at place {rank}, got {list(widths)}"
         )
     return sum(widths[:rank]), sum(widths)

@@ -272,8 +272,8 @@ def cross_entropy_bwd(
     dloss is the upstream gradient, (N, *S) with any strides or one number; stats and scale are what
     `cross_entropy_fwd` returned. dx is in x's dtype and memory format, or in x's own memory if
     `inplace`; dtarget, of probabilities, in their dtype and memory format. If x is a `shard` of the
-    classes, as in `cross_entropy_shard`, stats are those of all classes, and a is NaN in a row whose
-    target is none of them.
+    classes, as in `cross_entropy_shard`, stats are those of all, and a is NaN in a row whose target
+    is none of them.
 
     Bytes: reads x once (and the probabilities once), writes dx once (and dtarget once). With the
     forward 2 reads and 1 write of the logits; the least possible is 1 read and 1 write, which

@@ -152,7 +152,7 @@ def scale(n: int, device: torch.device) -> Pass:
 
 
 def merge(n_rows: int) -> Pass:
-    """Over the shards of `n_rows`: a row a thread, in small programs, as all there is is latency."""
+    """Over the shards of `n_rows`: a row a thread, in many programs, as all of it is latency."""
     return Pass(128, 4, (n_rows + 127) // 128)
 
 

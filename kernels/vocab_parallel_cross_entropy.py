@@ -6,10 +6,9 @@
                  loss = sum_k (b_k * (log s + m - m_k) + d_k) + z_loss * lse^2
                  a = sum_k b_k + 2 * z_loss * lse
 
-z and b as in cross_entropy.py, whose kernels compute what is of a shard, and whose backward, of m, s
-and a, is this one's. The m_k are kept apart from the s_k until the end, as m is from s there. A shard
-without a finite logit has m_k = 0 and s_k = 0. Processes add up in the order of the shards: all get
-the same bits.
+z and b as in cross_entropy.py, whose kernels compute what is of a shard, and whose backward, given
+m, s and a, is this one's. A shard without a finite logit has m_k = 0 and s_k = 0. Every process
+adds up in the order of the shards, and so gets the same bits.
 """
 
 import torch

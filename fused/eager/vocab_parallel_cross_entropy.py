@@ -74,8 +74,8 @@ def merged(
         found = [int(count) for count in counts.tolist()]
         if len(set(found)) > 1:
             raise ValueError(
-                "vocab_parallel_cross_entropy: expected shards of one vocabulary, got some of "
-                f"{found} classes, in the order of the ranks; give the width of each as `widths`"
+                "vocab_parallel_cross_entropy: expected slices of equal width, or the same "
+                f"`widths` in every process; by rank, they make vocabularies of {found} classes"
             )
         raise_if_outside(target, n_all, ignore_index)
     m_k, s_k, b_k, d_k = shards[:, :-1].view(-1, 4, *target.shape).unbind(1)
