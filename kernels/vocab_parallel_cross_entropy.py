@@ -63,7 +63,7 @@ def _vocab_parallel_merge_kernel(
         s_k = tl.load(shard_ptr + n + rows, mask=valid, other=0.0)
         m = tl.maximum(m, tl.where(s_k == 0.0, float("-inf"), m_k))
         off += tl.abs(tl.load(shard_ptr + 4 * n) - tl.cast(n_all, ACC))
-    right = (y >= 0) & (y < n_all) & (off == 0.0)
+    wrong = valid & ((y < 0) | (y >= n_all) | (off > 0.0))
     m = safe_shift(m)
     s = tl.zeros((BLOCK,), ACC)
     b = tl.zeros((BLOCK,), ACC)
@@ -85,7 +85,7 @@ def _vocab_parallel_merge_kernel(
         lse = m + log_s
         loss += coefficient * lse * lse
         a += 2.0 * coefficient * lse
-    loss = tl.where(valid, tl.where(right, loss, float("nan")), 0.0)
+    loss = tl.where(wrong, float("nan"), tl.where(valid, loss, 0.0))
     if loss_ptr is not None:
         tl.store(loss_ptr + rows, loss, mask=row_mask)
     if sums_ptr is not None:
@@ -94,7 +94,7 @@ def _vocab_parallel_merge_kernel(
         tl.store(counts_ptr + tl.program_id(0), tl.sum(valid.to(ACC), axis=0))
     tl.store(stats_ptr + rows, m, mask=row_mask)
     tl.store(stats_ptr + n + rows, tl.where(valid, s, 1.0), mask=row_mask)
-    tl.store(stats_ptr + 2 * n + rows, tl.where(right, a, float("nan")), mask=row_mask)
+    tl.store(stats_ptr + 2 * n + rows, tl.where(wrong, float("nan"), a), mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["n"])

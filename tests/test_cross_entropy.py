@@ -1,6 +1,7 @@
 """fused.cross_entropy on the closed forms and on the Triton kernels, against torch's."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -108,6 +109,7 @@ def check_against_torch(
     target: Tensor,
     weight: Tensor | None,
     implementation: str,
+    function: Callable[..., Tensor] = fused.cross_entropy,
     **options: Any,
 ) -> None:
     """Loss and gradients, with a random upstream gradient, are as exact as torch's."""
@@ -128,7 +130,7 @@ def check_against_torch(
         upstream = torch.randn(loss.shape, generator=generator).to(loss)
         return loss, *torch.autograd.grad(loss, leaves, upstream)
 
-    ours = run(fused.cross_entropy, lambda t: t.clone() if t.is_contiguous() else t.detach())
+    ours = run(function, lambda t: t.clone() if t.is_contiguous() else t.detach())
     theirs = run(torchs, torch.clone)
     exact = run(torchs, torch.Tensor.double)
     ulps = ulps_for(logits.dtype, implementation)

@@ -69,8 +69,8 @@ def merged(
     """
     counts, y = shards[:, -1], target.long()
     valid = y != ignore_index
-    right = (y >= 0) & (y < n_all) & (counts == n_all).all()
-    if x.is_cpu and not torch.equal(valid, valid & right):
+    wrong = valid & ((y < 0) | (y >= n_all) | (counts != n_all).any())
+    if x.is_cpu and wrong.any():
         found = [int(count) for count in counts.tolist()]
         if len(set(found)) > 1:
             raise ValueError(
@@ -78,7 +78,7 @@ def merged(
                 f"`widths` in every process; by rank, they make vocabularies of {found} classes"
             )
         raise_if_outside(target, n_all, ignore_index)
-    m_k, s_k, b_k, d_k = shards[:, :-1].view(-1, 4, *target.shape).unbind(1)
+    m_k, s_k, b_k, d_k = shards[:, :-1].view(len(shards), 4, *target.shape).unbind(1)
     nothing = s_k == 0
     m = _safe_shift(m_k.masked_fill(nothing, -torch.inf).amax(0))
     s = (s_k * (m_k - m).exp()).masked_fill(nothing, 0.0).sum(0)
@@ -87,8 +87,8 @@ def merged(
     if z_loss:
         lse = m + log_s
         loss, a = loss + z_loss * lse.square(), a + 2 * z_loss * lse
-    loss = loss.masked_fill(~right, torch.nan).masked_fill(~valid, 0.0)
-    stats = torch.stack((m, s, a.masked_fill(~right, torch.nan))).view(3, -1)
+    loss = loss.masked_fill(wrong, torch.nan).masked_fill(~valid, 0.0)
+    stats = torch.stack((m, s, a.masked_fill(wrong, torch.nan))).view(3, -1)
     if reduction == "none":
         return loss.to(loss_dtype), stats, None
     scale = torch.ones_like(counts[0])

@@ -1,0 +1,430 @@
+"""fused.vocab_parallel_cross_entropy: the numbers of one process with all of the logits.
+
+What each process computes, and the merging, run here in one process, on both implementations; the
+function itself over real processes.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import fused
+from fused import backend
+from fused.cross_entropy import loss_dtype_of, options_of
+from fused.eager import cross_entropy_rows
+from tests.test_cross_entropy import REDUCTIONS, check_against_torch, example, torchs
+from tests.test_package import ROOT
+
+ALL = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 30.0, "logit_scale": 0.7}
+
+
+class Slices(torch.autograd.Function):
+    """What the processes do, one after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, widths: list[int], o: Any) -> Tensor:
+        ctx.kernels = backend.implementation("vocab_parallel_cross_entropy", logits)
+        ctx.numbers = (o.ignore_index, o.label_smoothing, o.softcap, o.logit_scale)
+        n_all = sum(widths)
+        ctx.shards = [(sum(widths[:k]), n_all) for k in range(len(widths))]
+        ctx.slices = [part.contiguous() for part in logits.split(widths, 1)]
+        own = [
+            ctx.kernels.shard_fwd(part, target, shard, *ctx.numbers)
+            for part, shard in zip(ctx.slices, ctx.shards, strict=True)
+        ]
+        loss, ctx.stats, ctx.scale = ctx.kernels.merged(
+            torch.stack(own), ctx.slices[0], target, n_all, o.ignore_index, o.reduction, o.z_loss,
+            loss_dtype_of(logits, target, None),
+        )  # fmt: skip
+        ctx.target = target
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor, None, None, None]:
+        own = [
+            ctx.kernels.shard_bwd(
+                dloss, part, ctx.target, shard, ctx.stats, ctx.scale, *ctx.numbers, False
+            )
+            for part, shard in zip(ctx.slices, ctx.shards, strict=True)
+        ]
+        return torch.cat(own, 1), None, None, None
+
+
+def sliced(*widths: int) -> Callable[..., Tensor]:
+    """The function over slices of these widths, called as cross_entropy is."""
+
+    def function(
+        logits: Tensor,
+        target: Tensor,
+        weight: None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+    ) -> Tensor:
+        options = options_of(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
+        return Slices.apply(logits, target, list(widths), options)
+
+    return function
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy_rows, "CHUNK", 64)
+
+
+# One slice without classes; rows and classes on both sides of what one program merges (128 rows),
+# of what is held (8,192 classes; 4,096 of float64), and of the edges (4,096).
+CASES: list[tuple[tuple[int, ...], tuple[int, ...]]] = [
+    ((5, 12), (4, 0, 8)),
+    ((129, 7), (3, 4)),
+    ((3, 10, 2), (5, 5)),
+    ((2, 12300), (4099, 8201)),
+]
+
+
+@pytest.mark.parametrize(
+    "options, dtype",
+    [({}, torch.float32), (ALL, torch.float64), (ALL, torch.bfloat16)],
+    ids=["plain-float32", "all-float64", "all-bfloat16"],
+)
+@pytest.mark.parametrize("shape, widths", CASES, ids=str)
+def test_matches_torch(shape, widths, options, dtype, implementation, device) -> None:
+    tensors = example(shape, dtype, device)
+    for reduction in REDUCTIONS if len(shape) == 3 else ["mean"]:
+        check_against_torch(
+            *tensors, implementation, sliced(*widths), reduction=reduction, **options
+        )
+
+
+@pytest.mark.parametrize("ignore_index", [0, 4, 7])
+def test_ignore_index_counts_from_the_first_of_all_classes(
+    ignore_index, implementation, device
+) -> None:
+    """Not from the first of a slice, where other classes have that place."""
+    logits = torch.randn(8, 8, dtype=torch.float64, device=device)
+    target = torch.arange(8, device=device)
+    function = sliced(4, 4)
+    check_against_torch(
+        logits, target, None, implementation, function, ignore_index=ignore_index, reduction="none"
+    )
+
+
+@pytest.mark.parametrize(
+    "target",
+    [torch.tensor([7, 0, 5], dtype=torch.uint8), torch.tensor([1, -100, 6], dtype=torch.int32)],
+    ids=["uint8", "int32"],
+)
+def test_target_dtypes(target, implementation, device) -> None:
+    logits = torch.randn(3, 8, device=device)
+    check_against_torch(logits, target.to(device), None, implementation, sliced(3, 5))
+
+
+NOTHING = float("-inf")
+
+
+@pytest.mark.parametrize("shift", [0.0, -110.0, 3e4])
+def test_masked_slices_and_extreme_logits(shift, implementation, device) -> None:
+    """Loss and gradient are torch's: with a slice, a target or everything at -inf."""
+    logits = torch.randn(6, 8, device=device) + shift
+    logits[0, :4] = NOTHING  # the slice without the target
+    logits[1, :4] = NOTHING  # the target's
+    logits[2] = NOTHING
+    logits[3, 6] = NOTHING  # the target alone
+    logits[4, 1] += 1e4
+    target = torch.tensor([6, 2, 1, 6, 1, 5], device=device)
+    check_against_torch(logits, target, None, implementation, sliced(4, 4), reduction="none")
+
+
+def test_confident_predictions_keep_their_gradient(implementation, device) -> None:
+    """p - 1 is rounded to half precision once, whichever slice has the target."""
+    logits = torch.zeros(2, 8, dtype=torch.bfloat16, device=device)
+    logits[0, 1] = logits[1, 6] = 20.0
+    target = torch.tensor([1, 6], device=device)
+    leaf = logits.clone().requires_grad_()
+    (found,) = torch.autograd.grad(sliced(4, 4)(leaf, target, reduction="sum"), leaf)
+    exact = torch.softmax(logits.double(), 1) - F.one_hot(target, 8)
+    # In float32 p - 1 is good to 6e-8, beside 1.4e-8: a multiple of that, and not 0 in bfloat16.
+    torch.testing.assert_close(found.double(), exact, rtol=2**-7, atol=6e-8)
+    assert (found[exact > 0] > 0).all()
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_rows_and_all_ignored(reduction, implementation, device) -> None:
+    for rows in (0, 3):
+        logits = torch.randn(rows, 8, device=device, requires_grad=True)
+        target = torch.full((rows,), -100, device=device)
+        loss = sliced(4, 4)(logits, target, reduction=reduction)
+        expected = F.cross_entropy(logits, target, reduction=reduction)
+        torch.testing.assert_close(loss, expected, rtol=0, atol=0, equal_nan=True)
+        (gradient,) = torch.autograd.grad(loss.sum(), logits)
+        assert gradient.eq(0).all()
+
+
+@pytest.mark.parametrize("outside", [-1, 8, -(2**62), 2**62])
+def test_target_that_is_no_class(outside, implementation, device) -> None:
+    logits = torch.randn(3, 8, device=device)
+    target = torch.tensor([6, outside, 1], device=device)
+    function = sliced(4, 4)
+    if implementation == "eager" and device.type == "cpu":
+        with pytest.raises(IndexError, match=rf"target in \[0, 8\).* got {outside} at row 1"):
+            function(logits, target)
+        return
+    leaf = logits.clone().requires_grad_()
+    loss = function(leaf, target, reduction="none")
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    assert loss.isnan().tolist() == [False, True, False]
+    assert gradient.isnan().all(1).tolist() == gradient.isnan().any(1).tolist()
+    assert gradient.isnan().any(1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_part_of_larger_memory(inplace, implementation, device) -> None:
+    """A slice that is a view, as of a buffer for all; and its gradient in its place."""
+    kernels = backend.implementation("vocab_parallel_cross_entropy", torch.empty(0, device=device))
+    logits, target, _ = example((5, 12), torch.float32, device)
+    numbers = (-100, 0.0, 0.0, 1.0)
+    views = [logits[:, :4], logits[:, 4:]]
+    own = [kernels.shard_fwd(v, target, (4 * k, 12), *numbers) for k, v in enumerate(views)]
+    loss, *saved = kernels.merged(
+        torch.stack(own), views[0], target, 12, -100, "sum", 0.0, torch.float32
+    )
+    leaf = logits.clone().requires_grad_()
+    expected = F.cross_entropy(leaf, target, reduction="sum")
+    torch.testing.assert_close(loss, expected.detach())
+    (gradient,) = torch.autograd.grad(expected, leaf)
+    for k, view in enumerate(views):
+        dx = kernels.shard_bwd(
+            torch.ones_like(loss), view, target, (4 * k, 12), *saved, *numbers, inplace
+        )
+        torch.testing.assert_close(dx, gradient[:, 4 * k : 4 * k + view.shape[1]])
+        assert (dx.data_ptr() == view.data_ptr()) == inplace
+
+
+def test_host_never_looks_at_values() -> None:
+    """On the meta device there are none."""
+    logits = torch.zeros(6, 9, 2, device="meta", requires_grad=True)
+    target = torch.zeros(6, 2, dtype=torch.int64, device="meta")
+    with backend.use("eager"):
+        loss = sliced(4, 5)(logits, target, **ALL)
+        (gradient,) = torch.autograd.grad(loss, logits)
+    assert gradient.shape == logits.shape
+
+
+@pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])
+def test_alone_it_is_cross_entropy(options, implementation, device) -> None:
+    logits, target, _ = example((5, 12), torch.float32, device)
+    found, expected = (
+        function(logits, target, **options)
+        for function in (fused.vocab_parallel_cross_entropy, fused.cross_entropy)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+# mistake: (input's shape, target, options, error, message)
+MISTAKES: dict[str, tuple[tuple[int, ...], Tensor, dict[str, Any], type[Exception], str]] = {
+    "no batch": ((4,), torch.tensor(1), {}, RuntimeError, r"shape \(N, C\).*got \(4,\)"),
+    "probabilities": ((2, 4), torch.rand(2, 4), {}, RuntimeError, "class indices.*float32"),
+    "rows": ((2, 4), torch.zeros(3).long(), {}, ValueError, r"shape \(2,\)"),
+    "reduction": ((2, 4), torch.zeros(2).long(), {"reduction": "all"}, ValueError, "got 'all'"),
+    "widths": ((2, 4), torch.zeros(2).long(), {"widths": [3]}, ValueError, r"4 at.*\[3\]"),
+    "more widths": ((2, 4), torch.zeros(2).long(), {"widths": [4, 4]}, ValueError, "1 processes"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes(mistake) -> None:
+    shape, target, options, error, message = MISTAKES[mistake]
+    with pytest.raises(error, match=message):
+        fused.vocab_parallel_cross_entropy(torch.zeros(shape), target, **options)
+
+
+# The ranks that share the logits, in a world of three; the widths of their slices; the logits'
+# shape and dtype; options.
+WORLD = 3
+OVER_PROCESSES: list[
+    tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], torch.dtype, dict[str, Any]]
+] = [
+    ((0, 1, 2), (4, 0, 5), (6, 9), torch.float32, {"label_smoothing": 0.1}),
+    ((0, 1, 2), (3, 3, 3), (5, 9), torch.float64, ALL),
+    ((0, 2), (4, 4), (5, 8), torch.float32, {}),
+    ((0, 2), (3, 7), (3, 10, 2), torch.bfloat16, {"reduction": "none", **ALL}),
+    ((0, 2), (4, 4), (5, 8), torch.float64, {"reduction": "sum", "inplace": True}),
+]
+COLLECTIVES = ("all_gather", "all_gather_single", "all_gather_into_tensor", "all_reduce")
+
+
+def worker(rank: int, folder: str) -> None:
+    """What each process runs: every case of its own, with both implementations."""
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
+    called: list[str] = []
+
+    def counted(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            called.append(name)
+            return collective(*args, **kwargs)
+
+        return call
+
+    for name in COLLECTIVES:
+        if hasattr(dist, name):
+            setattr(dist, name, counted(name, getattr(dist, name)))
+    pair = dist.new_group([0, 2])
+    results: list[tuple[Tensor, Tensor, list[str]]] = []
+    for ranks, widths, shape, dtype, options in OVER_PROCESSES:
+        if rank not in ranks:
+            continue
+        logits, target, _ = example(shape, dtype, "cpu")
+        for implementation in ("eager", "triton"):
+            called.clear()
+            leaf = logits.split(widths, 1)[ranks.index(rank)].clone().requires_grad_()
+            with backend.use(implementation):
+                loss = fused.vocab_parallel_cross_entropy(
+                    leaf * 1,
+                    target,
+                    pair if len(ranks) == 2 else None,
+                    widths=None if len(set(widths)) == 1 else widths,
+                    **options,
+                )
+            (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.7))
+            results.append((loss.detach(), gradient, list(called)))
+    torch.save((results, errors(rank, pair)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def errors(rank: int, pair: Any) -> dict[str, str]:
+    """What goes wrong in every process, and how it says so."""
+    logits, target, _ = example((5, 3 + rank), torch.float32, "cpu", ignored=0)
+    target, logits, widths = target % 3, logits.requires_grad_(), [3, 4, 5]
+    function = fused.vocab_parallel_cross_entropy
+
+    def overwritten() -> None:
+        own = logits * 1
+        kept = own.square().sum()
+        (kept + function(own, target, widths=widths, inplace=True)).backward()
+
+    mistakes: dict[str, Callable[[], Any]] = {
+        "unequal": lambda: function(logits, target),
+        "outside": lambda: function(logits, target + 10, widths=widths),
+        "twice": lambda: torch.autograd.grad(
+            function(logits, target, widths=widths), logits, create_graph=True
+        ),
+        "functional": lambda: torch.func.grad(function)(logits.detach(), target, widths=widths),
+        "overwritten": overwritten,
+    }
+    if rank == 1:
+        mistakes["elsewhere"] = lambda: function(logits, target, pair)
+    said = {}
+    for name, mistake in mistakes.items():
+        try:
+            mistake()
+        except (ValueError, IndexError, RuntimeError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    with backend.use("triton"):  # as on a GPU, nobody looks
+        said["kernels"] = str(function(logits, target).item())
+    return said
+
+
+SAID = {
+    "unequal": "ValueError: .*expected slices of equal width, or the same `widths`",
+    "outside": r"IndexError: .*target in \[0, 12\)",
+    "twice": "RuntimeError: .*expected create_graph=False",
+    "functional": "RuntimeError: .*setup_context",
+    "overwritten": "RuntimeError: .*modified by an inplace operation",
+    "elsewhere": "RuntimeError: .*expected a group that this process is one of",
+    "kernels": "nan",
+}
+
+
+def test_equals_one_process_with_all_logits(tmp_path) -> None:
+    """In one spawn: a process costs seconds to start."""
+    pytest.importorskip("triton")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); "
+        "from tests.test_vocab_parallel_cross_entropy import worker; "
+        "worker(int(sys.argv[2]), sys.argv[3])"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code, str(ROOT), str(rank), str(tmp_path)],
+            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    found, said = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)), strict=True)
+
+    for ranks, widths, shape, dtype, options in OVER_PROCESSES:
+        logits, target, _ = example(shape, dtype, "cpu")
+        leaf = logits.double().requires_grad_()
+        expected = torchs(leaf, target, **{k: v for k, v in options.items() if k != "inplace"})
+        (gradient,) = torch.autograd.grad(expected, leaf, torch.full_like(expected, 0.7))
+        close = {
+            torch.float64: {"rtol": 1e-12, "atol": 1e-12},
+            torch.float32: {"rtol": 1e-5, "atol": 1e-6},
+            torch.bfloat16: {"rtol": 2**-7, "atol": 2**-9},
+        }[dtype]
+        for _ in ("eager", "triton"):
+            losses, gradients, calls = zip(*(found[rank].pop(0) for rank in ranks), strict=True)
+            assert all(loss.dtype == dtype and torch.equal(loss, losses[0]) for loss in losses)
+            torch.testing.assert_close(losses[0].double(), expected.detach(), **close)
+            assert tuple(g.shape[1] for g in gradients) == widths
+            torch.testing.assert_close(torch.cat(gradients, 1).double(), gradient, **close)
+            assert all(len(called) == 1 for called in calls), calls
+    for rank, by_name in enumerate(said):
+        assert by_name.keys() == SAID.keys() - ({"elsewhere"} if rank != 1 else set())
+        for name, message in by_name.items():
+            assert re.match(SAID[name], message), (rank, name, message)
+
+
+@pytest.fixture
+def half_a_group() -> Iterator[None]:
+    """This process is the first of two; the other one is nowhere, and has what this one has."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("reduction, options", [("mean", {}), ("none", ALL)], ids=["mean", "none"])
+def test_compiled_without_a_break_and_with_the_bits_of_eager(
+    reduction, options, half_a_group, implementation, device
+) -> None:
+    logits, target, _ = example((5, 4, 2), torch.float32, device)
+
+    def function(x: Tensor) -> Tensor:
+        return fused.vocab_parallel_cross_entropy(x, target, reduction=reduction, **options)
+
+    results = []
+    for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
+        leaf = logits.clone().requires_grad_()
+        loss = f(leaf)
+        results.append((loss, *torch.autograd.grad(loss.sum(), leaf)))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_opcheck(half_a_group, implementation, device) -> None:
+    x = torch.randn(3, 5, device=device, requires_grad=True)
+    target = torch.tensor([0, -100, 7], device=device)
+    for reduction in ("mean", "none"):
+        arguments = (2, 0, 10, -100, reduction, 0.1, 0.1, 3.0, 0.7, torch.float32)
+        torch.library.opcheck(
+            torch.ops.fused.vocab_parallel_cross_entropy_fwd.default,
+            (x, target, dist.group.WORLD.group_name, *arguments),
+        )
