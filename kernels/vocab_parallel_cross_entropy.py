@@ -68,8 +68,8 @@ def _vocab_parallel_merge_kernel(
     s = tl.zeros((BLOCK,), ACC)
     b = tl.zeros((BLOCK,), ACC)
     loss = tl.zeros((BLOCK,), ACC)
-    for k in range(n_shards):
-        shard_rows = shards_ptr + k * (4 * n + 1) + rows
+    shard_rows = shards_ptr + rows
+    for _ in range(n_shards):
         m_k = tl.load(shard_rows, mask=valid, other=0.0)
         s_k = tl.load(shard_rows + n, mask=valid, other=0.0)
         b_k = tl.load(shard_rows + 2 * n, mask=valid, other=0.0)
@@ -77,6 +77,7 @@ def _vocab_parallel_merge_kernel(
         s += tl.where(s_k == 0.0, 0.0, s_k * exp(m_k - m))
         b += b_k
         loss += b_k * (m - m_k) + d_k
+        shard_rows += 4 * n + 1
     log_s = tl.log(tl.where(valid, s, 1.0))
     loss += b * log_s
     a = b

@@ -45,6 +45,21 @@ def cross_entropy(dtype):
         target = torch.zeros(8192, dtype=torch.int64)
         fused.cross_entropy(x, target, label_smoothing=0.1).backward()
 
+def vocab_parallel_cross_entropy(dtype):
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    if not dist.is_initialized():  # the process before the last one of eight, and the only one
+        dist.init_process_group("fake", store=FakeStore(), rank=6, world_size=8)
+    numbers = dict(label_smoothing=0.1, z_loss=1e-4, softcap=30.0, logit_scale=0.5)
+    for shape, options in (
+        ((64, 320), numbers),
+        ((8192, 16000), {{}}),
+        ((8192, 12565), dict(reduction="none", z_loss=1e-4)),
+    ):
+        x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+        target = torch.zeros(shape[:1] + shape[2:], dtype=torch.int64)
+        fused.vocab_parallel_cross_entropy(x, target, **options).sum().backward()
+
 def batch_norm(dtype):
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     for shape in ((48, 200), (16, 24, 8, 8), (32, 1056, 7, 7), (8192, 64)):
@@ -154,7 +169,9 @@ def test_every_case_compiles_without_spills(operation) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", ["cross_entropy", "batch_norm"])
+@pytest.mark.parametrize(
+    "operation", ["cross_entropy", "vocab_parallel_cross_entropy", "batch_norm"]
+)
 def test_every_option_compiles(operation) -> None:
     spilled = run(OPTIONS, SELECTED=operation)
     assert spilled and not any(spilled.values())
