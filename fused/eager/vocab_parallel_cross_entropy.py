@@ -5,6 +5,7 @@ Rows come in chunks that stay in the CPU's cache: the logits are read from memor
 direction, and the gradient is written once.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -35,16 +36,17 @@ def shard_fwd(
         return own
     stats = own[:-1].view(4, *target.shape)
     share = label_smoothing / shard[1]
-    for rows in _chunks(x):
+    for rows, scratch in _chunks(x, own.dtype):
         z = scores(x[rows], target, softcap, logit_scale)
         index, here = _places(target[rows], shard[0], x.shape[1], ignore_index)
         m = _safe_shift(z.amax(1))
-        below = m.unsqueeze(1) - z  # m - z_c
-        d = torch.where(here, (1 - label_smoothing) * below.gather(1, index).squeeze(1), 0.0)
+        below = m - z.gather(1, index).squeeze(1)  # m - z_y
+        d = torch.where(here, (1 - label_smoothing) * below, 0.0)
         b = (1 - label_smoothing) * here.to(z.dtype)
+        e = torch.sub(z, m.unsqueeze(1), out=scratch)
         if label_smoothing > 0:
-            d, b = d + share * below.sum(1), b + share * x.shape[1]
-        s = below.neg_().exp_().sum(1)
+            d, b = d - share * e.sum(1), b + share * x.shape[1]
+        s = _exp(e, x.dtype).sum(1)
         for whole, part in zip(stats, (m, s, b, d), strict=True):
             whole[rows] = part
     return own
@@ -121,11 +123,12 @@ def shard_bwd(
     m, s, a = stats.view(3, *target.shape)
     if x.shape[1] == 0:
         return dx
-    for rows in _chunks(x):
+    for rows, scratch in _chunks(x, stats.dtype):
         z = scores(x[rows], target, softcap, logit_scale)
         index, here = _places(target[rows], shard[0], x.shape[1], ignore_index)
         f = factor[rows].unsqueeze(1)
-        dz = (z - m[rows].unsqueeze(1)).exp_().mul_(a[rows].unsqueeze(1) * f / s[rows].unsqueeze(1))
+        dz = _exp(torch.sub(z, m[rows].unsqueeze(1), out=scratch), x.dtype)
+        dz *= a[rows].unsqueeze(1) * f / s[rows].unsqueeze(1)
         if label_smoothing > 0:
             dz -= label_smoothing / shard[1] * f
         dz.scatter_add_(1, index, torch.where(here.unsqueeze(1), (label_smoothing - 1) * f, 0.0))
@@ -133,15 +136,20 @@ def shard_bwd(
             dz *= 1 - (z / softcap).square()
         if logit_scale != 1:
             dz *= logit_scale
-        dx[rows] = dz.masked_fill_((target[rows] == ignore_index).unsqueeze(1), 0.0)
+        ignored = target[rows] == ignore_index
+        if not x.is_cpu or ignored.any():  # elsewhere nobody may look
+            dz.masked_fill_(ignored.unsqueeze(1), 0.0)
+        dx[rows] = dz
     return dx
 
 
-def _chunks(x: Tensor) -> Iterator[slice]:
-    """Slices of rows; on other devices than the CPU one of all."""
+def _chunks(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows, on other devices than the CPU one of all; and memory for as many logits."""
     n = x.shape[0]
     step = max(1, cross_entropy_rows.CHUNK * n // max(1, x.numel())) if x.is_cpu else max(1, n)
-    return (slice(i, i + step) for i in range(0, n, step))
+    scratch = torch.empty((min(n, step), *x.shape[1:]), dtype=dtype, device=x.device)
+    for i in range(0, n, step):
+        yield slice(i, i + step), scratch[: n - i]
 
 
 def _places(target: Tensor, first: int, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -149,6 +157,11 @@ def _places(target: Tensor, first: int, classes: int, ignore_index: int) -> tupl
     y = target.long()
     here = (y != ignore_index) & (y >= first) & (y < first + classes)
     return torch.where(here, y - first, 0).unsqueeze(1), here
+
+
+def _exp(e: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(e) over e; for half precision by 2^x, which takes a third of the time."""
+    return e.mul_(math.log2(math.e)).exp2_() if dtype.itemsize == 2 else e.exp_()
 
 
 def _safe_shift(m: Tensor) -> Tensor:
