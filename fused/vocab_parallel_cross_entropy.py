@@ -31,9 +31,6 @@ class VocabParallelCrossEntropyFunction(torch.autograd.Function):
         kernels = backend.implementation("vocab_parallel_cross_entropy", input)
         arguments = (n_shards, *shard, *options, loss_dtype)
         loss, stats, scale = operators.forward(kernels, input, target, group, *arguments)
-        if inplace:
-            # The memory is the gradient's from here on: no graph that saved the logits may run.
-            increment_version(input)
         ctx.save_for_backward(input, target, stats, scale)
         ctx.kernels, ctx.shard, ctx.options, ctx.inplace = kernels, shard, options, inplace
         return loss
@@ -51,7 +48,7 @@ class VocabParallelCrossEntropyFunction(torch.autograd.Function):
         dx = ctx.kernels.shard_bwd(
             dloss, input, target, ctx.shard, stats, scale, *numbers, ctx.inplace
         )
-        if ctx.inplace:
+        if ctx.inplace:  # no graph that saved the logits may run from here on, this one included
             increment_version(input)
         return (dx, *(None,) * 7)
 

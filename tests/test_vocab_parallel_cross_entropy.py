@@ -123,12 +123,13 @@ def test_ignore_index_counts_from_the_first_of_all_classes(
 
 @pytest.mark.parametrize(
     "target",
-    [torch.tensor([7, 0, 5], dtype=torch.uint8), torch.tensor([1, -100, 6], dtype=torch.int32)],
+    [torch.tensor([156, 0, 99], dtype=torch.uint8), torch.tensor([1, -100, 99], dtype=torch.int32)],
     ids=["uint8", "int32"],
 )
 def test_target_dtypes(target, implementation, device) -> None:
-    logits = torch.randn(3, 8, device=device)
-    check_against_torch(logits, target.to(device), None, implementation, sliced(3, 5))
+    """As a uint8 the ignored -100 would be 156, which is a class."""
+    logits = torch.randn(3, 160, device=device)
+    check_against_torch(logits, target.to(device), None, implementation, sliced(90, 70))
 
 
 NOTHING = float("-inf")

@@ -38,7 +38,7 @@ def shard_fwd(
     share = label_smoothing / shard[1]
     for rows, scratch in _chunks(x, own.dtype):
         z = scores(x[rows], target, softcap, logit_scale)
-        index, here = _places(target[rows], shard[0], x.shape[1], ignore_index)
+        index, here = _places(target[rows], shard[0], x.shape[1])
         m = _safe_shift(z.amax(1))
         below = m - z.gather(1, index).squeeze(1)  # m - z_y
         d = torch.where(here, (1 - label_smoothing) * below, 0.0)
@@ -125,7 +125,7 @@ def shard_bwd(
         return dx
     for rows, scratch in _chunks(x, stats.dtype):
         z = scores(x[rows], target, softcap, logit_scale)
-        index, here = _places(target[rows], shard[0], x.shape[1], ignore_index)
+        index, here = _places(target[rows], shard[0], x.shape[1])
         f = factor[rows].unsqueeze(1)
         dz = _exp(torch.sub(z, m[rows].unsqueeze(1), out=scratch), x.dtype)
         dz *= a[rows].unsqueeze(1) * f / s[rows].unsqueeze(1)
@@ -136,7 +136,7 @@ def shard_bwd(
             dz *= 1 - (z / softcap).square()
         if logit_scale != 1:
             dz *= logit_scale
-        ignored = target[rows] == ignore_index
+        ignored = target[rows].long() == ignore_index  # as a uint8, -100 would be 156
         if not x.is_cpu or ignored.any():  # elsewhere nobody may look
             dz.masked_fill_(ignored.unsqueeze(1), 0.0)
         dx[rows] = dz
@@ -152,11 +152,11 @@ def _chunks(x: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         yield slice(i, i + step), scratch[: n - i]
 
 
-def _places(target: Tensor, first: int, classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """(index to gather by, (n, 1, *S); which targets are of this shard), 0 where they are not."""
-    y = target.long()
-    here = (y != ignore_index) & (y >= first) & (y < first + classes)
-    return torch.where(here, y - first, 0).unsqueeze(1), here
+def _places(target: Tensor, first: int, classes: int) -> tuple[Tensor, Tensor]:
+    """(index to gather by, 0 for a target elsewhere, (n, 1, *S); which targets are here)"""
+    y = target.long() - first
+    here = (y >= 0) & (y < classes)
+    return torch.where(here, y, 0).unsqueeze(1), here
 
 
 def _exp(e: Tensor, dtype: torch.dtype) -> Tensor:
