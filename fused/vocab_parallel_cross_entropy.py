@@ -1,4 +1,4 @@
-"""Cross-entropy of logits whose classes are split over processes: one collective, no gathering."""
+"""Cross-entropy of logits whose classes are split over processes; no logit leaves its process."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -86,9 +86,10 @@ def vocab_parallel_cross_entropy(
     synchronisation on a GPU. Where there is one process, it is `cross_entropy`.
 
     The upstream gradient is taken to be the same in every process, as it is where every process
-    goes on with the loss in the same way; gradients are not summed over processes. The backward is
-    differentiable once: a second derivative would take another collective, and raises. So do
-    functional derivatives (`torch.func`).
+    goes on with the loss in the same way; gradients are not summed over processes. Second
+    derivatives would take the other processes' logits: `create_graph=True` raises, and so do
+    functional derivatives (`torch.func`). `torch.compile(fullgraph=True)` gives the bits of eager
+    mode.
 
     Args:
         input: this process's slice of the logits, shape (N, C_k) or (N, C_k, d1, ..., dk), float16,

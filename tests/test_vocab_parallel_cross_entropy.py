@@ -403,29 +403,37 @@ def half_a_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("reduction, options", [("mean", {}), ("none", ALL)], ids=["mean", "none"])
 def test_compiled_without_a_break_and_with_the_bits_of_eager(
     reduction, options, half_a_group, implementation, device
 ) -> None:
-    logits, target, _ = example((5, 4, 2), torch.float32, device)
+    """Whatever the shape, which is a variable of the graph."""
 
-    def function(x: Tensor) -> Tensor:
+    def function(x: Tensor, target: Tensor) -> Tensor:
         return fused.vocab_parallel_cross_entropy(x, target, reduction=reduction, **options)
 
-    results = []
-    for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")):
-        leaf = logits.clone().requires_grad_()
-        loss = f(leaf)
-        results.append((loss, *torch.autograd.grad(loss.sum(), leaf)))
-    torch.testing.assert_close(*results, rtol=0, atol=0)
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((5, 4, 2), (3, 7, 3)):
+        logits, target, _ = example(shape, torch.float32, device)
+        results = []
+        for f in (function, compiled):
+            leaf = logits.clone().requires_grad_()
+            loss = f(leaf, target)
+            results.append((loss, *torch.autograd.grad(loss.sum(), leaf)))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-def test_opcheck(half_a_group, implementation, device) -> None:
-    x = torch.randn(3, 5, device=device, requires_grad=True)
-    target = torch.tensor([0, -100, 7], device=device)
-    for reduction in ("mean", "none"):
-        arguments = (2, 0, 10, -100, reduction, 0.1, 0.1, 3.0, 0.7, torch.float32)
-        torch.library.opcheck(
-            torch.ops.fused.vocab_parallel_cross_entropy_fwd.default,
-            (x, target, dist.group.WORLD.group_name, *arguments),
-        )
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck(reduction, half_a_group, implementation, device) -> None:
+    logits, target, _ = example((3, 5, 2), torch.float32, device)
+    logits = logits.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+    numbers = (2, 0, 10, -100, reduction, 0.1, 0.1, 3.0, 0.7, torch.float32)
+    arguments = (logits, target, dist.group.WORLD.group_name, *numbers)
+    torch.library.opcheck(torch.ops.fused.vocab_parallel_cross_entropy_fwd.default, arguments)
+    with torch.no_grad():
+        loss, stats, scale = torch.ops.fused.vocab_parallel_cross_entropy_fwd(*arguments)
+    backward = (loss, logits.detach(), target, stats, scale, 0, 10, -100, 0.1, 3.0, 0.7)
+    torch.library.opcheck(torch.ops.fused.vocab_parallel_cross_entropy_bwd.default, backward)

@@ -12,16 +12,16 @@ from torch import Tensor
 from fused import backend
 from fused.operators import laid_out_as, library
 
-_NUMBERS = "float label_smoothing, float z_loss, float softcap, float logit_scale"
 library.define(
     "vocab_parallel_cross_entropy_fwd(Tensor input, Tensor target, str group, int n_shards, "
-    f"int first, int n_all, int ignore_index, str reduction, {_NUMBERS}, ScalarType loss_dtype) "
+    "SymInt first, SymInt n_all, int ignore_index, str reduction, float label_smoothing, "
+    "float z_loss, float softcap, float logit_scale, ScalarType loss_dtype) "
     "-> (Tensor loss, Tensor stats, Tensor scale)"
 )
 library.define(
     "vocab_parallel_cross_entropy_bwd(Tensor dloss, Tensor input, Tensor target, Tensor stats, "
-    "Tensor scale, int first, int n_all, int ignore_index, float label_smoothing, float softcap, "
-    "float logit_scale) -> Tensor"
+    "Tensor scale, SymInt first, SymInt n_all, int ignore_index, float label_smoothing, "
+    "float softcap, float logit_scale) -> Tensor"
 )
 
 
