@@ -21,6 +21,7 @@ import fused
 from fused import backend
 from fused.cross_entropy import loss_dtype_of, options_of
 from fused.eager import cross_entropy_rows
+from tests.exactness import captured
 from tests.test_cross_entropy import REDUCTIONS, check_against_torch, example, torchs
 from tests.test_package import ROOT
 
@@ -221,6 +222,20 @@ def test_host_never_looks_at_values() -> None:
         loss = sliced(4, 5)(logits, target, **ALL)
         (gradient,) = torch.autograd.grad(loss, logits)
     assert gradient.shape == logits.shape
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_host_synchronisation(reduction) -> None:
+    """What comes before and after the collective is captured in a CUDA graph, and replayed."""
+    logits, target, _ = example((64, 1000), torch.float32, "cuda")
+    logits.requires_grad_()
+
+    def step() -> Tensor:
+        loss = sliced(400, 600)(logits, target, reduction=reduction, **ALL)
+        return torch.autograd.grad(loss, logits, torch.ones_like(loss))[0]
+
+    torch.testing.assert_close(*captured(step), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("options", [{}, ALL], ids=["plain", "all"])
