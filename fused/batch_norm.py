@@ -12,6 +12,7 @@ from fused.eager import batch_norm as eager
 from fused.eager.batch_norm_small import batch_norm_small, is_small
 from fused.operators import batch_norm as operators
 from fused.second_order import differentiable_gradients
+from fused.transforms import is_composed, is_recorded, is_transformed, outlives_the_call
 
 ACTIVATIONS = (None, "tanh", "relu", "gelu", "silu")
 
@@ -75,7 +76,7 @@ class BatchNormFunction(torch.autograd.Function):
         wants = ctx.needs_input_grad[:4]
         none = (None,) * 5
         o = ctx.options
-        if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated
+        if is_composed(dy):
             frozen = (None, None) if o.batch_statistics else (mean, rstd)
             dy, residual, activation = (
                 (dy, kept, o.activation)
@@ -260,11 +261,11 @@ def run(
     if o.batch_statistics:
         check_rows(input)
     tensors = (input, weight, bias, residual)
-    if torch.compiler.is_compiling():
-        keep = will_differentiate(*tensors)
-        return operators.call(*tensors, running_mean, running_var, tracked, keep, **o._asdict())
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return _functional(*tensors, running_mean, running_var, tracked, o)
+    if is_recorded():
+        keep = outlives_the_call() or will_differentiate(*tensors)
+        return operators.call(*tensors, running_mean, running_var, tracked, keep, **o._asdict())
     if _is_small(input, o):
         assert o.momentum is not None
         y = batch_norm_small(
@@ -325,9 +326,10 @@ def _composed_gradients(
     """Gradients of input, weight, bias and residual that can be differentiated again."""
     input, weight, bias, residual = tensors
     assert input is not None
-    y, _, _ = eager.batch_norm_composed(
-        input, weight, bias, residual, *frozen, o.eps, o.correction, activation
-    )
+    with torch.enable_grad():
+        y, _, _ = eager.batch_norm_composed(
+            input, weight, bias, residual, *frozen, o.eps, o.correction, activation
+        )
     gradients = differentiable_gradients(y, dy, tensors, wants)
     if wants[3] and residual is None:  # not kept without an activation: its gradient is dy
         gradients[3] = dy

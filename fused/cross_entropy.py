@@ -11,6 +11,7 @@ from fused import backend
 from fused.eager import cross_entropy as eager
 from fused.operators import cross_entropy as operators
 from fused.second_order import differentiable_gradients
+from fused.transforms import is_composed, is_recorded, is_transformed
 
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _REDUCTIONS = ("none", "mean", "sum")
@@ -78,7 +79,7 @@ class CrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         overwritten = ctx.saved_tensors[0] if ctx.inplace else None
-        if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated
+        if is_composed(dloss):
             gradients = _composed_gradients(ctx, dloss)
         elif ctx.early:
             gradients = [_early_gradient(ctx, dloss), None, None]
@@ -129,7 +130,8 @@ def _composed_gradients(ctx: Any, dloss: Tensor) -> list[Tensor | None]:
     input, target, weight, _, _ = ctx.saved_tensors
     wants = ctx.needs_input_grad[:3]
     options: _Options = ctx.options
-    (loss,) = eager.cross_entropy_composed(input, target, weight, *options, dloss.dtype, False)
+    with torch.enable_grad():
+        (loss,) = eager.cross_entropy_composed(input, target, weight, *options, dloss.dtype, False)
     return differentiable_gradients(loss, dloss, (input, target, weight), wants)
 
 
@@ -320,12 +322,12 @@ def _run(
     if no_batch:
         input = input.unsqueeze(0)
         target = target.reshape(input.shape if target.is_floating_point() else 1)
-    if torch.compiler.is_compiling():
-        outputs = operators.call(input, target, weight, *options, loss_dtype, want_extras)
-    elif torch._C._are_functorch_transforms_active():
+    if is_transformed():
         outputs = eager.cross_entropy_composed(
             input, target, weight, *options, loss_dtype, want_extras
         )
+    elif is_recorded():
+        outputs = operators.call(input, target, weight, *options, loss_dtype, want_extras)
     else:
         wants_gradient = input.requires_grad and torch.is_grad_enabled()
         inplace = inplace and wants_gradient

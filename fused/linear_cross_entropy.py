@@ -16,6 +16,7 @@ from fused.eager import linear_cross_entropy as chunked
 from fused.eager.linear_cross_entropy import Problem
 from fused.operators import linear_cross_entropy as operators
 from fused.second_order import differentiable_gradients
+from fused.transforms import is_composed, is_recorded, is_transformed
 
 # What a chunk of logits may take. On a GPU its rows are what keeps the products efficient: 2048 of
 # 128k words in half precision; on a CPU it is to stay near the caches.
@@ -53,8 +54,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         problem = Problem(*ctx.saved_tensors, *ctx.numbers)
         wants, kernels = ctx.needs_input_grad[:3], ctx.kernels
-        if torch.is_grad_enabled():  # create_graph=True: the gradient is to be differentiated
-            (loss,) = _composed(problem, False)
+        if is_composed(dloss):
+            with torch.enable_grad():
+                (loss,) = _composed(problem, False)
             gradients = differentiable_gradients(loss, dloss, problem[:3], wants)
         elif problem.reduction == "none":
             gradients = chunked.linear_cross_entropy_bwd(
@@ -272,10 +274,10 @@ def _run(
     budget = memory_budget_bytes or _BUDGETS.get(input.device.type, _BUDGETS["cpu"])
     numbers: tuple[Any, ...] = (*options, loss_dtype, _chunk(input, linear_weight, budget))
     tensors = (input, linear_weight, linear_bias, target, weight)
-    if torch.compiler.is_compiling():
-        outputs = operators.call(*tensors, *numbers, want_extras)
-    elif torch._C._are_functorch_transforms_active() or _wants_more(target, weight):
+    if is_transformed() or _wants_more(target, weight):
         outputs = _composed(Problem(*tensors, *numbers), want_extras)
+    elif is_recorded():
+        outputs = operators.call(*tensors, *numbers, want_extras)
     else:
         outputs = LinearCrossEntropyFunction.apply(*tensors, numbers, want_extras)
     if no_batch:

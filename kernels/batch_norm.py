@@ -292,13 +292,13 @@ def _normalise(
     plan = view.plan(x.dtype, tensors=0 if frozen else 1)
     statistics = "running" if frozen else plan.reduction
     partial = _launch_moments(x3, view, plan) if statistics == "partial" else None
+    running = layout.vector(running_mean), layout.vector(running_var)
     _batch_norm_fwd_kernel[plan.grid(view.c)](
         x3,
-        gamma,
-        beta,
+        layout.vector(gamma),
+        layout.vector(beta),
         residual3,
-        running_mean,
-        running_var,
+        *running,
         tracked,
         partial,
         y3,
@@ -330,6 +330,9 @@ def _normalise(
         num_warps=plan.num_warps,
         enable_fp_fusion=False,
     )
+    if not frozen:
+        layout.copy_back(running_mean, running[0])
+        layout.copy_back(running_var, running[1])
     return y, mean, rstd, kept
 
 
@@ -370,6 +373,7 @@ class _Backward(NamedTuple):
                 # x is not as the forward pass saw it: somebody kept a copy of it for us.
                 kept, kind = unpack_signs(kept, x).to(x.dtype), "output"
         x, dy = layout.inner(x), layout.inner(dy)
+        gamma, beta = layout.vector(gamma), layout.vector(beta)
         if kept is not None and kind != "signs":
             kept = layout.inner(kept)
         shaped = None if kind == "signs" else kept

@@ -156,7 +156,7 @@ def _forward(
     n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
     acc, t_strides = computed_in(x, target), _target_strides(target3, soft)
     reduced, mean = reduction != "none", reduction == "mean"
-    plan = tuning.cross_entropy(x3)
+    plan, weight = tuning.cross_entropy(x3), layout.vector(weight)
 
     def new(*shape: int, dtype: torch.dtype = acc) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -296,7 +296,7 @@ def cross_entropy_bwd(
         dloss,
         x3,
         target3,
-        weight,
+        layout.vector(weight),
         stats,
         scale,
         dx3,

@@ -8,8 +8,13 @@ def inner(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
 
 
+def vector(x: torch.Tensor | None) -> torch.Tensor | None:
+    """x (C,) with its elements side by side, as the kernels read it; itself wherever it is so."""
+    return None if x is None else x.contiguous()
+
+
 def copy_back(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> None:
-    """What a kernel wrote to rows = inner(tensor), where that had to be a copy."""
+    """What a kernel wrote to rows = inner(tensor) or vector(tensor), where that was a copy."""
     if tensor is not None and rows is not None and tensor.data_ptr() != rows.data_ptr():
         tensor.copy_(rows.view(tensor.shape))
 

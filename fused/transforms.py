@@ -1,0 +1,37 @@
+"""What looks at the operations of a call, and so decides which may be called."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation goes through every operation: they know
+    torch's own."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_recorded() -> bool:
+    """Whether operations are written down to run later, or run on tensors without memory: by
+    torch.compile, torch.export, make_fx, torch.jit.trace and in FakeTensorMode."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
+    )
+
+
+def outlives_the_call() -> bool:
+    """Whether what `is_recorded` may be differentiated though nothing asks for that now.
+
+    torch.compile looks again at every call.
+    """
+    return torch.compiler.is_exporting() or not torch.compiler.is_compiling()
+
+
+def is_composed(upstream: Tensor) -> bool:
+    """Whether a backward pass is made of operations that torch knows: if it is to be differentiated
+    (create_graph=True), or upstream is many gradients at once (is_grads_batched=True)."""
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(upstream)
