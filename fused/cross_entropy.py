@@ -78,15 +78,12 @@ class CrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        overwritten = ctx.saved_tensors[0] if ctx.inplace else None
         if is_composed(dloss):
             gradients = _composed_gradients(ctx, dloss)
         elif ctx.early:
             gradients = [_early_gradient(ctx, dloss), None, None]
         else:
             gradients = _gradients(ctx, dloss)
-        if overwritten is not None:
-            increment_version(overwritten)
         return (*gradients, None, None, None, None, None)
 
 
@@ -103,7 +100,10 @@ def _early_gradient(ctx: Any, dloss: Tensor) -> Tensor:
         dx = ctx.kernels.cross_entropy_fwd_bwd(
             input, target, weight, *ctx.options, dloss.dtype, False, False
         )[-1]
-    return ctx.kernels.cross_entropy_scale(dx, dloss)
+    dx = ctx.kernels.cross_entropy_scale(dx, dloss)
+    if ctx.inplace:
+        increment_version(dx)
+    return dx
 
 
 def _gradients(ctx: Any, dloss: Tensor) -> list[Tensor | None]:
@@ -117,6 +117,8 @@ def _gradients(ctx: Any, dloss: Tensor) -> list[Tensor | None]:
         dloss, input, target, weight, stats, scale, *ctx.options.of_backward(),
         want_dx, want_dtarget, ctx.inplace,
     )  # fmt: skip
+    if ctx.inplace:
+        increment_version(input)
     return [dx, dtarget, dweight]
 
 
@@ -124,8 +126,8 @@ def _composed_gradients(ctx: Any, dloss: Tensor) -> list[Tensor | None]:
     """Gradients of input, target and weight that can be differentiated again."""
     if ctx.early and ctx.inplace:
         raise RuntimeError(
-            "cross_entropy: expected inplace=False for create_graph=True: the gradient stands "
-            "where the logits were"
+            "cross_entropy: expected inplace=False for create_graph=True and for "
+            "is_grads_batched=True: the gradient stands where the logits were"
         )
     input, target, weight, _, _ = ctx.saved_tensors
     wants = ctx.needs_input_grad[:3]
@@ -454,7 +456,7 @@ def _check_indices(input: Tensor, target: Tensor) -> None:
             f"{tuple(input.shape)} (probabilities) for input of shape {tuple(input.shape)}, "
             f"got {tuple(target.shape)}"
         )
-        if input.dim() > 1 and target.dim() > 0 and target.shape[0] != input.shape[0]:
+        if target.shape[:1] != expected[:1]:
             raise ValueError(message)
         raise RuntimeError(message)
     if target.dtype not in _INDEX_DTYPES:
@@ -486,15 +488,17 @@ def _check_weight(weight: Tensor, classes: int, input: Tensor, target: Tensor) -
 
 
 def check_inplace(input: Tensor) -> None:
-    if input.is_leaf:
+    base = input if input._base is None else input._base
+    if base.is_leaf and base.requires_grad:
         raise RuntimeError(
-            "cross_entropy: expected inplace=False for a leaf that requires grad: its gradient "
-            "would take its own memory"
+            "cross_entropy: expected inplace=False for a leaf that requires grad, or a view of "
+            "one: its gradient would take its own memory"
         )
-    if any(
-        stride == 0 and size > 1 for size, stride in zip(input.shape, input.stride(), strict=True)
-    ):
-        raise RuntimeError(
-            "cross_entropy: expected inplace=False for an expanded input: several of its elements "
-            "share one place in memory"
-        )
+    reach = 0
+    for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise RuntimeError(
+                "cross_entropy: expected inplace=False for an input whose elements share places in "
+                "memory, such as an expanded one"
+            )
+        reach += (size - 1) * stride

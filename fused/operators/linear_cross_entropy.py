@@ -10,6 +10,7 @@ from fused.eager import cross_entropy as eager
 from fused.eager import linear_cross_entropy as chunked
 from fused.eager.linear_cross_entropy import Problem
 from fused.operators import library
+from fused.transforms import outlives_the_call
 
 _PROBLEM = (
     "Tensor x, Tensor w, Tensor? b, Tensor target, Tensor? weight, int ignore_index, "
@@ -32,7 +33,8 @@ def call(*arguments: Any) -> tuple[Tensor, ...]:
     """(loss,), or (loss, row_loss, lse, correct); the arguments are those of `Problem`, and
     whether the last three are wanted."""
     *problem, want_extras = arguments
-    wants = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in problem[:3]]
+    enabled = torch.is_grad_enabled() or outlives_the_call()
+    wants = [t is not None and t.requires_grad and enabled for t in problem[:3]]
     loss, *outputs = torch.ops.fused.linear_cross_entropy_fwd(*problem, *wants, want_extras)
     return (loss, *(t.detach() for t in outputs[:3])) if want_extras else (loss,)
 

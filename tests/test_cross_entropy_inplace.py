@@ -1,0 +1,113 @@
+"""Cross-entropy whose gradient takes the logits' memory."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import fused
+from tests.test_cross_entropy import example
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": False}], ids=str)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("shape", [(9, 27), (9, 27, 5), (2, 8192), (2, 8201)], ids=str)
+def test_inplace_takes_the_logits_memory(shape, kind, options, implementation, device) -> None:
+    leaf, target, _ = example(shape, torch.float32, device, kind)
+    leaf.requires_grad_()
+    (expected,) = torch.autograd.grad(fused.cross_entropy(leaf, target), leaf)
+    logits = leaf * 1.0
+    loss = fused.cross_entropy(logits, target, inplace=True, **options)
+    received: list[Tensor] = []
+    logits.register_hook(received.append)
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(gradient, expected)
+    assert received[0].data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("upstream", [1.0, 3.0])
+def test_inplace_in_a_padded_vocabulary(upstream, implementation, device) -> None:
+    """Logits that are a slice: what is beside them stays as it is."""
+    leaf, target, _ = example((9, 27), torch.float32, device)
+    leaf.requires_grad_()
+    (expected,) = torch.autograd.grad(fused.cross_entropy(leaf, target) * upstream, leaf)
+    padded = torch.cat((leaf, torch.full_like(leaf, 7.0)), 1) * 1.0
+    loss = fused.cross_entropy(padded[:, :27], target, inplace=True) * upstream
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(gradient, expected)
+    torch.testing.assert_close(padded[:, 27:], torch.full_like(leaf, 7.0), rtol=0, atol=0)
+
+
+def test_inplace_misuse_raises(implementation, device) -> None:
+    leaf, target, _ = example((9, 27), torch.float32, device)
+    leaf.requires_grad_()
+    before = leaf.detach().clone()
+    for logits, y in ((leaf, target), (leaf.view(9, 27), target), (leaf[0], target[0])):
+        with pytest.raises(RuntimeError, match="inplace=False for a leaf that requires grad"):
+            fused.cross_entropy(logits, y, inplace=True)
+    row = torch.zeros(27, device=device, requires_grad=True)  # is given a batch dimension
+    with pytest.raises(RuntimeError, match="inplace=False for a leaf that requires grad"):
+        fused.cross_entropy(row, target[0], inplace=True)
+    assert torch.equal(leaf, before) and not row.any()
+    for sharing in ((leaf * 1.0)[:1].expand(9, 27), (leaf * 1.0).as_strided((9, 27), (2, 1))):
+        with pytest.raises(RuntimeError, match="inplace=False for an input whose elements share"):
+            fused.cross_entropy(sharing, target, inplace=True)
+
+    logits = leaf * 1.0  # a second backward finds the gradient where the logits were
+    loss = fused.cross_entropy(logits, target, inplace=True)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+    loss = fused.cross_entropy(leaf * 1.0, target, inplace=True)
+    with pytest.raises(RuntimeError, match="inplace=False for create_graph=True"):
+        torch.autograd.grad(loss, leaf, create_graph=True)
+
+    logits = leaf * 1.0  # a graph that saved the logits before
+    squares = (logits**2).sum()
+    fused.cross_entropy(logits, target, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
+
+
+def test_inplace_without_gradient_changes_nothing(implementation, device) -> None:
+    logits, target, _ = example((9, 27), torch.float32, device)
+    before, version = logits.clone(), logits._version
+    fused.cross_entropy(logits, target, inplace=True)
+    with torch.no_grad():
+        fused.cross_entropy(logits.requires_grad_(), target, inplace=True)
+    torch.testing.assert_close(logits.detach(), before, rtol=0, atol=0)
+    assert logits._version == version
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": False}], ids=str)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_inplace_behind_a_checkpoint(reentrant, options, implementation, device) -> None:
+    """The logits are computed again for the backward, and overwritten again."""
+    gradients = []
+    ours = functools.partial(fused.cross_entropy, inplace=True, **options)
+    for function in (ours, F.cross_entropy):
+        leaf, target, _ = example((9, 27), torch.float32, device)
+
+        def loss(x: Tensor, target=target, function=function) -> Tensor:
+            return function(x * 2.0, target)
+
+        result = checkpoint(loss, leaf.requires_grad_(), use_reentrant=reentrant) * 3
+        result.backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_inplace_differentiated_twice_where_the_logits_are_still_there(
+    implementation, device
+) -> None:
+    penalties = []
+    for keywords in ({"inplace": True, "grad_in_forward": False}, {}):
+        leaf, target, _ = example((9, 27), torch.float32, device)
+        loss = fused.cross_entropy(leaf.requires_grad_() * 2.0, target, **keywords)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        penalties += torch.autograd.grad(gradient.square().sum(), leaf)
+    torch.testing.assert_close(*penalties)

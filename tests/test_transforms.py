@@ -1,0 +1,166 @@
+"""What goes through the operations of a call, of every operation: many gradients at once,
+forward-mode differentiation, torch.func under torch.compile, and graphs that are recorded."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fused
+
+# The compiler's and the tracer's own.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+Function = Callable[[Tensor], Tensor]
+
+
+def batch_norms(training: bool) -> tuple[Function, Function, Tensor]:
+    weight, mean, var = torch.rand(3, 3, dtype=torch.float64)
+    arguments: Any = (None, None, weight, None, True) if training else (mean, var, weight)
+
+    def ours(x: Tensor) -> Tensor:
+        return fused.batch_norm(x, *arguments, activation="silu")
+
+    def theirs(x: Tensor) -> Tensor:
+        return F.silu(F.batch_norm(x, *arguments))
+
+    return ours, theirs, torch.randn(4, 3, 2, dtype=torch.float64)
+
+
+def cross_entropies(reduction: str) -> tuple[Function, Function, Tensor]:
+    target = torch.tensor([0, 2, -100, 1])
+    options: Any = {"label_smoothing": 0.1, "reduction": reduction}
+
+    def ours(x: Tensor) -> Tensor:
+        return fused.cross_entropy(x, target, **options)
+
+    def theirs(x: Tensor) -> Tensor:
+        return F.cross_entropy(x, target, **options)
+
+    return ours, theirs, torch.randn(4, 3, dtype=torch.float64)
+
+
+def linear_cross_entropies(reduction: str) -> tuple[Function, Function, Tensor]:
+    target, w = torch.tensor([0, 2, -100, 1]), torch.randn(3, 5, dtype=torch.float64)
+
+    def ours(x: Tensor) -> Tensor:
+        return fused.linear_cross_entropy(x, w, target, reduction=reduction)
+
+    def theirs(x: Tensor) -> Tensor:
+        return F.cross_entropy(x @ w.T, target, reduction=reduction)
+
+    return ours, theirs, torch.randn(4, 5, dtype=torch.float64)
+
+
+CASES: dict[str, tuple[Callable[..., tuple[Function, Function, Tensor]], Any]] = {
+    "batch norm in training": (batch_norms, True),
+    "batch norm in evaluation": (batch_norms, False),
+    "cross-entropy": (cross_entropies, "mean"),
+    "cross-entropy of rows": (cross_entropies, "none"),
+    "linear cross-entropy": (linear_cross_entropies, "mean"),
+    "linear cross-entropy of rows": (linear_cross_entropies, "none"),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest, device: torch.device) -> tuple[Function, Function, Tensor]:
+    torch.manual_seed(0)
+    make, argument = CASES[request.param]
+    with device:
+        ours, theirs, x = make(argument)
+    return ours, theirs, x
+
+
+def test_many_gradients_at_once(case, implementation) -> None:
+    """is_grads_batched=True, as torch.autograd.functional.jacobian(vectorize=True) asks."""
+    gradients = []
+    for function in case[:2]:
+        x = case[2].clone().requires_grad_()
+        y = function(x)
+        upstream = torch.arange(1.0, 1 + 3 * y.numel(), device=y.device).view(3, *y.shape)
+        gradients += torch.autograd.grad(y, x, upstream.to(y.dtype).cos(), is_grads_batched=True)
+    torch.testing.assert_close(*gradients)
+
+
+def test_forward_mode(case) -> None:
+    ours, theirs, x = case
+    tangents = []
+    for function in (ours, theirs):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, x.cos())
+            tangents.append(forward_ad.unpack_dual(function(dual)).tangent)
+    torch.testing.assert_close(*tangents)
+
+
+@pytest.mark.parametrize("transform", ["grad", "jvp"])
+@pytest.mark.parametrize("case", [name for name in CASES if "rows" not in name], indirect=True)
+def test_functional_derivatives_compiled(case, transform) -> None:
+    ours, theirs, x = case
+
+    def transformed(function: Function) -> Function:
+        if transform == "grad":
+            return torch.func.grad(lambda x: function(x).square().sum())
+        return lambda x: torch.func.jvp(function, (x,), (x.cos(),))[1]
+
+    torch.compiler.reset()
+    compiled = torch.compile(transformed(ours), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), transformed(theirs)(x))
+
+
+def differentiated(function: Function, x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.clone().requires_grad_()
+    y = function(x)
+    return y, torch.autograd.grad(y.square().sum(), x)[0]
+
+
+def traced(function: Function, x: Tensor) -> Function:
+    return torch.jit.trace(function, x)
+
+
+def symbolic(function: Function, x: Tensor) -> Function:
+    return make_fx(function)(x)
+
+
+def exported(function: Function, x: Tensor) -> Function:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return function(x)
+
+    return torch.export.export(Model(), (x,)).module()
+
+
+@pytest.mark.parametrize("record", [traced, symbolic, exported], ids=lambda f: f.__name__)
+def test_recorded_graphs(case, record, implementation) -> None:
+    """Recorded of one input, run and differentiated with another."""
+    ours, _, x = case
+    graph = record(ours, x.clone().requires_grad_())
+    torch.testing.assert_close(differentiated(graph, x.cos()), differentiated(ours, x.cos()))
+
+
+@pytest.mark.parametrize("record", [traced, symbolic, exported], ids=lambda f: f.__name__)
+def test_batch_norm_recorded_without_gradients_has_them(record, implementation, device) -> None:
+    """The signs that relu's backward takes are part of the graph all the same."""
+    norm = fused.BatchNorm1d(3, activation="relu", device=device).eval().requires_grad_(False)
+    x = torch.randn(4, 3, 5, device=device)
+    with torch.no_grad():
+        graph = record(lambda x: norm(x, x), x)
+    torch.testing.assert_close(differentiated(graph, x), differentiated(lambda x: norm(x, x), x))
+
+
+def test_fake_tensors(case, implementation) -> None:
+    """Shapes without memory, as tools that plan memory make them."""
+    from torch._subclasses import FakeTensorMode
+
+    ours, _, x = case
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = mode.from_tensor(x).detach().requires_grad_()
+    with mode:
+        y = ours(fake)
+        (dx,) = torch.autograd.grad(y.sum(), fake)
+    assert y.shape == ours(x).shape and dx.shape == x.shape
+    assert y.dtype == dx.dtype == x.dtype
