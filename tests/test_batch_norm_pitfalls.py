@@ -246,6 +246,26 @@ def test_channels_last_input_with_a_contiguous_gradient(implementation, device) 
     torch.testing.assert_close(dx, upstream * weight.view(1, 2, 1, 1))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_strides_of_what_belongs_to_channels(training, implementation, device) -> None:
+    """Columns of a matrix, and one number for all channels, serve as weight, bias and statistics;
+    what is beside the running ones stays as it is."""
+    t = example((9, 5, 2), torch.float32, device)
+    columns = torch.stack([t["running_mean"], t["running_var"], t["weight"]], 1)
+    one = torch.full((1,), 2.0, device=device)
+    mean, var, weight = columns.unbind(1)
+    contiguous = t | {"bias": one.repeat(5)}
+    strided = t | {"running_mean": mean, "running_var": var, "weight": weight.requires_grad_()}
+    dx = []
+    for tensors in (contiguous, strided | {"bias": one.expand(5)}):
+        x = t["input"].clone().requires_grad_()
+        y = fused.batch_norm(**tensors | {"input": x}, training=training, activation="tanh")
+        dx.append(torch.autograd.grad(y, x, t["input"])[0])
+    torch.testing.assert_close(*dx, rtol=0, atol=0)
+    expected = [t[name] for name in ("running_mean", "running_var", "weight")]
+    torch.testing.assert_close(columns, torch.stack(expected, 1), rtol=0, atol=0)
+
+
 def test_gradient_of_stride_0(implementation, device) -> None:
     """`.sum()` sends back one number with stride 0: the sum's gradient is 0 but for rounding."""
     t = example((33, 5, 2), torch.float32, device)

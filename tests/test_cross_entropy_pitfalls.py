@@ -330,6 +330,21 @@ def test_non_contiguous_logits(strides, shape, kind, implementation, device) -> 
     check_against_torch(STRIDES[strides](logits), target, weight, implementation)
 
 
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_strides_of_class_weights(reduction, kind, implementation, device) -> None:
+    """A column of a matrix, and one number for all classes."""
+    logits, target, weight = example((9, 27), torch.float32, device, kind, weighted=True, ignored=0)
+    assert weight is not None
+    for strided in (torch.stack((weight, -weight), 1)[:, 0], weight[:1].expand(27)):
+        results = []
+        for w in (strided, strided.contiguous()):
+            x = logits.clone().requires_grad_()
+            loss = fused.cross_entropy(x, target, w, reduction=reduction)
+            results.append((loss, *torch.autograd.grad(loss.sum(), x)))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_inner_dimensions_that_do_not_collapse(implementation, device) -> None:
     logits, target, _ = example((2, 27, 3, 4), torch.float32, device)
     for order in ((0, 1, 3, 2), (0, 3, 1, 2), (3, 0, 2, 1)):
