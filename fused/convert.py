@@ -36,8 +36,11 @@ def convert(model: nn.Module, activations: bool = True) -> list[str]:
         model: any module; itself included.
         activations: whether a Tanh, ReLU, GELU (with the error function) or SiLU that follows a
             batch norm in a plain `nn.Sequential` is computed by the batch norm, and an
-            `nn.Identity` takes its place. Pairs with a forward hook on either, and batch norms or
-            sequences that occur in several places, are left as they are.
+            `nn.Identity` takes its place. Pairs with a hook on what is between them, and batch
+            norms or sequences that occur in several places, are left as they are. What knows only
+            torch's batch norm drops the activation: convert with `activations=False` before
+            `torch.nn.utils.fusion.fuse_conv_bn_eval`, and take `SyncBatchNorm` of fused, not of
+            torch, for `convert_sync_batchnorm`.
 
     Returns:
         What was changed, a line each: "features.1: BatchNorm2d with relu from features.2".
@@ -80,7 +83,8 @@ def _absorb_activations(
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._backward_hooks)
+    """Whether somebody looks at the module's output or at its gradient."""
+    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
 def _occurrences(model: nn.Module, module: nn.Module) -> int:

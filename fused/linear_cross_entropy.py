@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn.modules.loss import _WeightedLoss
 
 from fused import backend
-from fused.cross_entropy import CrossEntropyOutput, check, loss_dtype_of, options_of, under_autocast
+from fused.cross_entropy import CrossEntropyOutput
+from fused.cross_entropy_arguments import check, loss_dtype_of, options_of, under_autocast
 from fused.eager import cross_entropy as eager
 from fused.eager import linear_cross_entropy as chunked
 from fused.eager.linear_cross_entropy import Problem

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fused import backend
-from fused.cross_entropy import check, check_inplace, cross_entropy, loss_dtype_of, options_of
+from fused.cross_entropy import cross_entropy
+from fused.cross_entropy_arguments import check, check_inplace, loss_dtype_of, options_of
 from fused.operators import vocab_parallel_cross_entropy as operators
 
 

@@ -127,10 +127,13 @@ def test_leaves_alone_what_it_does_not_know() -> None:
     shared = nn.BatchNorm1d(4)
     hooked = nn.Tanh()
     hooked.register_forward_hook(lambda *_: None)
+    watched = nn.BatchNorm1d(4)
+    watched.register_full_backward_pre_hook(lambda *_: None)
     cases = {
         "a subclass": (OwnNorm(4), nn.Tanh()),
         "approximate gelu": (nn.BatchNorm1d(4), nn.GELU(approximate="tanh")),
         "a hook": (nn.BatchNorm1d(4), hooked),
+        "a hook of the gradient": (watched, nn.Tanh()),
         "another activation": (nn.BatchNorm1d(4), nn.ELU()),
     }
     for name, (norm, activation) in cases.items():

@@ -104,7 +104,7 @@ def test_inplace_behind_a_checkpoint(reentrant, options, implementation, device)
 def test_inplace_differentiated_twice_where_the_logits_are_still_there(
     implementation, device
 ) -> None:
-    penalties = []
+    penalties: list[Tensor] = []
     for keywords in ({"inplace": True, "grad_in_forward": False}, {}):
         leaf, target, _ = example((9, 27), torch.float32, device)
         loss = fused.cross_entropy(leaf.requires_grad_() * 2.0, target, **keywords)

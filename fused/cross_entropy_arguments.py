@@ -1,0 +1,176 @@
+"""What cross-entropy may be given: its options, the dtype of its loss, and what is refused."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+class Options(NamedTuple):
+    """The numbers of a call, in the order in which the implementations take them."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    z_loss: float
+    softcap: float
+    logit_scale: float
+
+    def of_backward(self) -> tuple[int, float, float, float, float]:
+        return (self.ignore_index, *self[2:])
+
+
+def options_of(
+    ignore_index: int,
+    reduction: str,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> Options:
+    numbers = {
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+    }
+    for name, number in numbers.items():
+        if isinstance(number, Tensor):
+            raise TypeError(
+                f"cross_entropy: expected {name} to be a number, which has no gradient, got a "
+                "Tensor; multiply the logits by a scale that is learned, before the call"
+            )
+    smoothing = max(label_smoothing, 0.0)  # torch takes a negative one for none
+    cap = 0.0 if softcap is None or softcap == math.inf else softcap
+    return Options(ignore_index, reduction, smoothing, z_loss, cap, logit_scale)
+
+
+def loss_dtype_of(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
+    dtype = input.dtype
+    if target.is_floating_point():
+        dtype = torch.promote_types(dtype, target.dtype)
+        if weight is not None:
+            dtype = torch.promote_types(dtype, weight.dtype)
+    if dtype.itemsize == 2 and under_autocast(input):
+        return torch.float32  # autocast computes losses in float32
+    return dtype
+
+
+def under_autocast(input: Tensor) -> bool:
+    # torch raises for devices that have no autocast, as meta.
+    return not input.is_meta and torch.is_autocast_enabled(input.device.type)
+
+
+def check(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> None:
+    """Refuses what torch refuses, with the same kind of error."""
+    if options.reduction not in _REDUCTIONS:
+        raise ValueError(
+            f"cross_entropy: expected reduction to be one of {', '.join(_REDUCTIONS)}, "
+            f"got {options.reduction!r}"
+        )
+    if not input.is_floating_point():
+        raise NotImplementedError(
+            f"cross_entropy: expected floating-point input, got {input.dtype}"
+        )
+    if input.dim() == 0:
+        raise RuntimeError("cross_entropy: expected input of shape (C,) or (N, C, ...), got ()")
+    if target.shape == input.shape:
+        _check_probabilities(target, options)
+    else:
+        _check_indices(input, target)
+    classes = input.shape[0 if input.dim() == 1 else 1]
+    if weight is not None:
+        _check_weight(weight, classes, input, target)
+    if options.label_smoothing > 1:
+        raise RuntimeError(
+            "cross_entropy: expected label_smoothing between 0 and 1, "
+            f"got {options.label_smoothing}"
+        )
+    if options.softcap < 0:
+        raise RuntimeError(
+            f"cross_entropy: expected softcap above 0, or None, got {options.softcap}"
+        )
+    for name, tensor in (("target", target), ("weight", weight)):
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(
+                f"cross_entropy: expected {name} on {input.device}, where input is, "
+                f"got {tensor.device}"
+            )
+
+
+def _check_probabilities(target: Tensor, options: Options) -> None:
+    if not target.is_floating_point():
+        raise RuntimeError(
+            "cross_entropy: expected a floating-point target, as it has the shape of input and so "
+            f"holds probabilities, got {target.dtype}"
+        )
+    if options.ignore_index >= 0:
+        raise RuntimeError(
+            "cross_entropy: expected no ignore_index for a target of probabilities, "
+            f"got {options.ignore_index}"
+        )
+
+
+def _check_indices(input: Tensor, target: Tensor) -> None:
+    if input.dim() == 1:
+        expected = torch.Size(())
+        fits = target.shape in (expected, (1,))
+    else:
+        expected = input.shape[:1] + input.shape[2:]
+        fits = target.shape == expected
+    if not fits:
+        message = (
+            f"cross_entropy: expected target of shape {tuple(expected)} (class indices) or "
+            f"{tuple(input.shape)} (probabilities) for input of shape {tuple(input.shape)}, "
+            f"got {tuple(target.shape)}"
+        )
+        if target.shape[:1] != expected[:1]:
+            raise ValueError(message)
+        raise RuntimeError(message)
+    if target.dtype not in _INDEX_DTYPES:
+        raise RuntimeError(
+            "cross_entropy: expected target of dtype int64, int32 or uint8 (class indices), "
+            f"got {target.dtype}"
+        )
+
+
+def _check_weight(weight: Tensor, classes: int, input: Tensor, target: Tensor) -> None:
+    if weight.shape != (classes,):
+        raise RuntimeError(
+            f"cross_entropy: expected weight of shape ({classes},), one for each class, "
+            f"got {tuple(weight.shape)}"
+        )
+    if target.is_floating_point():
+        return
+    if weight.dtype != input.dtype and not (
+        under_autocast(input) and torch.float64 not in (weight.dtype, input.dtype)
+    ):
+        raise RuntimeError(
+            f"cross_entropy: expected weight of dtype {input.dtype}, as input, got {weight.dtype}"
+        )
+    if weight.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "cross_entropy: expected a weight that needs no gradient for class indices, as torch "
+            "does; detach it, or give the target as probabilities"
+        )
+
+
+def check_inplace(input: Tensor) -> None:
+    base = input if input._base is None else input._base
+    if base.is_leaf and base.requires_grad:
+        raise RuntimeError(
+            "cross_entropy: expected inplace=False for a leaf that requires grad, or a view of "
+            "one: its gradient would take its own memory"
+        )
+    reach = 0
+    for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise RuntimeError(
+                "cross_entropy: expected inplace=False for an input whose elements share places in "
+                "memory, such as an expanded one"
+            )
+        reach += (size - 1) * stride
