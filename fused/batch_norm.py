@@ -12,7 +12,14 @@ from fused.eager import batch_norm as eager
 from fused.eager.batch_norm_small import batch_norm_small, is_small
 from fused.operators import batch_norm as operators
 from fused.second_order import differentiable_gradients
-from fused.transforms import is_composed, is_recorded, is_transformed, outlives_the_call
+from fused.transforms import (
+    as_leaf,
+    is_composed,
+    is_recorded,
+    is_symbolic,
+    is_transformed,
+    outlives_the_call,
+)
 
 ACTIVATIONS = (None, "tanh", "relu", "gelu", "silu")
 
@@ -186,6 +193,8 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         self.skip_nonfinite = skip_nonfinite
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if is_symbolic(input):
+            return as_leaf(self, input, residual)
         self._check_input_dim(input)
         return self._normalize(run, input, residual)
 

@@ -18,7 +18,7 @@ from fused.cross_entropy_arguments import (
 from fused.eager import cross_entropy as eager
 from fused.operators import cross_entropy as operators
 from fused.second_order import differentiable_gradients
-from fused.transforms import is_composed, is_recorded, is_transformed
+from fused.transforms import as_leaf, is_composed, is_recorded, is_symbolic, is_transformed
 
 _COMPUTED_IN_FLOAT32 = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -272,6 +272,8 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
         self.inplace, self.grad_in_forward = inplace, grad_in_forward
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if is_symbolic(input):
+            return as_leaf(self, input, target)
         return cross_entropy(
             input,
             target,

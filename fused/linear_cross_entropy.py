@@ -17,7 +17,7 @@ from fused.eager import linear_cross_entropy as chunked
 from fused.eager.linear_cross_entropy import Problem
 from fused.operators import linear_cross_entropy as operators
 from fused.second_order import differentiable_gradients
-from fused.transforms import is_composed, is_recorded, is_transformed
+from fused.transforms import as_leaf, is_composed, is_recorded, is_symbolic, is_transformed
 
 # What a chunk of logits may take. On a GPU its rows are what keeps the products efficient: 2048 of
 # 128k words in half precision; on a CPU it is to stay near the caches.
@@ -212,6 +212,8 @@ class LinearCrossEntropyLoss(_Twin):
         self.linear = nn.Linear(in_features, columns, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        if is_symbolic(input):
+            return as_leaf(self, input, target)
         shape = (self.num_classes, *self.out_features)
         bias = self.linear.bias
         return linear_cross_entropy(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fused import backend
 from fused.batch_norm import _BatchNorm, check, check_options, run, will_differentiate
 from fused.eager.batch_norm import update_running
+from fused.transforms import as_leaf, is_symbolic
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -73,6 +74,8 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     """
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if is_symbolic(input):
+            return as_leaf(self, input, residual)
         self._check_input_dim(input)
         synchronised = (
             self.training

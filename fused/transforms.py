@@ -1,7 +1,9 @@
 """What looks at the operations of a call, and so decides which may be called."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
@@ -35,3 +37,14 @@ def is_composed(upstream: Tensor) -> bool:
     """Whether a backward pass is made of operations that torch knows: if it is to be differentiated
     (create_graph=True), or upstream is many gradients at once (is_grads_batched=True)."""
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(upstream)
+
+
+def is_symbolic(input: Any) -> bool:
+    """Whether torch.fx.symbolic_trace calls a module: input then has no shape to look at."""
+    return isinstance(input, torch.fx.Proxy)
+
+
+def as_leaf(module: nn.Module, *inputs: Any) -> Any:
+    """The node of a symbolic graph that calls `module`, as it would call one of torch's."""
+    tracer = inputs[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})

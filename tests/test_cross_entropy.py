@@ -421,6 +421,8 @@ P, W = torch.full((4, 27), 1 / 27), torch.ones(27)
 REFUSED = {
     "reduction": (ValueError, {"input": X, "target": Y, "reduction": "avg"}, "got 'avg'"),
     "rows": (ValueError, {"input": X, "target": Y[:3]}, r"shape \(4,\).* got \(3,\)"),
+    "one index": (ValueError, {"input": X, "target": Y[0]}, r"got \(\)"),
+    "two indices": (ValueError, {"input": X[0], "target": Y[:2]}, r"got \(2,\)"),
     "no rows": (RuntimeError, {"input": X[0, 0], "target": Y[0]}, r"got \(\)"),
     "2-D target": (RuntimeError, {"input": X, "target": Y[:, None]}, r"got \(4, 1\)"),
     "inner": (RuntimeError, {"input": X[..., None], "target": Y[:, None, None]}, r"\(4, 1, 1\)"),
@@ -464,6 +466,21 @@ def test_refuses_what_torch_refuses(mistake, monkeypatch) -> None:
 def test_refuses_a_negative_cap() -> None:
     with pytest.raises(RuntimeError, match="softcap above 0, or None, got -1"):
         fused.cross_entropy(X, Y, softcap=-1.0)
+
+
+def test_an_infinite_cap_is_none() -> None:
+    torch.testing.assert_close(
+        fused.cross_entropy(P, Y, softcap=float("inf"), z_loss=0.1),
+        fused.cross_entropy(P, Y, z_loss=0.1),
+    )
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "softcap", "z_loss", "label_smoothing"])
+def test_refuses_numbers_that_are_tensors(name) -> None:
+    """A temperature that is learned would get no gradient, in silence."""
+    options = {name: torch.tensor(0.5, requires_grad=True)}
+    with pytest.raises(TypeError, match=f"expected {name} to be a number.*got a Tensor"):
+        fused.cross_entropy(X, Y, **options)
 
 
 @st.composite

@@ -152,6 +152,30 @@ def test_batch_norm_recorded_without_gradients_has_them(record, implementation, 
     torch.testing.assert_close(differentiated(graph, x), differentiated(lambda x: norm(x, x), x))
 
 
+def test_symbolic_trace(device) -> None:
+    """torch.fx takes our modules for leaves, as torch's."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = fused.BatchNorm1d(5, activation="relu")
+            self.sync = fused.SyncBatchNorm(5)
+            self.losses = nn.ModuleList(
+                (fused.CrossEntropyLoss(), fused.LinearCrossEntropyLoss(5, 5))
+            )
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            z = self.norm(x, self.sync(x))
+            return self.losses[0](z, y) + self.losses[1](z, target=y)
+
+    model = Model().to(device)
+    x, y = torch.randn(9, 5, device=device), torch.randint(5, (9,), device=device)
+    graph = torch.fx.symbolic_trace(model)
+    leaves = {node.target for node in graph.graph.nodes if node.op == "call_module"}
+    assert leaves == {"norm", "sync", "losses.0", "losses.1"}
+    torch.testing.assert_close(graph(x, y), model(x, y))
+
+
 def test_fake_tensors(case, implementation) -> None:
     """Shapes without memory, as tools that plan memory make them."""
     from torch._subclasses import FakeTensorMode
