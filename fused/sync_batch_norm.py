@@ -63,7 +63,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         return (dx, dweight, dbias, dresidual, *(None,) * 6)
 
 
-class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
+class SyncBatchNorm(_BatchNorm):
     """`torch.nn.SyncBatchNorm`, computed by the operations of `fused.batch_norm`, on CPUs too.
 
     In training with torch.distributed running, the statistics are those of all processes of
@@ -71,7 +71,33 @@ class SyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
     forward (count, mean and sum of squared deviations, merged in the order of the ranks) and one
     all-reduce backward. Otherwise it is `BatchNorm`. Takes what torch's takes, and `correction`,
     `activation` and `skip_nonfinite` of `fused.batch_norm`; the backward is differentiable once.
+    It is no subclass of torch's, which DistributedDataParallel refuses on a CPU.
     """
+
+    process_group: Any
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **keywords: Any,
+    ) -> None:
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **keywords
+        )
+        self.process_group = process_group
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(
+                f"SyncBatchNorm: expected input of shape (N, C, ...), got {tuple(input.shape)}"
+            )
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         if is_symbolic(input):

@@ -21,7 +21,8 @@ def is_recorded() -> bool:
     return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
+        or torch._C._len_torch_dispatch_stack() > 0
+        and any(torch._C._get_dispatch_mode(mode) is not None for mode in _MODES)
     )
 
 

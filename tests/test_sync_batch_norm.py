@@ -36,7 +36,8 @@ norm = fused.SyncBatchNorm(x.shape[1], **options)
 with torch.no_grad():
     norm.weight.copy_(data["weight"]), norm.bias.copy_(data["bias"])
 x = x.clone().requires_grad_()
-y = norm(x, residual) if with_residual else norm(x)
+parallel = torch.nn.parallel.DistributedDataParallel(norm)
+y = parallel(x, residual) if with_residual else parallel(x)
 y.backward(upstream)
 torch.save({"y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "db": norm.bias.grad,
             "buffers": dict(norm.named_buffers()), "calls": calls}, f"{folder}/out{rank}.pt")
@@ -96,7 +97,8 @@ def test_equals_one_process_with_the_whole_batch(case, tmp_path) -> None:
     close = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(torch.cat([r["y"] for r in results]), y.detach(), **close)
     torch.testing.assert_close(torch.cat([r["dx"] for r in results]), x.grad, **close)
-    # Parameter gradients are each process's own share: their sum is the whole.
+    # Parameter gradients are each process's own share, of which DistributedDataParallel made the
+    # mean in all of them: their sum is the whole.
     torch.testing.assert_close(sum(r["dw"] for r in results), norm.weight.grad, **close)
     torch.testing.assert_close(sum(r["db"] for r in results), norm.bias.grad, **close)
     for result in results:
@@ -109,7 +111,7 @@ def test_equals_one_process_with_the_whole_batch(case, tmp_path) -> None:
 
 def test_alone_it_is_batch_norm(implementation, device) -> None:
     ours, theirs = fused.SyncBatchNorm(3, device=device), nn.BatchNorm2d(3, device=device)
-    assert isinstance(ours, nn.SyncBatchNorm)
+    assert isinstance(ours, nn.modules.batchnorm._BatchNorm)
     x = torch.randn(4, 3, 5, 2, device=device)
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
@@ -118,6 +120,9 @@ def test_alone_it_is_batch_norm(implementation, device) -> None:
 def test_convert_sync_batchnorm() -> None:
     model = nn.Sequential(
         nn.BatchNorm1d(3), nn.Sequential(fused.BatchNorm2d(4, activation="relu")), nn.Linear(2, 2)
+    )
+    assert repr(fused.SyncBatchNorm(4, 1e-4, 0.2, True, True, None, "cpu", torch.float64)) == (
+        repr(nn.SyncBatchNorm(4, 1e-4, 0.2))
     )
     parameters = list(model.parameters())
     converted = fused.SyncBatchNorm.convert_sync_batchnorm(model)

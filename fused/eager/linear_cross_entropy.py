@@ -169,6 +169,7 @@ def _forward(
             scale = cross_entropy.row_scale(logits, p.target, p.weight, p.ignore_index, p.reduction)
             assert scale is not None
             loss = loss * scale
+            scale = scale.masked_fill(scale.isinf(), 0.0)  # a mean over no rows: gradients are 0
         loss = loss.to(p.loss_dtype)
     merged = None
     if want_extras:
