@@ -305,7 +305,7 @@ def _run(
     if no_batch:
         input = input.unsqueeze(0)
         target = target.reshape(input.shape if target.is_floating_point() else 1)
-    if is_transformed():
+    if is_transformed(input):
         outputs = eager.cross_entropy_composed(
             input, target, weight, *options, loss_dtype, want_extras
         )

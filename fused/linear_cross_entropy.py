@@ -277,7 +277,7 @@ def _run(
     budget = memory_budget_bytes or _BUDGETS.get(input.device.type, _BUDGETS["cpu"])
     numbers: tuple[Any, ...] = (*options, loss_dtype, _chunk(input, linear_weight, budget))
     tensors = (input, linear_weight, linear_bias, target, weight)
-    if is_transformed() or _wants_more(target, weight):
+    if is_transformed(input) or _wants_more(target, weight):
         outputs = _composed(Problem(*tensors, *numbers), want_extras)
     elif is_recorded():
         outputs = operators.call(*tensors, *numbers, want_extras)

@@ -9,10 +9,14 @@ from torch.autograd import forward_ad
 _MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation goes through every operation: they know
-    torch's own."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def is_transformed(input: Tensor) -> bool:
+    """Whether torch.func, forward-mode differentiation, or a tensor made of others, as DTensor,
+    goes through every operation: they know torch's own."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or hasattr(type(input), "__tensor_flatten__")
+    )
 
 
 def is_recorded() -> bool:

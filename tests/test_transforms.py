@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fused
 
@@ -65,6 +66,7 @@ CASES: dict[str, tuple[Callable[..., tuple[Function, Function, Tensor]], Any]] =
     "linear cross-entropy": (linear_cross_entropies, "mean"),
     "linear cross-entropy of rows": (linear_cross_entropies, "none"),
 }
+REDUCED = [name for name in CASES if "rows" not in name]
 
 
 @pytest.fixture(params=CASES)
@@ -98,7 +100,7 @@ def test_forward_mode(case) -> None:
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp"])
-@pytest.mark.parametrize("case", [name for name in CASES if "rows" not in name], indirect=True)
+@pytest.mark.parametrize("case", REDUCED, indirect=True)
 def test_functional_derivatives_compiled(case, transform) -> None:
     ours, theirs, x = case
 
@@ -135,6 +137,7 @@ def exported(function: Function, x: Tensor) -> Function:
 
 
 @pytest.mark.parametrize("record", [traced, symbolic, exported], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", REDUCED, indirect=True)
 def test_recorded_graphs(case, record, implementation) -> None:
     """Recorded of one input, run and differentiated with another."""
     ours, _, x = case
@@ -150,6 +153,18 @@ def test_batch_norm_recorded_without_gradients_has_them(record, implementation, 
     with torch.no_grad():
         graph = record(lambda x: norm(x, x), x)
     torch.testing.assert_close(differentiated(graph, x), differentiated(lambda x: norm(x, x), x))
+
+
+def test_tensors_made_of_others(case, implementation) -> None:
+    """As DTensor is; they see torch's operations, and have no memory that a kernel could read."""
+    ours, _, x = case
+    pair = TwoTensor(x, x.cos()).requires_grad_()
+    y = ours(pair)
+    assert type(y) is TwoTensor
+    (dx,) = torch.autograd.grad(y.square().sum(), pair)
+    for half, part in (("a", x), ("b", x.cos())):
+        found = getattr(y, half).detach(), getattr(dx, half)
+        torch.testing.assert_close(found, differentiated(ours, part))
 
 
 def test_symbolic_trace(device) -> None:
