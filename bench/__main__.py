@@ -6,6 +6,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler ta
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -29,11 +30,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", choices=["quick", "full"], default="quick")
     parser.add_argument("--op", action="append", metavar="NAME", help="an operation; repeatable")
     parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains it")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--device", type=_device, help="default: cuda where there is one, else cpu")
     parser.add_argument(
-        "--threads", type=int, help="of torch and JAX on the CPU (default: their own choice)"
+        "--threads", type=_threads, help="of torch and JAX on the CPU (default: their own choice)"
     )
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="default: by the suite")
+    parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help="default: by the suite")
     parser.add_argument(
         "--out", type=Path, help="the JSON (default: bench/results/DEVICE-DATE.json)"
     )
@@ -54,8 +55,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
+    return device
+
+
+def _threads(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return seconds
+
+
 def _run(arguments: argparse.Namespace) -> None:
-    device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device here")
     if device.type == "cuda" and device.index is not None:
@@ -65,6 +89,10 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
         os.environ["NPROC"] = str(arguments.threads)  # XLA's, for JAX; XLA_FLAGS leave it several
+    if arguments.out:  # now, not when everything is measured
+        if arguments.out.is_dir():
+            raise ValueError(f"--out {arguments.out}: expected a file, which is a folder")
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
     budget = arguments.budget or runner.BUDGETS[arguments.suite]
     result = runner.run(arguments.suite, arguments.op, arguments.case, device, budget)
     name = f"{machine.slug(result['machine'])}-{result['date'][:10]}.json"

@@ -216,6 +216,8 @@ def report(
         for case in op.kernel_cases()
         if (only or "") in str(case)
     ]
+    if not todo:
+        raise ValueError(f"no kernel case has {only!r} in its name")
     bounded = {name for name, op, case in todo if op.least_bytes(case)}
     counts = {name: iter(traffic.counted(name, only)) for name in bounded}
     found = []

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import __main__ as bench_main
 from bench import assembly, report, runner, tables
 from bench.cases import Case, Contender, Phase, differentiable
 from bench.measure import Times, interleave, on_device, peak_bytes, wall
@@ -271,12 +272,25 @@ def test_compare_says_what_changed(tmp_path) -> None:
         (["--case", "nope"], "bench: no case of the suite has 'nope' in its name"),
         (["compare", "no.json", "no.json"], "bench: [Errno 2]"),
         (["kernels", "--target", "sm_1"], "bench: expected --target of sm_80"),
+        (["kernels", "--case", "nope"], "bench: no kernel case has 'nope' in its name"),
+        (["--out", "tests"], "bench: --out tests: expected a file"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message) -> None:
     result = bench(*arguments)
     assert result.returncode == 1 and not result.stdout
     assert result.stderr.startswith(message) and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "option, value",
+    [("device", "gpu"), ("device", "meta"), ("threads", "-1"), ("threads", "0"), ("budget", "nan")],
+)
+def test_options_out_of_range_are_refused(option, value, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["bench", f"--{option}", value])
+    with pytest.raises(SystemExit, match="2"):
+        bench_main.main()
+    assert f"argument --{option}: expected" in capsys.readouterr().err
 
 
 def test_the_page_is_what_the_results_say() -> None:
