@@ -92,9 +92,11 @@ def train_mlp(
     elif not all(p.is_contiguous() for p in models):
         raise ValueError("train_mlp: parameters to be updated in place must be contiguous")
     C, W1, _, W2, b2, bngain, bnbias = (p.detach() for p in models)
+    # What is gathered lies as they do; numba would compile for other strides anew.
+    x, y, index = (t.long().contiguous() for t in (x, y, index))
     losses = implementation.mlp_train(
-        C, W1, W2, b2, bngain.squeeze(1), bnbias.squeeze(1), x.long(), y.long(),
-        index.long() if index.dim() == 3 else index.long().unsqueeze(0), lr, eps,
+        C, W1, W2, b2, bngain.squeeze(1), bnbias.squeeze(1), x, y,
+        index if index.dim() == 3 else index.unsqueeze(0), lr, eps,
     )  # fmt: skip
     if inplace:
         return parameters, losses[0] if one else losses

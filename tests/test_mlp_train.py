@@ -157,6 +157,16 @@ def test_calls_and_runs_do_not_matter(method) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_strides_do_not_matter(method) -> None:
+    p, x, y, index = start(SMALL, 3, method)
+    plain = fused.train_mlp(p, x, y, index, 0.1, method=method)
+    columns = [t.mT.contiguous().mT for t in (x, y.expand(2, -1), index)]
+    transposed = MLPParameters(*(t.mT.contiguous().mT if t.dim() > 1 else t for t in p))
+    found = fused.train_mlp(transposed, columns[0], columns[1][0], columns[2], 0.1, method=method)
+    assert_equal(found, plain)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_in_place_on_request_only(method) -> None:
     p, x, y, index = start(SMALL, 2, method)
     before = MLPParameters(*(t.clone() for t in p))
