@@ -38,6 +38,8 @@ def batch_norm_small(
         t = (n - 1) / n
         eps *= t
         gamma = x.new_full((c,), t**0.5) if gamma is None else gamma * t**0.5
+    if gamma is not None:
+        gamma = gamma.contiguous()  # PyTorch's backward takes no notice of its stride
     batch = x.new_zeros(2, c)
     mean, var = batch.unbind()  # become the mean and the unbiased variance
     y, _, rstd = torch.native_batch_norm(x, gamma, beta, mean, var, True, 1.0, eps)
