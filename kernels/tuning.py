@@ -415,12 +415,26 @@ class MLPStepPlan:
     BLOCK_R: int
     BLOCK_E: int
     num_warps: int
+    max_registers: int | None  # of a thread of the backward kernel; None leaves it to the assembler
 
 
-def mlp_step(context: int, embedding: int, hidden: int, vocabulary: int, batch: int) -> MLPStepPlan:
-    """Small tiles: a step is short, and many programs finish it sooner than large ones."""
+def mlp_step(
+    models: int, context: int, embedding: int, hidden: int, vocabulary: int, batch: int
+) -> MLPStepPlan:
+    """Small tiles: a step is short, and many programs finish it sooner than large ones.
+
+    Raises ValueError beyond the offsets within a network, which are int32, or the grid.
+    """
+    features = context * embedding
+    largest = max(vocabulary * embedding, max(features, vocabulary, batch) * hidden,
+                  max(features, vocabulary) * batch)  # fmt: skip
+    if largest >= 2**31 or models > 65535:
+        raise ValueError(
+            "a step takes up to 65535 networks, whose tensors have fewer than 2147483648 numbers "
+            f"each; got {models} networks with a tensor of {largest}; use fewer or smaller ones"
+        )
     blocks = (hidden + 15) // 16
-    block_e = next_power_of_2(embedding)
+    block_e = min(256, next_power_of_2(embedding))
     # Parts of demb x rows x numbers: 32 loads a thread in flight.
     block_p = min(16, next_power_of_2(blocks))
     return MLPStepPlan(
@@ -435,4 +449,6 @@ def mlp_step(context: int, embedding: int, hidden: int, vocabulary: int, batch: 
         BLOCK_R=max(1, min(4096 // (block_p * block_e), next_power_of_2(batch * context))),
         BLOCK_E=block_e,
         num_warps=4,
+        # From 33 examples on it would rather spill some bytes than have one program fewer resident.
+        max_registers=255 if batch > 32 else None,
     )

@@ -137,6 +137,13 @@ def test_many_sizes(method, V, T, H, B) -> None:
     assert_close(fused.train_mlp(*data, 0.1, method=method), expected(*data, 0.1), B)
 
 
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_an_embedding_of_two_tiles(method) -> None:
+    """Of 256 numbers each in "graph", whose table's other grid axes are characters and networks."""
+    data = start(Sizes(V=3, T=2, E=300, H=20, B=5), 2, method)
+    assert_close(fused.train_mlp(*data, 0.1, method=method), expected(*data, 0.1), 5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("streams", [1, 2, 4])
 def test_models_together_are_models_alone(method, streams) -> None:
@@ -363,6 +370,16 @@ def test_what_one_multiprocessor_cannot_hold() -> None:
         tuning.mlp_train(12, 2, 64, 27, 16, 232448)
 
 
+def test_what_the_kernels_of_a_step_cannot_number() -> None:
+    from fused.kernels import tuning
+
+    assert tuning.mlp_step(65535, 1, 4096, 32768, 50257, 32).BLOCK_E == 256
+    with pytest.raises(ValueError, match="1 networks with a tensor of 2147483648; use"):
+        tuning.mlp_step(1, 16, 4096, 32768, 27, 32)
+    with pytest.raises(ValueError, match="up to 65535 networks, .* got 65536"):
+        tuning.mlp_step(65536, 3, 10, 200, 27, 32)
+
+
 COMPILE = """
 import itertools, json, sys; sys.path.insert(0, {root!r})
 import torch
@@ -420,8 +437,8 @@ def test_the_kernels_compile_for_large_networks() -> None:
     rows = compiled("mlp_train", *sizes)
     assert all(row[4] for row in rows if row[2] != "gfx942")
     assert all(row[3] <= (320 if row[2] == "gfx942" else 80) for row in rows if row[1] == 200)
-    rows = compiled("mlp_step", (16, 24, 2048, 300, 512), (1, 64, 4096, 27, 64))
-    assert all(row[3] <= 8 for row in rows)
+    sizes = (16, 24, 2048, 300, 512), (8, 3, 100, 65, 48), (1, 1024, 200, 5000, 32)
+    assert all(row[3] == 0 for row in compiled("mlp_step", *sizes))
 
 
 @pytest.mark.cuda
