@@ -332,6 +332,7 @@ class MLPTrainPlan:
     BLOCK_T: int
     bits: int  # of a character
     num_warps: int
+    lanes: int  # of a warp: 32 on NVIDIA, 64 on AMD
 
     @property
     def max_registers(self) -> int:
@@ -351,17 +352,20 @@ class MLPTrainPlan:
     @property
     def shared_bytes(self) -> int:
         """At most what the compiler takes of shared memory: for the factors of such a sum, a copy
-        of each for every tile that needs it, two float16 numbers each, and an eighth of padding."""
+        of each for every tile that needs it, two float16 numbers each, and an eighth of padding;
+        on AMD one of the two at a time, and no padding."""
         most = 0
         for n in (self.BLOCK_V, self.BLOCK_F):
             a, b = self.columns(n) * self.BLOCK_B, self.rows * n
             most = max(most, a, b, (a + b) // 2)
-        return 2 * 2 * self.groups * self.units * most * 9 // 8
+        one = 2 * self.groups * self.units * most
+        return one if self.lanes == 64 else 2 * one * 9 // 8
 
 
 def mlp_train(
-    context: int, embedding: int, hidden: int, vocabulary: int, batch: int, shared_memory: int
-) -> MLPTrainPlan:
+    context: int, embedding: int, hidden: int, vocabulary: int, batch: int, shared_memory: int,
+    lanes: int = 32,
+) -> MLPTrainPlan:  # fmt: skip
     """One warp a group of hidden units, one more unit than there are: it carries the bias b2.
 
     Raises ValueError where a program cannot hold the model in `shared_memory` bytes.
@@ -381,6 +385,7 @@ def mlp_train(
         BLOCK_T=next_power_of_2(context),
         bits=max(1, (vocabulary - 1).bit_length()),
         num_warps=min(groups, 16),
+        lanes=lanes,
     )
     if plan.shared_bytes > shared_memory:
         raise ValueError(

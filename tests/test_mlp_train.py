@@ -1,6 +1,7 @@
 """fused.train_mlp: every method takes the reference's steps, alone and together, whole and cut."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ from tests.test_package import ROOT
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+TRITON = importlib.metadata.version("triton") if HAS_TRITON else ""
 METHODS = [
     *(
         pytest.param(
@@ -364,13 +366,16 @@ def test_what_one_multiprocessor_cannot_hold() -> None:
     from fused.kernels import tuning
 
     assert tuning.mlp_train(3, 10, 200, 27, 32, 232448).shared_bytes == 73728
+    assert tuning.mlp_train(3, 10, 200, 27, 32, 65536, lanes=64).shared_bytes == 32768
+    with pytest.raises(ValueError, match="131072 bytes, and it has 65536"):
+        tuning.mlp_train(3, 10, 200, 27, 512, 65536, lanes=64)
     with pytest.raises(ValueError, match="294912 bytes, and it has 232448"):
         tuning.mlp_train(3, 10, 200, 27, 512, 232448)
     with pytest.raises(ValueError, match="12 characters of context .* 65 together"):
         tuning.mlp_train(12, 2, 64, 27, 16, 232448)
 
 
-def test_what_the_kernels_of_a_step_cannot_number() -> None:
+def test_what_the_kernels_cannot_number() -> None:
     from fused.kernels import tuning
 
     assert tuning.mlp_step(65535, 1, 4096, 32768, 50257, 32).BLOCK_E == 256
@@ -378,6 +383,12 @@ def test_what_the_kernels_of_a_step_cannot_number() -> None:
         tuning.mlp_step(1, 16, 4096, 32768, 27, 32)
     with pytest.raises(ValueError, match="up to 65535 networks, .* got 65536"):
         tuning.mlp_step(65536, 3, 10, 200, 27, 32)
+    mlp_train = pytest.importorskip("fused.kernels.mlp_train")
+    p, x, y, _ = start(SMALL, 1, "numba", models=1)
+    C, W1, _, W2, b2, gain, bias = (t.to("meta") for t in p)
+    index = torch.empty(1, 2**29, 4, device="meta", dtype=torch.int64)
+    with pytest.raises(ValueError, match="got 536870912 steps of 4; take"):
+        mlp_train.mlp_train(C, W1, W2, b2, gain[0], bias[0], x, y, index, gain, 1e-5)
 
 
 COMPILE = """
@@ -395,7 +406,8 @@ for (T, E, H, V, B), target in itertools.product({sizes}, kernels.TARGETS):
     with kernels.catch_launches() as launches:
         {module}.mlp_train(*p, x, y, index, torch.ones(1), 1e-5)
     one = "{module}" == "mlp_train"
-    most = tuning.mlp_train(T, E, H, V, B, 2**40).shared_bytes if one else 2**40
+    lanes = 64 if target == "gfx942" else 32
+    most = tuning.mlp_train(T, E, H, V, B, 2**40, lanes).shared_bytes if one else 2**40
     for launch in launches:
         c = kernels.compile_launch(launch, target)
         print(json.dumps([launch.kernel.__name__, H, target, c.spilled, c.shared <= most]))
@@ -415,12 +427,12 @@ def compiled(module: str, *sizes: tuple[int, ...]) -> list[list]:
 
 
 def test_the_kernel_of_64_units_spills_nothing() -> None:
-    """8 bytes on sm_100 are needed behind the loop only. 200 units are in docs/performance.md."""
+    """200 units are in docs/performance.md, and in a slow test."""
     spilled = {row[2]: row[3] for row in compiled("mlp_train", (3, 10, 64, 27, 32))}
-    assert spilled["sm_80"] == spilled["sm_90"] == 0 and spilled["sm_100"] <= 8
+    assert spilled["sm_80"] == spilled["sm_90"] == spilled["sm_100"] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="100 registers")
+@pytest.mark.xfail(strict=True, reason="91 registers")
 def test_the_kernel_of_64_units_spills_nothing_on_gfx942() -> None:
     spilled = {row[2]: row[3] for row in compiled("mlp_train", (3, 10, 64, 27, 32))}
     assert spilled["gfx942"] == 0
@@ -435,8 +447,11 @@ def test_the_kernels_of_a_step_spill_nothing() -> None:
 def test_the_kernels_compile_for_large_networks() -> None:
     sizes = (3, 10, 200, 27, 32), (8, 4, 100, 65, 20), (1, 10, 400, 27, 32)
     rows = compiled("mlp_train", *sizes)
-    assert all(row[4] for row in rows if row[2] != "gfx942")
-    assert all(row[3] <= (320 if row[2] == "gfx942" else 80) for row in rows if row[1] == 200)
+    assert all(row[4] for row in rows)
+    spilled = {row[2]: row[3] for row in rows if row[1] == 200}
+    if TRITON.startswith("3.7."):
+        assert spilled["sm_90"] == 0 and max(spilled["sm_80"], spilled["sm_100"]) <= 48
+    assert spilled.pop("gfx942") <= 320 and max(spilled.values()) <= 80
     sizes = (16, 24, 2048, 300, 512), (8, 3, 100, 65, 48), (1, 1024, 200, 5000, 32)
     assert all(row[3] == 0 for row in compiled("mlp_step", *sizes))
 
