@@ -9,6 +9,7 @@ run over the examples of one unit; or a few examples; or one character:
     backward  a block of units    dy = (1 - h^2) * (dz @ W2^T)    dW2, dgain, dbias, dW1
                                   its part of demb = q @ (gain * rstd * W1)^T
     table     a character         dC from its rows of demb, summed over parts    db2
+              (256 numbers of it)
 
 and whoever has a gradient updates the parameter. Every number has one program that adds it up in a
 fixed order: two runs are equal to the last bit. All loops go over blocks, so only the memory limits

@@ -245,11 +245,11 @@ def _mlp_train_kernel(
     rows_mask = r_mask[:, None] & (e < E)[None, :]
 
     word = tl.load(words_ptr + b, mask=b_mask & (b < n_steps * B), other=0)
-    at = 0  # of the step's words. Added to their address it would be 64 bits for every layout of b.
+    done = 0  # examples; added to loss_ptr it would take 64 bits a thread instead of 32
     for step in range(n_steps):
         # A step ahead: from memory it takes a good part of a step.
         more = b_mask & (b < (n_steps - 1 - step) * B)
-        ahead = tl.load(words_ptr + (at + B + b), mask=more, other=0)
+        ahead = tl.load(words_ptr + B + b, mask=more, other=0)
         # Hidden units are rows and examples columns: their sums over the batch stay in a warp.
         x = (word[None, :] >> emb_shift) & CHARACTER
         emb = tl.load(C_ptr + (emb_col + x * E), mask=emb_mask & (x < V), other=0.0)  # (F, B)
@@ -271,13 +271,13 @@ def _mlp_train_kernel(
             z += _sum_over_units(h_factor[part], W2[part], ROWS, COLS_V, PRECISION)
 
         z = tl.where(v_mask[None, :], z, float("-inf"))  # (B, V)
-        y = tl.load(words_ptr + (at + b), mask=b_mask, other=0) >> (T * BITS)
+        y = tl.load(words_ptr + b, mask=b_mask, other=0) >> (T * BITS)
         hit = (y[:, None] == v[None, :]) & v_mask[None, :]
         z -= tl.max(z, axis=1, keep_dims=True)
         p = tl.exp(z)
         s = tl.sum(p, axis=1, keep_dims=True)
         # At b + v - y with v == y: at b, by addresses that run along v as the values do.
-        loss_at = loss_ptr + b[:, None] + (v[None, :] - y[:, None])
+        loss_at = loss_ptr + (done + b[:, None] + (v[None, :] - y[:, None]))
         tl.store(loss_at, tl.log(s) - z, mask=hit & b_mask[:, None])
         dz = tl.where(b_mask[:, None], (p / s - hit.to(tl.float32)) * SCALE, 0.0)
         dz = _factor(dz, PRECISION)
@@ -325,7 +325,7 @@ def _mlp_train_kernel(
         tl.debug_barrier()
         rows_high = tl.load(high_ptr + rows_at, mask=rows_mask, other=0.0)  # (T*B, E)
         rows_low = tl.load(low_ptr + rows_at, mask=rows_mask, other=0.0)
-        of_row = tl.load(words_ptr + (at + example), mask=r_mask, other=0)
+        of_row = tl.load(words_ptr + example, mask=r_mask, other=0)
         of_row = tl.where(r_mask, (of_row >> (position * BITS)) & CHARACTER, -1)
         onehot = v[:, None] == of_row[None, :]  # (V, T*B)
         C = tl.load(C_at, mask=C_mask, other=0.0)  # (V, E)
@@ -333,8 +333,8 @@ def _mlp_train_kernel(
         tl.store(C_at, C, mask=C_mask)
         tl.debug_barrier()
         word = ahead
-        at += B
-        loss_ptr += B
+        words_ptr += B
+        done += B
 
     for part in tl.static_range(PARTS):
         affine = tl.where(col % 2 == 0, gain[part], bias[part])

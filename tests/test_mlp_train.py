@@ -432,7 +432,7 @@ def test_the_kernel_of_64_units_spills_nothing() -> None:
     assert spilled["sm_80"] == spilled["sm_90"] == spilled["sm_100"] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="91 registers")
+@pytest.mark.xfail(strict=True, reason="86 registers")
 def test_the_kernel_of_64_units_spills_nothing_on_gfx942() -> None:
     spilled = {row[2]: row[3] for row in compiled("mlp_train", (3, 10, 64, 27, 32))}
     assert spilled["gfx942"] == 0
@@ -450,7 +450,8 @@ def test_the_kernels_compile_for_large_networks() -> None:
     assert all(row[4] for row in rows)
     spilled = {row[2]: row[3] for row in rows if row[1] == 200}
     if TRITON.startswith("3.7."):
-        assert spilled["sm_90"] == 0 and max(spilled["sm_80"], spilled["sm_100"]) <= 48
+        most = {"sm_80": 56, "sm_90": 0, "sm_100": 40, "gfx942": 152}
+        assert all(spilled[target] <= most[target] for target in most)
     assert spilled.pop("gfx942") <= 320 and max(spilled.values()) <= 80
     sizes = (16, 24, 2048, 300, 512), (8, 3, 100, 65, 48), (1, 1024, 200, 5000, 32)
     assert all(row[3] == 0 for row in compiled("mlp_step", *sizes))
