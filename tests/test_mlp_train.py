@@ -455,8 +455,8 @@ def test_the_kernels_compile_for_large_networks() -> None:
         assert all(spilled[target] <= most[target] for target in most)
     assert spilled.pop("gfx942") <= 320 and max(spilled.values()) <= 80
     sizes = (16, 24, 2048, 300, 512), (8, 3, 100, 65, 48), (1, 1024, 200, 5000, 32)
-    spilled = [row for row in compiled("mlp_step", *sizes) if row[3]]
-    assert all(row[:3] == ["_mlp_logits_kernel", 200, "sm_90"] and row[3] <= 8 for row in spilled)
+    spilling = [row for row in compiled("mlp_step", *sizes) if row[3]]
+    assert all(row[:3] == ["_mlp_logits_kernel", 200, "sm_90"] and row[3] <= 8 for row in spilling)
 
 
 @pytest.mark.cuda
