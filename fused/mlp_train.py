@@ -67,8 +67,10 @@ def train_mlp(
         eps: what batch norm adds to the variance.
         method: "persistent", one launch of a Triton kernel in which every network is one program
             (fused/kernels/mlp_train.py); "graph", four Triton kernels a step in a CUDA graph, for
-            networks of any size (fused/kernels/mlp_step.py); "numba", a compiled loop on the CPU,
-            for the optional extra `numba`; "eager", PyTorch's operations.
+            networks of any size (fused/kernels/mlp_step.py): every call from 64 steps on captures
+            its graph anew, which takes the CPU as long as 64 steps launched one by one, so a call
+            should take thousands; "numba", a compiled loop on the CPU, for the optional extra
+            `numba`; "eager", PyTorch's operations.
             "auto" takes the fastest of them that can serve these tensors (`train_mlp_method`).
         inplace: write the new parameters into `parameters` instead of new tensors.
 

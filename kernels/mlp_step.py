@@ -9,6 +9,7 @@ run over the examples of one unit; or a few examples; or one character:
     backward  a block of units    dy = (1 - h^2) * (dz @ W2^T)    dW2, dgain, dbias, dW1
                                   its part of demb = q @ (gain * rstd * W1)^T
     table     a character         dC from its rows of demb, summed over parts    db2
+              (256 numbers of it)
 
 and whoever has a gradient updates the parameter. Every number has one program that adds it up in a
 fixed order: two runs are equal to the last bit. All loops go over blocks, so only the memory limits
@@ -301,7 +302,7 @@ def _mlp_table_kernel(
     model = tl.program_id(1).to(tl.int64)
     x_ptr += (model % n_streams) * stride_stream
     demb_ptr += model * n_parts * (B * T * E)
-    e = tl.arange(0, BLOCK_E)
+    e = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
     part = tl.arange(0, BLOCK_P)[:, None, None]
     dC = tl.zeros((BLOCK_E,), dtype=tl.float32)
     for r0 in range(0, B * T, BLOCK_R):
@@ -318,12 +319,13 @@ def _mlp_table_kernel(
     rate = -tl.load(lr_ptr + model) / (B * _SCALE)
     C_at = C_ptr + (model * V + v) * E + e
     tl.store(C_at, tl.load(C_at, mask=e < E, other=0.0) + rate * dC, mask=e < E)
-    db2 = tl.zeros((BLOCK_B,), dtype=tl.float32)
-    for b0 in range(0, B, BLOCK_B):
-        b = b0 + tl.arange(0, BLOCK_B)
-        db2 += tl.load(dz_ptr + (model * B + b) * V + v, mask=b < B, other=0.0)
-    b2_at = b2_ptr + model * V + v
-    tl.store(b2_at, tl.load(b2_at) + rate * tl.sum(db2, axis=0))
+    if tl.program_id(2) == 0:
+        db2 = tl.zeros((BLOCK_B,), dtype=tl.float32)
+        for b0 in range(0, B, BLOCK_B):
+            b = b0 + tl.arange(0, BLOCK_B)
+            db2 += tl.load(dz_ptr + (model * B + b) * V + v, mask=b < B, other=0.0)
+        b2_at = b2_ptr + model * V + v
+        tl.store(b2_at, tl.load(b2_at) + rate * tl.sum(db2, axis=0))
 
 
 class Steps:
@@ -340,7 +342,7 @@ class Steps:
         n_models, V, E = C.shape
         H = W1.shape[2]
         self.parameters, self.lr, self.eps = (C, W1, W2, b2, gain, bias), lr, eps
-        self.plan = p = tuning.mlp_step(n_context, E, H, V, n_batch)
+        self.plan = p = tuning.mlp_step(n_models, n_context, E, H, V, n_batch)
         shape = n_streams, tuning.MLP_STEP_CHUNK, n_batch
         self.x = torch.zeros(*shape, n_context, dtype=torch.int32, device=C.device)
         self.y = torch.zeros(shape, dtype=torch.int32, device=C.device)
@@ -356,6 +358,7 @@ class Steps:
         n_streams, _, B, T = self.x.shape
         H, p = W1.shape[2], self.plan
         x, y, loss = self.x[:, i], self.y[:, i], self.losses[:, i]
+        options = {} if torch.version.hip else {"maxnreg": p.max_registers}
         _mlp_hidden_kernel[(p.hidden_blocks, n_models)](
             C, W1, gain, bias, x, self.xhat, self.h, self.rstd, n_streams, x.stride(0), self.eps,
             T=T, E=E, H=H, V=V, B=B, BLOCK_B=p.BLOCK_B, BLOCK_H=p.BLOCK_H, BLOCK_K=p.BLOCK_K,
@@ -370,9 +373,9 @@ class Steps:
             C, W1, W2, gain, bias, x, self.xhat, self.h, self.rstd, self.dz, self.dy, self.demb,
             self.lr, n_streams, x.stride(0), T=T, E=E, H=H, V=V, B=B, BLOCK_B=p.BLOCK_B,
             BLOCK_H=p.BLOCK_H, BLOCK_K=p.BLOCK_K, PRECISION=tuning.MLP_TRAIN_PRECISION,
-            num_warps=p.num_warps, enable_fp_fusion=True,
+            num_warps=p.num_warps, enable_fp_fusion=True, **options,
         )  # fmt: skip
-        _mlp_table_kernel[(V, n_models)](
+        _mlp_table_kernel[(V, n_models, triton.cdiv(E, p.BLOCK_E))](
             C, b2, x, self.dz, self.demb, self.lr, p.hidden_blocks, n_streams, x.stride(0),
             T=T, E=E, V=V, B=B, BLOCK_P=p.BLOCK_P, BLOCK_R=p.BLOCK_R, BLOCK_E=p.BLOCK_E,
             BLOCK_B=128, num_warps=p.num_warps, enable_fp_fusion=True,

@@ -125,6 +125,19 @@ def _sum_over_units(a, b, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
+def _tiles(ptr, TILES: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr):
+    """Addresses of tiles. NVIDIA's compiler is to see them as one address and constants: of a sum
+    of offsets it makes another for the last tile, which takes registers. AMD's is to see offsets.
+    """
+    tile = tl.arange(0, TILES)[:, None] * SIZE
+    within = tl.arange(0, SIZE)[None, :]
+    if LANES == 32:
+        return (ptr + within) + tile
+    else:
+        return ptr + (tile + within)
+
+
+@triton.jit
 def _keep(ptr, x, LANES: tl.constexpr):
     """Writes x (G, 16, N) in the order in which the tensor cores' results lie in registers: of a
     tile of 16 rows 4 numbers of each thread, so that they go to memory and back 16 bytes at a time
@@ -136,8 +149,7 @@ def _keep(ptr, x, LANES: tl.constexpr):
         x = tl.permute(tl.reshape(x, (G, 2, 8, TILES, 4, 2)), (3, 0, 2, 4, 1, 5))
     else:
         x = tl.permute(tl.reshape(x, (G, 16, TILES, 4, 4)), (2, 0, 3, 1, 4))
-    at = tl.arange(0, TILES)[:, None] * (G * 16 * COLS) + tl.arange(0, G * 16 * COLS)[None, :]
-    tl.store(ptr + at, tl.reshape(x, (TILES, G * 16 * COLS)))
+    tl.store(_tiles(ptr, TILES, G * 16 * COLS, LANES), tl.reshape(x, (TILES, G * 16 * COLS)))
 
 
 @triton.jit
@@ -145,8 +157,7 @@ def _kept(ptr, G: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
     """What `_keep` wrote, (G, 16, N)"""
     COLS: tl.constexpr = LANES // 4
     TILES: tl.constexpr = N // COLS
-    at = tl.arange(0, TILES)[:, None] * (G * 16 * COLS) + tl.arange(0, G * 16 * COLS)[None, :]
-    x = tl.load(ptr + at)
+    x = tl.load(_tiles(ptr, TILES, G * 16 * COLS, LANES))
     if LANES == 32:
         x = tl.permute(tl.reshape(x, (TILES, G, 8, 4, 2, 2)), (1, 4, 2, 0, 3, 5))
     else:
@@ -157,8 +168,7 @@ def _kept(ptr, G: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
 @triton.jit(do_not_specialize=["n_steps", "n_streams"])
 def _mlp_train_kernel(
     C_ptr,  # in and out, as all parameters: shape (n_models, V, E)
-    kept_ptr,  # of each model W1, W2 with b2, and scratch for d and h; each part as `_keep` has it
-    affine_ptr,  # (n_models, 2, G*PARTS*U): gain and bias
+    kept_ptr,  # as `_keep` orders it, of each model W1, W2 with b2, (gain, bias), scratch for d, h
     words_ptr,  # minibatches, shape (n_streams, n_steps, B): T characters and the target in a word
     lr_ptr,  # (n_models,)
     loss_ptr,  # out: loss of each example, shape (n_models, n_steps, B)
@@ -193,13 +203,13 @@ def _mlp_train_kernel(
     model = tl.program_id(0).to(tl.int64)
     C_ptr += model * (V * E)
     UNITS: tl.constexpr = G * U  # of a part
+    COLS: tl.constexpr = LANES // 4  # of a tile: gain and bias take one, (gain, bias, gain, ...)
     # From one address with offsets that are constants: addresses take registers, too.
-    W1_ptr = kept_ptr + model * (PARTS * UNITS * (BLOCK_F + BLOCK_V + 2 * BLOCK_B))
+    W1_ptr = kept_ptr + model * (PARTS * UNITS * (BLOCK_F + BLOCK_V + COLS + 2 * BLOCK_B))
     W2_ptr = W1_ptr + PARTS * UNITS * BLOCK_F
-    d_ptr = W2_ptr + PARTS * UNITS * BLOCK_V
+    affine_ptr = W2_ptr + PARTS * UNITS * BLOCK_V
+    d_ptr = affine_ptr + PARTS * UNITS * COLS
     h_ptr = d_ptr + PARTS * UNITS * BLOCK_B
-    gain_ptr = affine_ptr + model * (2 * PARTS * UNITS)
-    bias_ptr = gain_ptr + PARTS * UNITS
     words_ptr += (model % n_streams) * n_steps * B
     loss_ptr += model * n_steps * B
     high_ptr = demb_ptr + model * (2 * BLOCK_B * BLOCK_F)
@@ -209,16 +219,17 @@ def _mlp_train_kernel(
     f = tl.arange(0, BLOCK_F)
     v = tl.arange(0, BLOCK_V)
     e = tl.arange(0, BLOCK_E)
+    col = tl.arange(0, COLS)[None, None, :]
     b_mask, v_mask = b < B, v < V
-    unit = tl.arange(0, G)[:, None, None] * (PARTS * U) + tl.arange(0, U)[None, :, None]
 
     W1, W2, gain, bias = (), (), (), ()  # of every part
     for part in tl.static_range(PARTS):
         W1 += (_kept(W1_ptr + part * UNITS * BLOCK_F, G, BLOCK_F, LANES),)  # (G, U, F)
         W2_part = _kept(W2_ptr + part * UNITS * BLOCK_V, G, BLOCK_V, LANES)  # (G, U, V)
         W2 += (_factor(W2_part, PRECISION),)
-        gain += (tl.load(gain_ptr + unit + part * U),)  # (G, U, 1)
-        bias += (tl.load(bias_ptr + unit + part * U),)
+        affine = _kept(affine_ptr + part * UNITS * COLS, G, COLS, LANES)  # (G, U, COLS)
+        gain += (tl.sum(tl.where(col == 0, affine, 0.0), axis=2, keep_dims=True),)  # (G, U, 1)
+        bias += (tl.sum(tl.where(col == 1, affine, 0.0), axis=2, keep_dims=True),)
     rate = -tl.load(lr_ptr + model) / (B * SCALE)
 
     C_at = C_ptr + v[:, None] * E + e[None, :]
@@ -234,9 +245,11 @@ def _mlp_train_kernel(
     rows_mask = r_mask[:, None] & (e < E)[None, :]
 
     word = tl.load(words_ptr + b, mask=b_mask & (b < n_steps * B), other=0)
+    done = 0  # examples; added to loss_ptr it would take 64 bits a thread instead of 32
     for step in range(n_steps):
         # A step ahead: from memory it takes a good part of a step.
-        ahead = tl.load(words_ptr + B + b, mask=b_mask & (b < (n_steps - 1 - step) * B), other=0)
+        more = b_mask & (b < (n_steps - 1 - step) * B)
+        ahead = tl.load(words_ptr + B + b, mask=more, other=0)
         # Hidden units are rows and examples columns: their sums over the batch stay in a warp.
         x = (word[None, :] >> emb_shift) & CHARACTER
         emb = tl.load(C_ptr + (emb_col + x * E), mask=emb_mask & (x < V), other=0.0)  # (F, B)
@@ -264,7 +277,7 @@ def _mlp_train_kernel(
         p = tl.exp(z)
         s = tl.sum(p, axis=1, keep_dims=True)
         # At b + v - y with v == y: at b, by addresses that run along v as the values do.
-        loss_at = loss_ptr + b[:, None] + (v[None, :] - y[:, None])
+        loss_at = loss_ptr + (done + b[:, None] + (v[None, :] - y[:, None]))
         tl.store(loss_at, tl.log(s) - z, mask=hit & b_mask[:, None])
         dz = tl.where(b_mask[:, None], (p / s - hit.to(tl.float32)) * SCALE, 0.0)
         dz = _factor(dz, PRECISION)
@@ -321,20 +334,21 @@ def _mlp_train_kernel(
         tl.debug_barrier()
         word = ahead
         words_ptr += B
-        loss_ptr += B
+        done += B
 
     for part in tl.static_range(PARTS):
-        tl.store(gain_ptr + unit + part * U, gain[part])
-        tl.store(bias_ptr + unit + part * U, bias[part])
+        affine = tl.where(col % 2 == 0, gain[part], bias[part])
+        _keep(affine_ptr + part * UNITS * COLS, affine, LANES)
 
 
 def plan(C: torch.Tensor, W1: torch.Tensor, n_context: int, n_batch: int) -> tuning.MLPTrainPlan:
     """How a program holds such a model on C's device; ValueError where it cannot."""
-    memory = 232448  # bytes; an H100's, where there is no device to ask
+    memory = 232448 if _lanes() == 32 else 65536  # H100 or MI300, where there is no device to ask
     if C.is_cuda:
         properties = triton.runtime.driver.active.utils.get_device_properties(C.device.index)
         memory = properties["max_shared_mem"]
-    return tuning.mlp_train(n_context, C.shape[-1], W1.shape[-1], C.shape[-2], n_batch, memory)
+    E, H, V = C.shape[-1], W1.shape[-1], C.shape[-2]
+    return tuning.mlp_train(n_context, E, H, V, n_batch, memory, _lanes())
 
 
 @on_its_device
@@ -357,7 +371,7 @@ def mlp_train(
     Takes contiguous float32 parameters C (M, V, E), W1 (M, T*E, H), W2 (M, H, V), b2 (M, V),
     gain and bias (M, H); the examples x (N, T) and y (N,); the rows of them that are minibatches,
     index (S, K, B); and lr (M,). Model m takes the minibatches index[m % S] and steps by lr[m].
-    Raises ValueError where one program cannot hold the model.
+    Raises ValueError where one program cannot hold the model, and for 2**31 examples or more.
 
     Bytes: x and y are read and written as N words of 4 bytes (8 where T+1 characters need more than
     31 bits); of each step and stream the B words that the minibatch gathers are written, and read
@@ -372,6 +386,11 @@ def mlp_train(
     n_streams, n_steps, B = index.shape
     T, H = x.shape[1], W1.shape[2]
     assert n_models % n_streams == 0 and W1.shape[1] == T * E
+    if n_steps * B >= 2**31:
+        raise ValueError(
+            f"one launch numbers up to 2147483647 examples of minibatches, got {n_steps} steps of "
+            f"{B}; take the steps in several calls"
+        )
     p = plan(C, W1, T, B)
     words = _pack(x, y, p.bits)[index]  # (S, K, B)
     losses = C.new_full((n_models, n_steps, B), float("nan"))  # stays of a target out of range
@@ -381,25 +400,28 @@ def mlp_train(
     d_h = C.new_empty(n_models, 2 * units * p.BLOCK_B)
     W1_kept = _in_order(W1.transpose(1, 2), p, p.BLOCK_F)
     W2_kept = _in_order(torch.cat((W2, b2.unsqueeze(1)), 1), p, p.BLOCK_V)
-    kept = torch.cat((W1_kept, W2_kept, d_h), 1)
-    affine = F.pad(torch.stack((gain, bias), 1), (0, units - H))
-    affine[:, 1, H] = 20.0  # tanh(20) is 1
+    affine = F.pad(torch.stack((gain, bias), 2), (0, 0, 0, 1))
+    affine[:, H, 1] = 20.0  # tanh(20) is 1
+    affine_kept = _in_order(affine, p, _lanes() // 4)
+    sizes = W1_kept.shape[1], W2_kept.shape[1], affine_kept.shape[1], d_h.shape[1]
+    kept = torch.cat((W1_kept, W2_kept, affine_kept, d_h), 1)
     options = {} if torch.version.hip else {"maxnreg": p.max_registers}
     _mlp_train_kernel[(n_models,)](
-        C, kept, affine, words, lr, losses, demb, n_steps, n_streams, eps,
+        C, kept, words, lr, losses, demb, n_steps, n_streams, eps,
         T=T, E=E, V=V, B=B, LANES=_lanes(), BITS=p.bits, PARTS=p.parts, G=p.groups, U=p.units,
         BLOCK_B=p.BLOCK_B, BLOCK_F=p.BLOCK_F, BLOCK_V=p.BLOCK_V, BLOCK_E=p.BLOCK_E,
         BLOCK_T=p.BLOCK_T, ROWS=p.rows, COLS_V=p.columns(p.BLOCK_V), COLS_F=p.columns(p.BLOCK_F),
         PRECISION=precision, num_warps=p.num_warps, num_stages=1,
         enable_fp_fusion=True, **options,
     )  # fmt: skip
-    W1_kept, W2_kept, _ = kept.split((units * p.BLOCK_F, units * p.BLOCK_V, d_h.shape[1]), 1)
+    W1_kept, W2_kept, affine_kept, _ = kept.split(sizes, 1)
     W1.copy_(_out_of_order(W1_kept, p)[:, :H, : T * E].transpose(1, 2))
     W2_b2 = _out_of_order(W2_kept, p)
     W2.copy_(W2_b2[:, :H, :V])
     b2.copy_(W2_b2[:, H, :V])
-    gain.copy_(affine[:, 0, :H])
-    bias.copy_(affine[:, 1, :H])
+    affine = _out_of_order(affine_kept, p)
+    gain.copy_(affine[:, :H, 0])
+    bias.copy_(affine[:, :H, 1])
     return losses.mean(2)
 
 

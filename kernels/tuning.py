@@ -332,6 +332,7 @@ class MLPTrainPlan:
     BLOCK_T: int
     bits: int  # of a character
     num_warps: int
+    lanes: int  # of a warp: 32 on NVIDIA, 64 on AMD
 
     @property
     def max_registers(self) -> int:
@@ -351,17 +352,20 @@ class MLPTrainPlan:
     @property
     def shared_bytes(self) -> int:
         """At most what the compiler takes of shared memory: for the factors of such a sum, a copy
-        of each for every tile that needs it, two float16 numbers each, and an eighth of padding."""
+        of each for every tile that needs it, two float16 numbers each, and an eighth of padding;
+        on AMD one of the two at a time, and no padding."""
         most = 0
         for n in (self.BLOCK_V, self.BLOCK_F):
             a, b = self.columns(n) * self.BLOCK_B, self.rows * n
             most = max(most, a, b, (a + b) // 2)
-        return 2 * 2 * self.groups * self.units * most * 9 // 8
+        one = 2 * self.groups * self.units * most
+        return one if self.lanes == 64 else 2 * one * 9 // 8
 
 
 def mlp_train(
-    context: int, embedding: int, hidden: int, vocabulary: int, batch: int, shared_memory: int
-) -> MLPTrainPlan:
+    context: int, embedding: int, hidden: int, vocabulary: int, batch: int, shared_memory: int,
+    lanes: int = 32,
+) -> MLPTrainPlan:  # fmt: skip
     """One warp a group of hidden units, one more unit than there are: it carries the bias b2.
 
     Raises ValueError where a program cannot hold the model in `shared_memory` bytes.
@@ -381,6 +385,7 @@ def mlp_train(
         BLOCK_T=next_power_of_2(context),
         bits=max(1, (vocabulary - 1).bit_length()),
         num_warps=min(groups, 16),
+        lanes=lanes,
     )
     if plan.shared_bytes > shared_memory:
         raise ValueError(
@@ -415,12 +420,26 @@ class MLPStepPlan:
     BLOCK_R: int
     BLOCK_E: int
     num_warps: int
+    max_registers: int | None  # of a thread of the backward kernel; None leaves it to the assembler
 
 
-def mlp_step(context: int, embedding: int, hidden: int, vocabulary: int, batch: int) -> MLPStepPlan:
-    """Small tiles: a step is short, and many programs finish it sooner than large ones."""
+def mlp_step(
+    models: int, context: int, embedding: int, hidden: int, vocabulary: int, batch: int
+) -> MLPStepPlan:
+    """Small tiles: a step is short, and many programs finish it sooner than large ones.
+
+    Raises ValueError beyond the offsets within a network, which are int32, or the grid.
+    """
+    features = context * embedding
+    largest = max(vocabulary * embedding, max(features, vocabulary, batch) * hidden,
+                  max(features, vocabulary) * batch)  # fmt: skip
+    if largest >= 2**31 or models > 65535:
+        raise ValueError(
+            "a step takes up to 65535 networks, whose tensors have fewer than 2147483648 numbers "
+            f"each; got {models} networks with a tensor of {largest}; use fewer or smaller ones"
+        )
     blocks = (hidden + 15) // 16
-    block_e = next_power_of_2(embedding)
+    block_e = min(256, next_power_of_2(embedding))
     # Parts of demb x rows x numbers: 32 loads a thread in flight.
     block_p = min(16, next_power_of_2(blocks))
     return MLPStepPlan(
@@ -435,4 +454,6 @@ def mlp_step(context: int, embedding: int, hidden: int, vocabulary: int, batch: 
         BLOCK_R=max(1, min(4096 // (block_p * block_e), next_power_of_2(batch * context))),
         BLOCK_E=block_e,
         num_warps=4,
+        # From 33 examples on it would rather spill some bytes than have one program fewer resident.
+        max_registers=255 if batch > 32 else None,
     )

@@ -1,6 +1,7 @@
 """fused.train_mlp: every method takes the reference's steps, alone and together, whole and cut."""
 
 import functools
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -18,6 +19,7 @@ from tests.test_package import ROOT
 
 HAS_NUMBA = importlib.util.find_spec("numba") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+TRITON = importlib.metadata.version("triton") if HAS_TRITON else ""
 METHODS = [
     *(
         pytest.param(
@@ -43,6 +45,8 @@ class Sizes:
 
 
 SMALL = Sizes(V=11, T=2, E=3, H=20, B=5)
+# Interpreted, the time is that of programs, and every character is one of "graph".
+FEW_CHARACTERS = Sizes(V=3, T=2, E=3, H=20, B=5)
 
 
 def start(
@@ -97,6 +101,16 @@ def test_twenty_steps_of_the_notebooks_network(method) -> None:
     assert_equal([ours[0].b1], [data[0].b1])
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+def test_twenty_steps_of_the_notebooks_network_by_graph() -> None:
+    """Half a minute in the interpreter; against the closed form of PyTorch's operations, too."""
+    data = start(Sizes(), 20, "graph")
+    ours = fused.train_mlp(*data, 0.1, method="graph")
+    assert_close(ours, expected(*data, 0.1))
+    assert_close(ours, fused.train_mlp(*data, 0.1, method="eager"))
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "sizes",
@@ -121,19 +135,27 @@ def test_odd_sizes(method, sizes) -> None:
 def test_many_sizes(method, V, T, H, B) -> None:
     if B == 48 and (V == 65 or T == 8) and method == "persistent":
         pytest.skip("more than the shared memory of one multiprocessor")
-    data = start(Sizes(V=V, T=T, H=H, B=B), 5, method)
+    # With 2 rows a step multiplies the rounding of the one before by up to eps^-1/2.
+    data = start(Sizes(V=V, T=T, H=H, B=B), 1 if B == 2 else 5, method)
     assert_close(fused.train_mlp(*data, 0.1, method=method), expected(*data, 0.1), B)
 
 
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_an_embedding_of_two_tiles(method) -> None:
+    """Of 256 numbers each in "graph", whose table's other grid axes are characters and networks."""
+    data = start(Sizes(V=3, T=2, E=300, H=20, B=5), 2, method)
+    assert_close(fused.train_mlp(*data, 0.1, method=method), expected(*data, 0.1), 5)
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("streams", [1, 2, 4])
 def test_models_together_are_models_alone(method, streams) -> None:
     """To the last bit, and model m takes the minibatches index[m % S] at its own rate."""
-    p, x, y, index = start(SMALL, 2, method, models=4)
+    p, x, y, index = start(FEW_CHARACTERS, 3, method, models=4)
     index = index[:streams]
     lr = torch.tensor([0.1, 0.03, 0.3, 0.0], device=x.device)
     together, losses = fused.train_mlp(p, x, y, index, lr, method=method)
-    for m in range(4):
+    for m in range(3):
         one = MLPParameters(*(t[m] for t in p))
         alone, loss = fused.train_mlp(one, x, y, index[m % streams], lr[m], method=method)
         assert_equal([*alone, loss], [*(t[m] for t in together), losses[m]])
@@ -145,7 +167,7 @@ def test_calls_and_runs_do_not_matter(method) -> None:
     """All steps at once, again, and in parts: the same to the last bit. A chunk is 64 steps."""
     kernels_on_a_cpu = method in ("persistent", "graph") and not torch.cuda.is_available()
     steps = 6 if kernels_on_a_cpu else 2 * eager.CHUNK + 6
-    p, x, y, index = start(SMALL, steps, method)
+    p, x, y, index = start(FEW_CHARACTERS, steps, method)
     whole, losses = fused.train_mlp(p, x, y, index, 0.1, method=method)
     again, losses_again = fused.train_mlp(p, x, y, index, 0.1, method=method)
     assert_equal([*again, losses_again], [*whole, losses])
@@ -183,7 +205,7 @@ def test_in_place_on_request_only(method) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_network_that_diverges_does_not_touch_the_others(method) -> None:
-    p, x, y, index = start(SMALL, 4, method, models=2)
+    p, x, y, index = start(FEW_CHARACTERS, 4, method, models=2)
     lr = torch.tensor([1e30, 0.1], device=x.device)
     together, losses = fused.train_mlp(p, x, y, index, lr, method=method)
     assert losses[0, 0].isfinite() and not losses[0].isfinite().all()
@@ -241,7 +263,7 @@ def test_warps_of_64_lanes_keep_the_same_numbers(monkeypatch) -> None:
 def test_chunks_do_not_matter(monkeypatch) -> None:
     """What "graph" captures at a time, here 2 steps: the same bits, the losses where they belong"""
     mlp_step = pytest.importorskip("fused.kernels.mlp_step")
-    data = start(SMALL, 5, "graph")
+    data = start(FEW_CHARACTERS, 5, "graph")
     whole, losses = fused.train_mlp(*data, 0.1, method="graph")
     monkeypatch.setattr(mlp_step.tuning, "MLP_STEP_CHUNK", 2)
     parts, losses_of_parts = fused.train_mlp(*data, 0.1, method="graph")
@@ -355,10 +377,29 @@ def test_what_one_multiprocessor_cannot_hold() -> None:
     from fused.kernels import tuning
 
     assert tuning.mlp_train(3, 10, 200, 27, 32, 232448).shared_bytes == 73728
+    assert tuning.mlp_train(3, 10, 200, 27, 32, 65536, lanes=64).shared_bytes == 32768
+    with pytest.raises(ValueError, match="131072 bytes, and it has 65536"):
+        tuning.mlp_train(3, 10, 200, 27, 512, 65536, lanes=64)
     with pytest.raises(ValueError, match="294912 bytes, and it has 232448"):
         tuning.mlp_train(3, 10, 200, 27, 512, 232448)
     with pytest.raises(ValueError, match="12 characters of context .* 65 together"):
         tuning.mlp_train(12, 2, 64, 27, 16, 232448)
+
+
+def test_what_the_kernels_cannot_number() -> None:
+    from fused.kernels import tuning
+
+    assert tuning.mlp_step(65535, 1, 4096, 32768, 50257, 32).BLOCK_E == 256
+    with pytest.raises(ValueError, match="1 networks with a tensor of 2147483648; use"):
+        tuning.mlp_step(1, 16, 4096, 32768, 27, 32)
+    with pytest.raises(ValueError, match="up to 65535 networks, .* got 65536"):
+        tuning.mlp_step(65536, 3, 10, 200, 27, 32)
+    mlp_train = pytest.importorskip("fused.kernels.mlp_train")
+    p, x, y, _ = start(SMALL, 1, "numba", models=1)
+    C, W1, _, W2, b2, gain, bias = (t.to("meta") for t in p)
+    index = torch.empty(1, 2**29, 4, device="meta", dtype=torch.int64)
+    with pytest.raises(ValueError, match="got 536870912 steps of 4; take"):
+        mlp_train.mlp_train(C, W1, W2, b2, gain[0], bias[0], x, y, index, gain, 1e-5)
 
 
 COMPILE = """
@@ -376,7 +417,8 @@ for (T, E, H, V, B), target in itertools.product({sizes}, kernels.TARGETS):
     with kernels.catch_launches() as launches:
         {module}.mlp_train(*p, x, y, index, torch.ones(1), 1e-5)
     one = "{module}" == "mlp_train"
-    most = tuning.mlp_train(T, E, H, V, B, 2**40).shared_bytes if one else 2**40
+    lanes = 64 if target == "gfx942" else 32
+    most = tuning.mlp_train(T, E, H, V, B, 2**40, lanes).shared_bytes if one else 2**40
     for launch in launches:
         c = kernels.compile_launch(launch, target)
         print(json.dumps([launch.kernel.__name__, H, target, c.spilled, c.shared <= most]))
@@ -396,12 +438,12 @@ def compiled(module: str, *sizes: tuple[int, ...]) -> list[list]:
 
 
 def test_the_kernel_of_64_units_spills_nothing() -> None:
-    """8 bytes on sm_100 are needed behind the loop only. 200 units are in docs/performance.md."""
+    """200 units are in docs/performance.md, and in a slow test."""
     spilled = {row[2]: row[3] for row in compiled("mlp_train", (3, 10, 64, 27, 32))}
-    assert spilled["sm_80"] == spilled["sm_90"] == 0 and spilled["sm_100"] <= 8
+    assert spilled["sm_80"] == spilled["sm_90"] == spilled["sm_100"] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="100 registers")
+@pytest.mark.xfail(strict=True, reason="86 registers")
 def test_the_kernel_of_64_units_spills_nothing_on_gfx942() -> None:
     spilled = {row[2]: row[3] for row in compiled("mlp_train", (3, 10, 64, 27, 32))}
     assert spilled["gfx942"] == 0
@@ -416,10 +458,15 @@ def test_the_kernels_of_a_step_spill_nothing() -> None:
 def test_the_kernels_compile_for_large_networks() -> None:
     sizes = (3, 10, 200, 27, 32), (8, 4, 100, 65, 20), (1, 10, 400, 27, 32)
     rows = compiled("mlp_train", *sizes)
-    assert all(row[4] for row in rows if row[2] != "gfx942")
-    assert all(row[3] <= (320 if row[2] == "gfx942" else 80) for row in rows if row[1] == 200)
-    rows = compiled("mlp_step", (16, 24, 2048, 300, 512), (1, 64, 4096, 27, 64))
-    assert all(row[3] <= 8 for row in rows)
+    assert all(row[4] for row in rows)
+    spilled = {row[2]: row[3] for row in rows if row[1] == 200}
+    if TRITON.startswith("3.7."):
+        most = {"sm_80": 56, "sm_90": 0, "sm_100": 40, "gfx942": 152}
+        assert all(spilled[target] <= most[target] for target in most)
+    assert spilled.pop("gfx942") <= 320 and max(spilled.values()) <= 80
+    sizes = (16, 24, 2048, 300, 512), (8, 3, 100, 65, 48), (1, 1024, 200, 5000, 32)
+    spilling = [row for row in compiled("mlp_step", *sizes) if row[3]]
+    assert all(row[:3] == ["_mlp_logits_kernel", 200, "sm_90"] and row[3] <= 8 for row in spilling)
 
 
 @pytest.mark.cuda
