@@ -44,8 +44,12 @@ class SyncBatchNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "SyncBatchNorm: expected create_graph=False: its gradient cannot be differentiated "
+                "again, which would take another collective"
+            )
         *tensors, count = ctx.saved_tensors
         _, weight, bias, *_ = tensors
         wants, o = ctx.needs_input_grad, ctx.options

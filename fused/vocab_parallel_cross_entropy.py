@@ -12,6 +12,7 @@ from fused import backend
 from fused.cross_entropy import cross_entropy
 from fused.cross_entropy_arguments import check, check_inplace, loss_dtype_of, options_of
 from fused.operators import vocab_parallel_cross_entropy as operators
+from fused.transforms import is_recorded
 
 
 class VocabParallelCrossEntropyFunction(torch.autograd.Function):
@@ -135,7 +136,7 @@ def vocab_parallel_cross_entropy(
             logit_scale=logit_scale, inplace=inplace,
         )  # fmt: skip
     loss_dtype = loss_dtype_of(input, target, None)
-    if torch.compiler.is_compiling():
+    if is_recorded():
         return operators.call(input, target, group, n_shards, *shard, *options, loss_dtype)
     inplace = inplace and input.requires_grad and torch.is_grad_enabled()
     if inplace:

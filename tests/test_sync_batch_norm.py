@@ -38,8 +38,12 @@ with torch.no_grad():
 x = x.clone().requires_grad_()
 parallel = torch.nn.parallel.DistributedDataParallel(norm)
 y = parallel(x, residual) if with_residual else parallel(x)
+try:
+    torch.autograd.grad(y, x, upstream, create_graph=True)
+except RuntimeError as error:
+    refused = str(error)
 y.backward(upstream)
-torch.save({"y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "db": norm.bias.grad,
+torch.save({"refused": refused, "y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "db": norm.bias.grad,
             "buffers": dict(norm.named_buffers()), "calls": calls}, f"{folder}/out{rank}.pt")
 dist.destroy_process_group()
 """
@@ -103,6 +107,7 @@ def test_equals_one_process_with_the_whole_batch(case, tmp_path) -> None:
     torch.testing.assert_close(sum(r["db"] for r in results), norm.bias.grad, **close)
     for result in results:
         assert result["calls"] == ["all_gather", "all_reduce"]
+        assert "expected create_graph=False" in result["refused"]
         for name, buffer in norm.named_buffers():
             torch.testing.assert_close(result["buffers"][name], buffer, **close)
             same = results[0]["buffers"][name]
