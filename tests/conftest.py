@@ -109,7 +109,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(77)
+        memory = tensor.detach() if tensor.requires_grad else tensor
+        memory.fill_(float("nan") if tensor.is_floating_point() else 77)
+        return tensor
 
     monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
