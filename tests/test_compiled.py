@@ -20,6 +20,7 @@ CASES = [
     "test_batch_norm_plans.py::test_edge[(129, 7)-['moments', 'fwd', 'sums', 'bwd']--relu]",
     "test_cross_entropy.py::test_launches[(4097, 8)-{}-['count', 'fwd', 'sum']-['scale']]",
     "test_cross_entropy.py::test_launches[(32, 27)-{'reduction': 'none'}-['fwd']-['bwd']]",
+    "test_vocab_parallel_cross_entropy.py::test_no_rows_and_all_ignored[triton-mean]",
     "test_mlp_train.py::test_odd_sizes[V28-T1-E10-H64-B2-persistent]",
     "test_mlp_train.py::test_odd_sizes[V28-T1-E10-H64-B2-graph]",
 ]
