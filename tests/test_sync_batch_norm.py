@@ -43,8 +43,9 @@ try:
 except RuntimeError as error:
     refused = str(error)
 y.backward(upstream)
-torch.save({"refused": refused, "y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "db": norm.bias.grad,
-            "buffers": dict(norm.named_buffers()), "calls": calls}, f"{folder}/out{rank}.pt")
+torch.save({"y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "db": norm.bias.grad,
+            "buffers": dict(norm.named_buffers()), "calls": calls, "refused": refused},
+           f"{folder}/out{rank}.pt")
 dist.destroy_process_group()
 """
 
