@@ -76,8 +76,9 @@ class Rows(NamedTuple):
         x, target, labels, weight = self[:4]
         n, size = max(1, x.shape[0]), max(1, x.numel())
         step = max(1, CHUNK * n // size) if x.is_cpu else n
-        parts = [None] if labels is None else labels.split(step)
-        for i, own in enumerate(zip(x.split(step), target.split(step), itertools.cycle(parts))):
+        parts = itertools.repeat(None) if labels is None else labels.split(step)
+        pieces = zip(x.split(step), target.split(step), parts, strict=False)
+        for i, own in enumerate(pieces):
             yield slice(i * step, (i + 1) * step), Rows(*own, weight, *self[4:])
 
     @property
