@@ -10,9 +10,17 @@ from torch import Tensor
 def tanh_(z: Tensor) -> Tensor:
     """tanh(z) = 1 / (1 + 2 / (e^(2z) - 1)), over z; exact to 2e-7 of itself, also next to 0.
 
-    torch's own takes twice as long on a CPU.
+    torch's own takes one and a half times as long on a CPU.
     """
     return z.mul_(2).expm1_().reciprocal_().mul_(2).add_(1).reciprocal_()
+
+
+def tanh_by_sigmoid_(z: Tensor) -> Tensor:
+    """tanh(z) = 1 - 2 / (1 + e^(2z)), over z; exact to 2e-7 of 1, in a third of the time.
+
+    For z that are differences of larger numbers, and next to 0 no better known than that.
+    """
+    return torch.sub(z.new_ones(()), z.mul_(-2).sigmoid_(), alpha=2, out=z)
 
 
 NEW: dict[str, Callable[[Tensor], Tensor]] = {
@@ -22,7 +30,7 @@ NEW: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
-    "tanh": tanh_,
+    "tanh": tanh_by_sigmoid_,
     "relu": torch.relu_,
     "gelu": torch.ops.aten.gelu_.default,
     "silu": torch.ops.aten.silu_.default,

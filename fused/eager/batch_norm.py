@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fused.eager.activation import IN_PLACE, NEW, activation_backward, tanh_
+from fused.eager.activation import IN_PLACE, NEW, activation_backward, tanh_by_sigmoid_
 
 _CHUNK = 2**19  # elements: 2 MB of float32. Of 2^15 to 2^21, 2^19 took the least time.
 
@@ -391,7 +391,7 @@ class _Backward:
                         z.add_(shift)
                     if residual_ is not None:
                         z.add_(residual_)
-                    y_ = tanh_(z) if f == "tanh" else z
+                    y_ = tanh_by_sigmoid_(z) if f == "tanh" else z
                 activation_backward(f, dy_.to(acc), y_.to(acc), dz_)
             else:
                 dz_ = dz_.to(acc)

@@ -47,18 +47,10 @@ def cross_entropy_fwd(
     IndexError on the CPU; elsewhere, where looking would stall the device, its loss is NaN.
     """
     rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    outputs: list[_RowLosses] = []
     with _index_errors(target, x.shape[1], ignore_index):
         scale = _scale(rows, reduction)
-        scratch, plain = Scratch(), _is_plain(rows, want_extras)
-        for _, chunk in rows.chunks():
-            z = scratch.scores(chunk)
-            if plain:
-                losses = _plain_losses(scratch.softmax(z, chunk), chunk)
-            else:
-                losses = _losses(scratch.log_softmax(z), z, chunk, want_extras)
-            outputs.append(losses)
-    loss, extras = _reduced(outputs, reduction, scale, loss_dtype)
+        losses = _forward(rows, None, None, want_extras)
+    loss, extras = _reduced(losses, reduction, scale, loss_dtype)
     return loss, None, scale, extras
 
 
@@ -82,22 +74,10 @@ def cross_entropy_fwd_bwd(
     """
     rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     dx = x if inplace else torch.empty_like(x)
-    scratch, plain = Scratch(), _is_plain(rows, want_extras)
-    outputs: list[_RowLosses] = []
     with _index_errors(target, x.shape[1], ignore_index):
         scale = _scale(rows, reduction)
-        assert scale is not None
-        for part, chunk in rows.chunks():
-            z = scratch.scores(chunk)
-            if plain:
-                p = scratch.softmax(z, chunk, dx[part])
-                losses = _plain_losses(p, chunk)
-            else:
-                losses = _losses(scratch.log_softmax(z), z, chunk, want_extras)
-                p = scratch.softmax(z, chunk, dx[part])
-            outputs.append(losses)
-            _gradient_from(p, z, chunk, scale, dx[part])
-    loss, extras = _reduced(outputs, reduction, scale, loss_dtype)
+        losses = _forward(rows, scale, dx, want_extras)
+    loss, extras = _reduced(losses, reduction, scale, loss_dtype)
     return loss, extras, dx
 
 
@@ -127,18 +107,19 @@ def cross_entropy_bwd(
     rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     factor = dloss.to(computed_in(x, target))
     factor = factor if scale is None else factor * scale
+    factor = factor.unsqueeze(1) if factor.dim() else factor
     dx = None if not want_dx else x if inplace else torch.empty_like(x)
     dtarget = torch.empty_like(target) if want_dtarget else None
     scratch = Scratch()
-    for part, chunk in rows.chunks():
+    for chunk, f, f_dx, own_dx, own_dtarget in rows.chunks(
+        factor, rows.factors(factor), dx, dtarget
+    ):
         z = scratch.scores(chunk)
-        f = factor[part].unsqueeze(1) if factor.dim() else factor
-        if dtarget is not None:
+        if own_dtarget is not None:
             dt = scratch.log_softmax(z).mul_((label_smoothing - 1) * f)
-            dtarget[part] = dt if weight is None else dt.mul_(_per_class(weight, z))
-        if dx is not None:
-            p = scratch.softmax(z, chunk, dx[part])
-            _gradient_from(p, z, chunk, f, dx[part])
+            own_dtarget.copy_(dt if weight is None else dt.mul_(_per_class(weight, z)))
+        if own_dx is not None:
+            _gradient_from(scratch.softmax(z, chunk, own_dx), None, z, chunk, f_dx, own_dx)
     return dx, dtarget
 
 
@@ -173,13 +154,33 @@ def _scale(rows: Rows, reduction: str) -> Tensor | None:
     return one / labels.ignored.logical_not().sum()
 
 
-def _is_plain(rows: Rows, want_extras: bool) -> bool:
-    """Whether the loss is taken from the softmax, which the gradient needs anyway.
+def _forward(rows: Rows, scale: Tensor | None, dx: Tensor | None, want_extras: bool) -> _RowLosses:
+    """Of each row the loss and what is wanted besides; the gradient, times `scale`, in dx."""
+    # The loss is taken from the softmax, which the gradient needs anyway. Not where more is asked,
+    # nor where nobody may look whether a probability has underflowed.
+    plain = rows.of_class_alone and rows.x.is_cpu and not want_extras
+    factors = None if scale is None else rows.factors(scale)
+    scratch = Scratch()
+    outputs: list[_RowLosses] = []
+    for chunk, factor, own_dx in rows.chunks(factors, dx):
+        z = scratch.scores(chunk)
+        p = own = None
+        if plain:
+            p = scratch.softmax(z, chunk, own_dx)
+            own = p.e.gather(1, chunk.labels.classes)
+            outputs.append((_log_p(own, p.sums, chunk), None, None))
+        else:
+            outputs.append(_losses(scratch.log_softmax(z), z, chunk, want_extras))
+        if own_dx is not None:
+            p = p or scratch.softmax(z, chunk, own_dx)
+            _gradient_from(p, own, z, chunk, factor, own_dx)
+    losses, lses, hits = (_joined(parts) for parts in zip(*outputs, strict=True))
+    assert losses is not None
+    return (_weighted(losses.squeeze(1).neg_(), rows) if plain else losses), lses, hits
 
-    Not where more is asked, nor where nobody may look whether a probability has underflowed.
-    """
-    more = rows.labels is None or rows.label_smoothing or rows.z_loss or want_extras
-    return rows.x.is_cpu and not more
+
+def _joined(parts: tuple[Any, ...]) -> Tensor | None:
+    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
 
 def _losses(logp: Tensor, z: Tensor, rows: Rows, want_extras: bool) -> _RowLosses:
@@ -211,55 +212,48 @@ def _losses(logp: Tensor, z: Tensor, rows: Rows, want_extras: bool) -> _RowLosse
     return loss, lse, hit
 
 
-def _plain_losses(p: Softmax, rows: Rows) -> _RowLosses:
-    """Losses, of class indices on the CPU, from their softmax."""
-    labels = rows.labels
-    assert labels is not None
-    loss = p.e.gather(1, labels.classes)
-    if p.sums is not None:
-        loss.div_(p.sums)
-    loss.squeeze_(1)
-    lost = loss < _TINY
-    loss.log_().neg_()
+def _log_p(own: Tensor, sums: Tensor | None, rows: Rows) -> Tensor:
+    """log p (n, 1, *S) of each row's class, of own = e = p * sums there, on the CPU."""
+    p = own if sums is None else own / sums
+    logp, lost = p.log(), p < _TINY
     if lost.any():
+        labels, lost = rows.labels, lost.squeeze(1)
+        assert labels is not None
         x, y = rows.x.movedim(1, -1)[lost], labels.classes.movedim(1, -1)[lost]
         z = scores(x, rows.target, rows.softcap, rows.logit_scale)
-        loss[lost] = _pick(torch.log_softmax(z, dim=1), y).neg_()
+        logp.squeeze(1)[lost] = _pick(torch.log_softmax(z, dim=1), y)
+    return logp
+
+
+def _weighted(losses: Tensor, rows: Rows) -> Tensor:
+    """Losses of class indices times their classes' weights, 0 where they are ignored."""
+    labels = rows.labels
+    assert labels is not None
     if rows.weight is not None:
-        loss *= _pick(_per_class(rows.weight, p.e), labels.classes)
-    if labels.ignored is not None:
-        loss.masked_fill_(labels.ignored, 0.0)
-    return loss, None, None
+        losses *= rows.weight.to(losses.dtype)[labels.classes.squeeze(1)]
+    return losses if labels.ignored is None else losses.masked_fill_(labels.ignored, 0.0)
 
 
-def _gradient_from(p: Softmax, z: Tensor, rows: Rows, factor: Tensor, out: Tensor) -> None:
-    """out = (a * p - b) * factor * dz/dx, of p = softmax(z), whose memory is used.
+def _gradient_from(
+    p: Softmax, own: Tensor | None, z: Tensor, rows: Rows, factor: Tensor, out: Tensor
+) -> None:
+    """out = (a * p - b) * dz/dx, of p = softmax(z), whose memory is used, times rows.factors.
 
-    Of class indices alone a = b_y and b = b_y * onehot: one pass for e - sums * onehot, and one for
-    its factor.
+    Of class indices alone it is p - onehot: one pass for e - sums * onehot, at few places, and one
+    for its factor; own is e at these places, if it is known.
     """
     e, sums = p
-    x, target, labels, weight, label_smoothing, z_loss, softcap, logit_scale = rows
-    if labels is not None and not label_smoothing and not z_loss:
-        minus = e.new_full((1,), -1.0) if sums is None else sums.neg()
-        e.scatter_add_(1, labels.classes, minus.expand_as(labels.classes))
-        if weight is not None:
-            factor = factor * _pick(_per_class(weight, e), labels.classes).unsqueeze(1)
-        if sums is not None:
-            factor = factor / sums
+    labels = rows.labels
+    if labels is not None and rows.of_class_alone:
+        own = e.gather(1, labels.classes) if own is None else own
+        e.scatter_(1, labels.classes, own - (1.0 if sums is None else sums))
+        factor = factor if sums is None else factor / sums
     else:
         _subtract(p, z, rows)
-    if labels is not None and labels.outside is not None:
-        nan = torch.where(labels.outside, float("nan"), 1.0).to(e.dtype)
-        factor = factor * nan.unsqueeze(1)
-    if logit_scale != 1:
-        factor = factor * logit_scale
-    if softcap:
-        e.mul_(1 - (z / softcap).square())
+    if rows.softcap:
+        e.mul_(1 - (z / rows.softcap).square())
     if labels is not None and labels.ignored is not None:
         _clear(e, labels.ignored)
-        # A mean over no rows has the factor infinity.
-        factor = torch.where(labels.ignored.unsqueeze(1), 0.0, factor)
     if out.dtype == e.dtype:
         torch.mul(e, factor, out=out)
     else:
@@ -296,21 +290,17 @@ def _clear(e: Tensor, rows: Tensor) -> None:
 
 
 def _reduced(
-    outputs: list[_RowLosses],
+    losses: _RowLosses,
     reduction: str,
     scale: Tensor | None,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """(loss, extras) of the chunks' losses, lse and hits."""
-
-    def joined(tensors: tuple[Any, ...]) -> Tensor:
-        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-
-    losses, lses, hits = zip(*outputs, strict=True)
-    rows, extras = joined(losses), None
-    if lses[0] is not None:
+    """(loss, extras) of the rows' losses, lse and hits."""
+    rows, lse, hit = losses
+    extras = None
+    if lse is not None and hit is not None:
         row_loss = rows if scale is not None else rows.to(loss_dtype, copy=True)
-        extras = (row_loss, joined(lses), joined(hits).sum())
+        extras = (row_loss, lse, hit.sum())
     if scale is None:
         return rows.to(loss_dtype), extras
     return (rows.sum() * scale).to(loss_dtype), extras

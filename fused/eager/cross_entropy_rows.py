@@ -9,8 +9,8 @@ without Triton) everything is one chunk.
 
 import itertools
 import math
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,10 +45,9 @@ class Labels(NamedTuple):
         outside = (index < 0) | (index >= n_classes)
         return Labels(index.masked_fill_(outside, 0).unsqueeze(1), ignored, outside)
 
-    def split(self, n: int) -> "list[Labels]":
+    def split(self, n: int) -> "Iterator[Labels]":
         """Parts of n rows."""
-        columns = [itertools.repeat(None) if t is None else t.split(n) for t in self]
-        return [Labels(*part) for part in zip(*columns, strict=False)]
+        return itertools.starmap(Labels, zip(*(_split(t, n) for t in self), strict=False))
 
 
 class Rows(NamedTuple):
@@ -71,19 +70,43 @@ class Rows(NamedTuple):
         labels = None if soft else Labels.of(target, x.shape[1], ignore_index)
         return Rows(x, target, labels, weight, *numbers)
 
-    def chunks(self) -> Iterator[tuple[slice, "Rows"]]:
-        """Slices of rows, and those: at least one, of everything where x is not on the CPU."""
-        x, target, labels, weight = self[:4]
+    def chunks(self, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
+        """Chunks of these rows, each with its rows of `others`, which may be one number for all.
+
+        At least one, of everything where x is not on the CPU.
+        """
+        x, target, labels = self[:3]
         n, size = max(1, x.shape[0]), max(1, x.numel())
         step = max(1, CHUNK * n // size) if x.is_cpu else n
         parts = itertools.repeat(None) if labels is None else labels.split(step)
-        pieces = zip(x.split(step), target.split(step), parts, strict=False)
-        for i, own in enumerate(pieces):
-            yield slice(i * step, (i + 1) * step), Rows(*own, weight, *self[4:])
+        columns = (x.split(step), target.split(step), parts, *(_split(t, step) for t in others))
+        for x, target, labels, *own in zip(*columns, strict=False):
+            yield Rows(x, target, labels, *self[3:]), *own
 
     @property
     def computed_in(self) -> torch.dtype:
         return computed_in(self.x, self.target)
+
+    @property
+    def of_class_alone(self) -> bool:
+        """Whether a row's gradient is w_y * (p - onehot)."""
+        return self.labels is not None and not (self.label_smoothing or self.z_loss)
+
+    def factors(self, factor: Tensor) -> Tensor:
+        """What (p - onehot) dz/dx, or what stands for it, is times in each row: `factor`, which is
+        one number or (N, 1, *S), and what else is known before the softmax. One of these two."""
+        labels = self.labels
+        if self.logit_scale != 1:
+            factor = factor * self.logit_scale
+        if labels is None:
+            return factor
+        if self.of_class_alone and self.weight is not None:
+            factor = factor * self.weight.to(self.computed_in)[labels.classes]
+        if labels.outside is not None:
+            factor = torch.where(labels.outside.unsqueeze(1), float("nan"), factor)
+        if labels.ignored is not None:  # a mean over no rows has the factor infinity
+            factor = torch.where(labels.ignored.unsqueeze(1), 0.0, factor)
+        return factor
 
 
 class Softmax(NamedTuple):
@@ -108,7 +131,7 @@ class Scratch:
             return x
         if self._z is None:
             self._z = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-        z = self._z[: x.shape[0]].copy_(x)
+        z = _first(self._z, x.shape[0]).copy_(x)
         if rows.logit_scale != 1:
             z.mul_(rows.logit_scale)
         return z if rows.softcap == 0 else tanh_(z.div_(rows.softcap)).mul_(rows.softcap)
@@ -149,7 +172,16 @@ class Scratch:
     def _like(self, z: Tensor) -> Tensor:
         if self._p is None:
             self._p = torch.empty_like(z, memory_format=torch.contiguous_format)
-        return self._p[: z.shape[0]]
+        return _first(self._p, z.shape[0])
+
+
+def _split(t: Tensor | None, n: int) -> Iterable[Tensor | None]:
+    """Parts of n rows of what has rows; the rest again and again."""
+    return itertools.repeat(t) if t is None or t.dim() == 0 else t.split(n)
+
+
+def _first(t: Tensor, n: int) -> Tensor:
+    return t if t.shape[0] == n else t[:n]
 
 
 def computed_in(x: Tensor, target: Tensor) -> torch.dtype:
