@@ -16,7 +16,7 @@ from torch import Tensor
 from fused.eager.cross_entropy_rows import Rows, Scratch, Softmax, computed_in, scores
 
 # Up to so many elements torch's several passes stay in the cache as well, and take fewer calls.
-SMALL = 2**18
+SMALL = 2**19
 # Below this the probability of a target has lost digits, or everything, to underflow.
 _TINY = 1e-30
 
