@@ -20,7 +20,7 @@ from fused.second_order import differentiable_gradients
 from fused.transforms import as_leaf, is_composed, is_recorded, is_symbolic, is_transformed
 
 # What F.cross_entropy calls: its Python takes a fifteenth of a small call's time.
-_TORCHS_OWN: Any = torch._C._nn.cross_entropy_loss  # its stub has the reduction as a str
+_TORCH_LOSS: Any = torch._C._nn.cross_entropy_loss  # its stub has the reduction as a str
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 # Of logits and target, where torch's own function in float32 does.
 _SMALL_DTYPES = {(dtype, torch.int64) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
@@ -351,7 +351,7 @@ def _small(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
     wide = input.dtype == torch.float32
     logits = input if wide else input.float()
     try:
-        loss = _TORCHS_OWN(logits, target, None, _REDUCTIONS[reduction], ignore_index, 0.0)
+        loss = _TORCH_LOSS(logits, target, None, _REDUCTIONS[reduction], ignore_index, 0.0)
     except Exception:  # torch refuses the same; this says it better
         check(input, target, None, options_of(ignore_index, reduction, 0.0, 0.0, None, 1.0))
         if not is_transformed(input):  # then nobody may look

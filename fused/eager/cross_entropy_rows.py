@@ -93,8 +93,10 @@ class Rows(NamedTuple):
         return self.labels is not None and not (self.label_smoothing or self.z_loss)
 
     def factors(self, factor: Tensor) -> Tensor:
-        """What (p - onehot) dz/dx, or what stands for it, is times in each row: `factor`, which is
-        one number or (N, 1, *S), and what else is known before the softmax. One of these two."""
+        """All of the factor of each row's gradient that is known before its softmax.
+
+        `factor` is upstream's, one number or (N, 1, *S), as is the result.
+        """
         labels = self.labels
         if self.logit_scale != 1:
             factor = factor * self.logit_scale
