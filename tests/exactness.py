@@ -1,9 +1,7 @@
 """The rule for every approximate comparison: as exact as torch, measured against float64; and what
 tests that need a GPU share."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -65,21 +63,6 @@ def ulps_for(dtype: torch.dtype, implementation: str) -> float:
     if torch.cuda.is_available():
         return 4.0 if dtype == torch.float32 else 2.0
     return 3.0 if dtype == torch.bfloat16 else 2.0
-
-
-def captured(step: Callable[[], Any]) -> tuple[Any, Any]:
-    """What a CUDA graph of `step` computes when it is replayed, and what the step itself does."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles what must not be compiled while capturing
-        expected = step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        found = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    return found, expected
 
 
 def free_memory(gigabytes: int, device: torch.device) -> None:

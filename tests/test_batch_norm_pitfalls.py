@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused
-from tests.exactness import captured, free_memory, same_bits
+from tests.exactness import free_memory, same_bits
+from tests.graphs import check_replay
 from tests.test_batch_norm import ACTIVATIONS, check_against_torch, example, run
 
 
@@ -193,17 +194,20 @@ def test_cumulative_average_does_not_look_at_the_counter(implementation, device)
     assert module.num_batches_tracked == 4
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("momentum", [0.1, None])
-def test_no_host_synchronisation(momentum) -> None:
+@pytest.mark.parametrize("shape", [(20, 6), (3, 6, 20, 20)], ids=str)
+@pytest.mark.parametrize("training, momentum", [(True, 0.1), (True, None), (False, 0.1)])
+def test_no_host_synchronisation(training, momentum, shape, device) -> None:
     """The whole step is captured in a CUDA graph, which forbids them, and replayed."""
-    module = fused.BatchNorm2d(6, momentum=momentum, activation="relu", device="cuda")
-    x = torch.randn(20, 6, 64, 64, device="cuda", requires_grad=True)
+    kind = fused.BatchNorm1d if len(shape) == 2 else fused.BatchNorm2d
+    module = kind(6, momentum=momentum, activation="relu", skip_nonfinite=True, device=device)
+    module.train(training)
+    x, residual = (torch.randn(shape, device=device, requires_grad=True) for _ in range(2))
 
-    def step() -> Tensor:
-        return torch.autograd.grad(module(x).sum(), x)[0]
+    def step() -> tuple[Tensor, ...]:
+        y = module(x, residual)
+        return y, *torch.autograd.grad(y.square().sum(), (x, residual, *module.parameters()))
 
-    torch.testing.assert_close(*captured(step), rtol=0, atol=0)
+    check_replay(step, [x, residual, *module.parameters(), *module.buffers()])
 
 
 STRIDES = {

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused
-from tests.exactness import captured, free_memory, same_bits
+from tests.exactness import free_memory, same_bits
+from tests.graphs import check_replay
 from tests.test_cross_entropy import REDUCTIONS, check_against_torch, example, small_chunks  # noqa: F401
 
 INF = float("inf")
@@ -232,18 +233,27 @@ def test_empty_batch(reduction, kind, shape, implementation, device) -> None:
     assert logits.grad.shape == shape
 
 
-@pytest.mark.cuda
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_no_host_synchronisation(reduction) -> None:
+CAPTURED = [
+    {},
+    {"reduction": "none"},
+    {"inplace": True},
+    {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0, "logit_scale": 0.7},
+]
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("options", CAPTURED, ids=str)
+def test_no_host_synchronisation(options, kind, device) -> None:
     """The whole step is captured in a CUDA graph, which forbids them, and replayed."""
-    logits, target, weight = example((64, 1000), torch.float32, "cuda", weighted=True)
+    logits, target, weight = example((9, 37), torch.float32, device, kind, weighted=True)
+    assert weight is not None
     logits.requires_grad_()
 
-    def step() -> Tensor:
-        loss = fused.cross_entropy(logits, target, weight, reduction=reduction, label_smoothing=0.1)
-        return torch.autograd.grad(loss, logits, torch.ones_like(loss))[0]
+    def step() -> tuple[Tensor, ...]:
+        loss = fused.cross_entropy(logits * 1.5, target, weight, **options)
+        return loss, *torch.autograd.grad(loss, logits, torch.full_like(loss, 0.7))
 
-    torch.testing.assert_close(*captured(step), rtol=0, atol=0)
+    check_replay(step, [logits, target, weight])
 
 
 def test_float16_gradients_do_not_flush_to_zero(implementation, device) -> None:
