@@ -310,14 +310,22 @@ def test_offsets_beyond_2_to_the_31(implementation, device) -> None:
 
 
 @pytest.mark.slow
-def test_more_than_2_to_the_31_elements(device) -> None:
+@pytest.mark.interpreted("the emulator copies memory, and not so much")
+def test_more_than_2_to_the_31_elements(implementation, device) -> None:
     free_memory(12, device)
-    logits = torch.randn(65536, 40000, dtype=torch.bfloat16, device=device, requires_grad=True)
-    target = torch.randint(40000, (65536,), device=device)
-    fused.cross_entropy(logits, target, reduction="sum").backward()
+    shape, first = (65536, 40000), 0
+    if implementation == "triton" and device.type == "cpu":
+        # 20 minutes; hours, if the rows before the last were not ignored.
+        shape, first = (2**11 + 16, 2**20), 2**11 + 8
+    logits = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    target = torch.full(shape[:1], -100, device=device)
+    logits[first:].normal_()
+    target[first:].random_(shape[1])
+    fused.cross_entropy(logits.requires_grad_(), target, reduction="sum").backward()
     tail = logits.detach()[-8:].clone().requires_grad_()
     F.cross_entropy(tail.float(), target[-8:], reduction="sum").backward()
     torch.testing.assert_close(logits.grad[-8:], tail.grad, rtol=1e-2, atol=1e-5)
+    assert not logits.grad[:first].any()
 
 
 STRIDES = {
