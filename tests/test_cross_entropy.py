@@ -427,6 +427,11 @@ REFUSED = {
     "2-D target": (RuntimeError, {"input": X, "target": Y[:, None]}, r"got \(4, 1\)"),
     "inner": (RuntimeError, {"input": X[..., None], "target": Y[:, None, None]}, r"\(4, 1, 1\)"),
     "integers": (NotImplementedError, {"input": X.long(), "target": Y}, "got torch.int64"),
+    "8 bits": (
+        NotImplementedError,
+        {"input": X.to(torch.float8_e4m3fn), "target": Y},
+        "got torch.float8_e4m3fn",
+    ),
     "float target": (RuntimeError, {"input": X, "target": Y.float()}, "got torch.float32"),
     "int16 target": (RuntimeError, {"input": X, "target": Y.short()}, "got torch.int16"),
     "whole numbers": (RuntimeError, {"input": X, "target": P.long()}, "holds probabilities"),

@@ -137,7 +137,10 @@ PITFALLS: dict[str, tuple[Any, dict[str, Any]]] = {
         pitfalls.test_all_rows_ignored,
         {"reduction": "mean", "label_smoothing": 0.0},
     ),
-    "total weight 0": (pitfalls.test_total_weight_0, {}),
+    "total weight 0": (
+        pitfalls.test_total_weight_0,
+        {"others": 1.0, "label_smoothing": 0.1},
+    ),
     "float16": (pitfalls.test_float16_gradients_do_not_flush_to_zero, {}),
     "confident": (pitfalls.test_confident_predictions_keep_their_gradient, {}),
     "masked": (masked_by_the_bias, {}),
