@@ -75,8 +75,7 @@ def check(input: Tensor, target: Tensor, weight: Tensor | None, options: Options
         )
     if input.dtype not in DTYPES:
         raise NotImplementedError(
-            "cross_entropy: expected floating-point input of 16, 32 or 64 bits, "
-            f"got {input.dtype}"
+            f"cross_entropy: expected floating-point input of 16, 32 or 64 bits, got {input.dtype}"
         )
     if input.dim() == 0:
         raise RuntimeError("cross_entropy: expected input of shape (C,) or (N, C, ...), got ()")
