@@ -311,26 +311,40 @@ def test_log_sum_exp_is_kept_in_float32(implementation, device) -> None:
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
 
 
+class Spread(torch.autograd.Function):
+    """The same values at other strides of a memory"""
+
+    @staticmethod
+    def forward(ctx, values, memory, strides):
+        spread = torch.tensor([], dtype=values.dtype, device=values.device)
+        return spread.set_(memory, 0, values.shape, strides).copy_(values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clone(memory_format=torch.contiguous_format), None, None
+
+
 @pytest.mark.interpreted("the emulator copies a tensor's whole storage, here 4 GiB")
-def test_offsets_beyond_2_to_the_31(implementation, device) -> None:
-    """Rows 2**30 elements apart: the third begins at element 2**31. The memory is never touched."""
+@pytest.mark.parametrize("grad_in_forward", [True, False])
+def test_offsets_beyond_2_to_the_31(grad_in_forward, implementation, device) -> None:
+    """Rows 2**30 elements apart: the third begins at element 2**31. The memory is never touched.
+    In place, the gradient is written as far apart as the logits are read."""
     if implementation == "eager":
         pytest.skip("torch's own indexing")
-    values, target, _ = example((3, 27), torch.float16, device, ignored=0)
+    values, target, _ = example((3, 27), torch.bfloat16, device, ignored=0)
     try:
         memory = torch.UntypedStorage(2 * (2**31 + 64), device=device)
     except RuntimeError:
         pytest.skip("4 GiB of memory are not to be had")
-    logits = torch.tensor([], dtype=torch.float16, device=device)
-    logits.set_(memory, 0, (3, 27), (2**30, 1))
-    logits.copy_(values)
-    loss = fused.cross_entropy(logits, target)
-    expected = fused.cross_entropy(values, target)
-    torch.testing.assert_close(loss, expected, **same_bits(device))
-    logits.set_(memory, 0, (3, 27), (1, 2**26))  # and classes far apart
-    logits.copy_(values)
-    loss = fused.cross_entropy(logits, target)
-    torch.testing.assert_close(loss, expected, **same_bits(device))
+    options = {"grad_in_forward": grad_in_forward}
+    expected = fused.cross_entropy(values.requires_grad_(), target, **options)
+    (gradient,) = torch.autograd.grad(expected, values)
+    for strides in ((2**30, 1), (1, 2**26)):  # rows far apart, and classes
+        logits = Spread.apply(values, memory, strides)
+        loss = fused.cross_entropy(logits, target, inplace=True, **options)
+        torch.testing.assert_close(loss, expected, **same_bits(device))
+        (found,) = torch.autograd.grad(loss, values)
+        torch.testing.assert_close(found, gradient, **same_bits(device))
 
 
 @pytest.mark.slow
