@@ -350,14 +350,12 @@ def _of_no_classes(
     input: Tensor, target: Tensor, weight: Tensor | None, options: Options
 ) -> Tensor:
     """Torch's answer, where there is nothing to compute."""
-    return F.cross_entropy(
-        input,
-        target if target.is_floating_point() else target.long(),
-        weight,
-        ignore_index=options.ignore_index,
-        reduction=options.reduction,
-        label_smoothing=options.label_smoothing,
+    target = target if target.is_floating_point() else target.long()
+    reduction = _REDUCTIONS[options.reduction]
+    loss: Tensor = _TORCH_LOSS(
+        input, target, weight, reduction, options.ignore_index, options.label_smoothing
     )
+    return loss
 
 
 def _is_small(input: Tensor, target: Tensor) -> bool:
