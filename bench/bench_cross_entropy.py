@@ -40,6 +40,7 @@ _SHAPES = [
     (16384, 32000),
     (2048, 262144),
 ]
+_PROCESSES = 8  # of a vocabulary split over them
 _QUICK = [(32, 27), (4096, 27), (8192, 1000), (2048, 32000), (512, 128256)]
 
 
@@ -58,11 +59,12 @@ def cases(suite: str) -> list[Case]:
 
 
 def kernel_cases() -> list[Case]:
-    """The last ones are few rows shared by clusters, where the installed Triton can."""
+    """Also a slice of a vocabulary that 8 processes share, and few rows shared by clusters, where
+    the installed Triton can."""
     from fused.kernels import tuning  # not where only the benchmarks run, without Triton
 
     shapes = [(32, 27), (4096, 27), (8192, 1000), (8192, 32000), (8192, 50257), (8192, 128256)]
-    variants = [(shape, "") for shape in shapes]
+    variants = [(shape, "") for shape in shapes] + [((8192, 128256 // _PROCESSES), "slice")]
     if tuning.clusters_reduce(torch.device("meta")):
         variants += [(shape, "clusters") for shape in [(16, 32000), (16, 50257), (8, 128256)]]
     return [
@@ -78,6 +80,8 @@ def traffic_case(case: Case) -> Case:
 
 def least_bytes(case: Case) -> dict[str, int]:
     labels = 8 * case.shape[0]
+    if case.variant == "slice":  # which does not stay on chip while the processes meet
+        return {"fwd_bwd": 3 * case.bytes + labels}
     return {
         "fwd": case.bytes + labels,
         "bwd": 2 * case.bytes + labels,
@@ -90,11 +94,27 @@ def launch(case: Case, device: torch.device) -> None:
 
     n, c = case.shape
     x = torch.zeros(n, c, dtype=case.dtype, device=device, requires_grad=True)
+    if case.variant == "slice":
+        return _launch_slice(x.detach())
     before, tuning.CLUSTERS = tuning.CLUSTERS, case.variant == "clusters"
     try:
         fused.cross_entropy(x, torch.zeros(n, dtype=torch.int64, device=device)).backward()
     finally:
         tuning.CLUSTERS = before
+
+
+def _launch_slice(x: Tensor) -> None:
+    """What `fused.vocab_parallel_cross_entropy` does in one process, as if all had the same."""
+    from fused.kernels import vocab_parallel_cross_entropy as kernels
+
+    n, c = x.shape
+    target = torch.zeros(n, dtype=torch.int64, device=x.device)
+    shard, numbers = (0, _PROCESSES * c), (-100, 0.0, 0.0, 1.0)  # no smoothing, cap or scale
+    own = kernels.shard_fwd(x, target, shard, *numbers)
+    loss, stats, scale = kernels.merged(
+        own.repeat(_PROCESSES, 1), x, target, shard[1], -100, "mean", 0.0, x.dtype
+    )
+    kernels.shard_bwd(loss, x, target, shard, stats, scale, *numbers, inplace=False)
 
 
 def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:

@@ -19,9 +19,11 @@ from fused.transforms import (
     is_symbolic,
     is_transformed,
     outlives_the_call,
+    refuse_script,
 )
 
 ACTIVATIONS = (None, "tanh", "relu", "gelu", "silu")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class _Options(NamedTuple):
@@ -158,14 +160,21 @@ def batch_norm(
 
     Raises:
         ValueError: one row in training (it has no variance), an unknown correction or activation,
-            an eps that is not positive, or only one of the running statistics.
+            an eps that is not positive (in evaluation: is negative), or only one of the running
+            statistics.
         RuntimeError: shapes, dtypes or devices that do not fit, or evaluation without running
             statistics.
-        NotImplementedError: an input that is not floating point.
+        TypeError: a momentum of None, which is the modules' cumulative average.
+        NotImplementedError: an input of another dtype.
 
     Source: Ioffe and Szegedy, "Batch Normalization" (2015); the backward pass is derived in
     docs/derivations.md.
     """
+    if momentum is None:  # as torch; to `run` it means 1 / tracked
+        raise TypeError(
+            "batch_norm: expected momentum to be a number, got None; only the modules know how "
+            "many batches there were, of which None is the average"
+        )
     options = _Options(training, momentum, eps, correction, activation, skip_nonfinite)
     return run(input, weight, bias, residual, running_mean, running_var, None, options)
 
@@ -177,6 +186,7 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
     correction: int = 0
     activation: str | None = None
     skip_nonfinite: bool = False
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -261,7 +271,7 @@ def run(
 ) -> Tensor:
     """Checks, chooses, computes."""
     o = options
-    check_options(o.correction, o.activation, o.eps)
+    check_options(o.correction, o.activation, o.eps, o.batch_statistics)
     if input.dim() < 2 and residual is None and o.activation is None:  # no channels: torch's answer
         return F.batch_norm(
             input, running_mean, running_var, weight, bias, o.batch_statistics, o.momentum or 0.0
@@ -358,10 +368,14 @@ def _pulled_back(dy: Tensor, kept: Tensor | None, input: Tensor, activation: str
     return torch.where(kept <= 0, 0, dy)
 
 
-def check_options(correction: int, activation: str | None, eps: float = 1e-5) -> None:
+def check_options(
+    correction: int, activation: str | None, eps: float = 1e-5, batch_statistics: bool = True
+) -> None:
     """Refuses what is no option of ours, and an eps that torch refuses."""
-    if eps <= 0:
-        raise ValueError(f"batch_norm: eps must be positive, got {eps}")
+    if eps < 0 or eps == 0 and batch_statistics:
+        raise ValueError(
+            f"batch_norm: eps must be positive{'' if batch_statistics else ' or 0'}, got {eps}"
+        )
     if correction not in (0, 1):
         raise ValueError(
             "batch_norm: expected correction 0 (biased variance) or 1 (Bessel's), "
@@ -375,7 +389,7 @@ def check_options(correction: int, activation: str | None, eps: float = 1e-5) ->
 
 def check_rows(input: Tensor) -> None:
     """Refuses a batch of one row, which has no variance."""
-    if input.shape[1] and input.numel() == input.shape[1]:
+    if input.numel() == input.shape[1] and input.shape[0] * input.shape[2:].numel() == 1:
         raise ValueError(
             "batch_norm: expected more than 1 value per channel in training, got input of shape "
             f"{tuple(input.shape)}; one value has no variance"
@@ -392,19 +406,21 @@ def check(
     batch_statistics: bool,
 ) -> None:
     """Refuses what torch refuses, with the same kind of error."""
-    if not input.is_floating_point():
-        raise NotImplementedError(f"batch_norm: expected floating-point input, got {input.dtype}")
+    if input.dtype not in _DTYPES:
+        raise NotImplementedError(
+            f"batch_norm: expected floating-point input of 16, 32 or 64 bits, got {input.dtype}"
+        )
     shape = tuple(input.shape)
     if input.dim() < 2:
         raise RuntimeError(f"batch_norm: expected input of shape (N, C, ...), got {shape}")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError(
-            "batch_norm: expected running_mean and running_var, or neither, got only one of them"
-        )
-    if not batch_statistics and running_mean is None:
+    if not batch_statistics and (running_mean is None or running_var is None):
         raise RuntimeError(
             "batch_norm: expected running_mean and running_var in evaluation, got None; "
             "pass them, or training=True"
+        )
+    if (running_mean is None) != (running_var is None):
+        raise ValueError(
+            "batch_norm: expected running_mean and running_var, or neither, got only one of them"
         )
     channels = input.shape[1]
     dtype = None

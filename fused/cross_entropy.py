@@ -17,7 +17,14 @@ from fused.cross_entropy_arguments import (
 from fused.eager import cross_entropy as eager
 from fused.operators import cross_entropy as operators
 from fused.second_order import differentiable_gradients
-from fused.transforms import as_leaf, is_composed, is_recorded, is_symbolic, is_transformed
+from fused.transforms import (
+    as_leaf,
+    is_composed,
+    is_recorded,
+    is_symbolic,
+    is_transformed,
+    refuse_script,
+)
 
 # What F.cross_entropy calls: its Python takes a fifteenth of a small call's time.
 _TORCH_LOSS: Any = torch._C._nn.cross_entropy_loss  # its stub has the reduction as a str
@@ -173,7 +180,8 @@ def cross_entropy(
         weight: weight w of each class, shape (C,), in input's dtype for class indices. It has a
             gradient only for probabilities, as torch's has.
         ignore_index: rows with this class index have loss 0 and gradient 0 and do not count in the
-            mean.
+            mean. What is in them does not matter; but of small calls on the CPU that torch's own
+            function serves, a row with an inf or NaN has torch's gradient, NaN.
         reduction: "mean", "sum", or "none" for the losses of the rows.
         label_smoothing: e in [0, 1], the share of the target that is spread over all classes.
         z_loss: coefficient of lse^2, which is added to the loss of each row that is not ignored,
@@ -197,13 +205,13 @@ def cross_entropy(
     Returns:
         The loss: a 0-d tensor, or for "none" the shape of class indices. Its dtype is input's, and
         for probabilities the one that input, target and weight promote to; float32 for half
-        precision under autocast. A mean over no rows is NaN.
+        precision under autocast. A mean over no rows, or a total weight of 0, is NaN.
 
     Raises:
         ValueError: batch sizes that differ, or an unknown reduction.
         RuntimeError: other shapes, dtypes or devices that do not fit, options out of their range,
             or an `inplace` that autograd forbids.
-        NotImplementedError: an input that is not floating point.
+        NotImplementedError: an input of another dtype.
         IndexError: a class index outside [0, C), on the CPU. On a GPU looking would stall the
             device: there such a row has loss and gradient NaN.
 
@@ -254,6 +262,7 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
     logit_scale: float = 1.0
     inplace: bool = False
     grad_in_forward: bool = True
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -305,6 +314,8 @@ def _run(
     check(input, target, weight, options)
     loss_dtype = loss_dtype_of(input, target, weight)
     no_batch = input.dim() == 1
+    if input.shape[0 if no_batch else 1] == 0 and not want_extras:
+        return (_of_no_classes(input, target, weight, options).to(loss_dtype),)
     if no_batch:
         input = input.unsqueeze(0)
         target = target.reshape(input.shape if target.is_floating_point() else 1)
@@ -333,6 +344,18 @@ def _run(
     if no_batch:
         outputs = tuple(t.squeeze(0) if t.dim() else t for t in outputs)
     return outputs
+
+
+def _of_no_classes(
+    input: Tensor, target: Tensor, weight: Tensor | None, options: Options
+) -> Tensor:
+    """Torch's answer, where there is nothing to compute."""
+    target = target if target.is_floating_point() else target.long()
+    reduction = _REDUCTIONS[options.reduction]
+    loss: Tensor = _TORCH_LOSS(
+        input, target, weight, reduction, options.ignore_index, options.label_smoothing
+    )
+    return loss
 
 
 def _is_small(input: Tensor, target: Tensor) -> bool:

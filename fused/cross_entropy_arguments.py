@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -72,9 +73,9 @@ def check(input: Tensor, target: Tensor, weight: Tensor | None, options: Options
             f"cross_entropy: expected reduction to be one of {', '.join(_REDUCTIONS)}, "
             f"got {options.reduction!r}"
         )
-    if not input.is_floating_point():
+    if input.dtype not in DTYPES:
         raise NotImplementedError(
-            f"cross_entropy: expected floating-point input, got {input.dtype}"
+            f"cross_entropy: expected floating-point input of 16, 32 or 64 bits, got {input.dtype}"
         )
     if input.dim() == 0:
         raise RuntimeError("cross_entropy: expected input of shape (C,) or (N, C, ...), got ()")

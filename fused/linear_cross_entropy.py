@@ -17,7 +17,14 @@ from fused.eager import linear_cross_entropy as chunked
 from fused.eager.linear_cross_entropy import Problem
 from fused.operators import linear_cross_entropy as operators
 from fused.second_order import differentiable_gradients
-from fused.transforms import as_leaf, is_composed, is_recorded, is_symbolic, is_transformed
+from fused.transforms import (
+    as_leaf,
+    is_composed,
+    is_recorded,
+    is_symbolic,
+    is_transformed,
+    refuse_script,
+)
 
 # What a chunk of logits may take. On a GPU its rows are what keeps the products efficient: 2048 of
 # 128k words in half precision; on a CPU it is to stay near the caches.
@@ -174,6 +181,7 @@ class LinearCrossEntropyLoss(_Twin):
     logit_scale: float = 1.0
     memory_budget_bytes: int | None = None
     options: None = None
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """What looks at the operations of a call, and so decides which may be called."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -53,3 +53,11 @@ def as_leaf(module: nn.Module, *inputs: Any) -> Any:
     """The node of a symbolic graph that calls `module`, as it would call one of torch's."""
     tracer = inputs[0].tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
+
+
+def refuse_script(module: nn.Module) -> NoReturn:
+    """What `torch.jit.script` calls first, as `module.__prepare_scriptable__()`."""
+    raise NotImplementedError(
+        f"torch.jit.script: fused.{type(module).__name__} cannot be scripted; "
+        "torch.compile, torch.export and torch.jit.trace take it"
+    )

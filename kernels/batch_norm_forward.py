@@ -7,6 +7,7 @@ from fused.kernels.activation import activate
 from fused.kernels.batch_norm_signs import store_signs
 from fused.kernels.batch_norm_tile import (
     count_rows,
+    finite,
     load_channel,
     mask_of,
     merged,
@@ -40,7 +41,8 @@ def _batch_norm_moments_kernel(
     col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
     begin = tl.program_id(1) * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, n_tiles)
-    first = tl.load(x_ptr + cols.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0).to(acc)
+    first = tl.load(x_ptr + cols.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0)
+    first = finite(first.to(acc))
     n, mean, m2 = moments(
         x_ptr,
         first,
@@ -156,7 +158,8 @@ def _batch_norm_fwd_kernel(
         mean = tl.zeros((BLOCK_C,), acc)
         var = tl.load(running_var_ptr + cols, mask=col_mask, other=1.0).to(acc)
     else:
-        first = tl.load(x_ptr + cols.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0).to(acc)
+        first = tl.load(x_ptr + cols.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0)
+        first = finite(first.to(acc))
         if STATISTICS == "tile":
             start = start_of(0, L, BLOCK_N, BLOCK_L)
             mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)

@@ -88,6 +88,12 @@ def count_rows(N, L, acc: tl.constexpr):
 
 
 @triton.jit
+def finite(x):
+    """x, or 0 for inf and NaN: what is relative to an inf would be NaN, where the mean is inf"""
+    return tl.where(x - x == 0.0, x, 0.0)
+
+
+@triton.jit
 def moments(
     x_ptr, first, begin, end, cols, col_mask, N, L, stride,
     acc: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
@@ -104,10 +110,11 @@ def moments(
     offsets = offsets_in_tile(cols, stride, ALIGN, BLOCK_N, BLOCK_L)
     start = start_of(begin, L, BLOCK_N, BLOCK_L)
     mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
-    x0 = tl.load(x_ptr + offset_of(start, stride, ALIGN) + offsets, mask=mask, other=0.0).to(acc)
-    x0 = tl.where(mask, x0, first[None, :])  # a place whose rows begin in a later tile
-    s = tl.zeros(x0.shape, acc)
-    q = tl.zeros(x0.shape, acc)
+    x = tl.load(x_ptr + offset_of(start, stride, ALIGN) + offsets, mask=mask, other=0.0).to(acc)
+    x = tl.where(mask, x, first[None, :])  # a place whose rows begin in a later tile
+    x0 = finite(x)
+    s = x - x0
+    q = s * s
     for tile in tl.range(begin + 1, end, num_stages=STAGES):
         start = start_of(tile, L, BLOCK_N, BLOCK_L)
         mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)

@@ -113,13 +113,16 @@ def _cross_entropy_fwd_kernel(
     if MEAN:
         if SOFT:
             scale = 1.0 / tl.cast(n_rows, ACC)
-        elif counts_ptr is not None:
-            scale = 1.0 / summed(counts_ptr, n_counts, ACC, BLOCK_COUNT)
         else:
-            scale = 1.0 / _counted(
-                0, n_rows, target_ptr, weight_ptr, n_inner, n_classes, stride_t, ignore_index,
-                ACC, BLOCK_COUNT,
-            )  # fmt: skip
+            if counts_ptr is not None:
+                total = summed(counts_ptr, n_counts, ACC, BLOCK_COUNT)
+            else:
+                total = _counted(
+                    0, n_rows, target_ptr, weight_ptr, n_inner, n_classes, stride_t, ignore_index,
+                    ACC, BLOCK_COUNT,
+                )  # fmt: skip
+            # A mean over a total weight of 0 is NaN, as torch's, also of losses that are not 0.
+            scale = tl.where(total == 0.0, float("nan"), 1.0 / total)
 
     loss_sum = tl.zeros((BLOCK_N,), ACC)
     for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_N), tl.num_programs(0)):

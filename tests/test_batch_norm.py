@@ -289,10 +289,25 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {"input": X, "running_mean": None, "running_var": None},
         "in evaluation, got None",
     ),
+    "one row of no channels": (
+        ValueError,
+        {"input": X[:1, :0], "running_mean": None, "running_var": None, "training": True},
+        "more than 1 value per channel",
+    ),
     "half of them": (
         ValueError,
         {"input": X, "running_mean": C, "running_var": None, "training": True},
         "only one of them",
+    ),
+    "half of them in evaluation": (
+        RuntimeError,
+        {"input": X, "running_mean": C, "running_var": None},
+        "in evaluation, got None",
+    ),
+    "momentum": (
+        TypeError,
+        {"input": X, "running_mean": C, "running_var": C, "momentum": None},
+        "momentum to be a number, got None",
     ),
     "shape": (
         RuntimeError,
@@ -313,6 +328,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         NotImplementedError,
         {"input": X.long(), "running_mean": C, "running_var": C},
         "got torch.int64",
+    ),
+    "8 bits": (
+        NotImplementedError,
+        {"input": X.to(torch.float8_e4m3fn), "running_mean": C, "running_var": C},
+        "got torch.float8_e4m3fn",
     ),
     "device": (
         RuntimeError,
@@ -339,6 +359,17 @@ def test_refuses_what_torch_refuses(mistake) -> None:
         fused.batch_norm(**arguments)
     with pytest.raises(error):
         F.batch_norm(**arguments)
+
+
+def test_eps(implementation, device) -> None:
+    """0 only in evaluation, as in torch 2.13; before that, torch refuses other ones."""
+    t = example((9, 3), torch.float32, device)
+    expected = (t["input"] - t["running_mean"]) / t["running_var"].sqrt() * t["weight"] + t["bias"]
+    torch.testing.assert_close(fused.batch_norm(**t, eps=0.0), expected)
+    with pytest.raises(ValueError, match="eps must be positive, got 0.0"):
+        fused.batch_norm(**t, training=True, eps=0.0)
+    with pytest.raises(ValueError, match="eps must be positive or 0, got -1e-05"):
+        fused.batch_norm(**t, eps=-1e-5)
 
 
 @pytest.mark.parametrize(

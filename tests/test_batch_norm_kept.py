@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 import fused
+from fused.eager import batch_norm as eager
 from fused.kernels.batch_norm_layout import by_channel, pack_signs, signs_shape, unpack_signs
 from tests.test_batch_norm import DTYPES, check_against_torch, example, run, torchs
+from tests.test_cross_entropy import LargeResults
 
 # Whether the residual has to be kept. relu's backward takes the signs of z or y; tanh's takes y,
 # unless that was rounded to half precision.
@@ -69,6 +71,25 @@ def test_signs_are_a_sixteenth_of_the_input(dtype, device) -> None:
         assert sizes[torch.uint8] == t["input"].numel() * dtype.itemsize // 16
         with torch.no_grad():
             assert not saved_bytes(lambda: fused.batch_norm(**t, training=True, activation="relu"))
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", "silu"])
+def test_what_stands_before_the_activation_is_never_written(
+    activation, with_residual, implementation, monkeypatch, device
+) -> None:
+    """Forward and backward take no memory of half the input's size but the results'."""
+    monkeypatch.setattr(eager, "_CHUNK", 64)
+    t = example((32, 4, 8), torch.float32, device, residual=with_residual)
+    leaves = [t[name].requires_grad_() for name in ("input", *["residual"] * with_residual)]
+    with LargeResults(t["input"].numel() // 2) as forward:
+        y = fused.batch_norm(**t, training=True, activation=activation)
+    upstream = torch.ones_like(y)
+    with LargeResults(t["input"].numel() // 2) as backward:
+        gradients = torch.autograd.grad(y, leaves, upstream)
+    given = {x.data_ptr() for x in (*leaves, upstream)}
+    assert forward.seen - given == {y.data_ptr()}
+    assert backward.seen - given - {y.data_ptr()} == {g.data_ptr() for g in gradients}
 
 
 def formats(shape: tuple[int, ...]) -> dict[str, Tensor]:

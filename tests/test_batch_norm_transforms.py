@@ -133,6 +133,27 @@ def test_compiled_without_a_break_and_with_the_bits_of_eager(
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_compiled_by_inductor_with_dynamic_shapes(
+    training, compiler, implementation, device
+) -> None:
+    ours, theirs = (
+        fused.BatchNorm2d(3, activation="silu", device=device).train(training) for _ in range(2)
+    )
+    compiled = torch.compile(lambda x: ours(x * 2) + 1, fullgraph=True, dynamic=True)
+    for n in (4, 9, 17):
+        results = []
+        for function in (compiled, lambda x: theirs(x * 2) + 1):
+            x = example((n, 3, 5, 2), torch.float32, device)["input"].requires_grad_()
+            y = function(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+    for name, buffer in theirs.named_buffers():
+        torch.testing.assert_close(ours.get_buffer(name), buffer, rtol=0, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 def test_signs_cross_a_compiled_graph(channels_last, compiler, implementation, device) -> None:

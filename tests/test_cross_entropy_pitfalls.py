@@ -1,5 +1,7 @@
 """Where widely used cross-entropies were found wrong: one test, or a few, for each failure."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -208,12 +210,18 @@ def test_all_rows_ignored(reduction, label_smoothing, implementation, device) ->
     torch.testing.assert_close(logits.grad, torch.zeros_like(logits), rtol=0, atol=0)
 
 
-def test_total_weight_0(implementation, device) -> None:
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("others", [0.0, 1.0])
+def test_total_weight_0(others, label_smoothing, implementation, device) -> None:
+    """Of the targets; with smoothing the other classes count as well, and their losses are no 0."""
     logits, target, _ = example((9, 27), torch.float32, device, ignored=0)
-    weight = torch.zeros(27, device=device)
+    target[1:].clamp_(max=19)
+    target[0] = -100
+    weight = torch.where(torch.arange(27, device=device) < 20, 0.0, others)
     ours, theirs = both(logits)
-    loss = fused.cross_entropy(ours, target, weight)
-    expected = F.cross_entropy(theirs, target, weight)
+    options = {"label_smoothing": label_smoothing}
+    loss = fused.cross_entropy(ours, target, weight, **options)
+    expected = F.cross_entropy(theirs, target, weight, **options)
     torch.testing.assert_close(loss, expected, equal_nan=True)
     loss.backward()
     expected.backward()
@@ -231,6 +239,22 @@ def test_empty_batch(reduction, kind, shape, implementation, device) -> None:
     torch.testing.assert_close(loss, expected, equal_nan=True, rtol=0, atol=0)
     loss.backward(torch.ones_like(loss))
     assert logits.grad.shape == shape
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 0), (2, 0, 0), (0,)], ids=str)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_no_classes(kind, shape, implementation, device) -> None:
+    logits = torch.zeros(shape, device=device, requires_grad=True)
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    target = logits.detach() if kind == "probabilities" else torch.full(rows, -100, device=device)
+    for reduction, label_smoothing in itertools.product(REDUCTIONS, (0.0, 0.1)):
+        options = {"reduction": reduction, "label_smoothing": label_smoothing}
+        for weight in (None, torch.ones(0, device=device)):
+            loss = fused.cross_entropy(logits, target, weight, **options)
+            expected = F.cross_entropy(logits, target, weight, **options)
+            torch.testing.assert_close(loss, expected, equal_nan=True, rtol=0, atol=0)
+            (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
+            assert gradient.shape == shape
 
 
 CAPTURED = [
@@ -287,26 +311,40 @@ def test_log_sum_exp_is_kept_in_float32(implementation, device) -> None:
     torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=1e-5)
 
 
+class Spread(torch.autograd.Function):
+    """The same values at other strides of a memory"""
+
+    @staticmethod
+    def forward(ctx, values, memory, strides):
+        spread = torch.tensor([], dtype=values.dtype, device=values.device)
+        return spread.set_(memory, 0, values.shape, strides).copy_(values)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.clone(memory_format=torch.contiguous_format), None, None
+
+
 @pytest.mark.interpreted("the emulator copies a tensor's whole storage, here 4 GiB")
-def test_offsets_beyond_2_to_the_31(implementation, device) -> None:
-    """Rows 2**30 elements apart: the third begins at element 2**31. The memory is never touched."""
+@pytest.mark.parametrize("grad_in_forward", [True, False])
+def test_offsets_beyond_2_to_the_31(grad_in_forward, implementation, device) -> None:
+    """Rows 2**30 elements apart: the third begins at element 2**31. The memory is never touched.
+    In place, the gradient is written as far apart as the logits are read."""
     if implementation == "eager":
         pytest.skip("torch's own indexing")
-    values, target, _ = example((3, 27), torch.float16, device, ignored=0)
+    values, target, _ = example((3, 27), torch.bfloat16, device, ignored=0)
     try:
         memory = torch.UntypedStorage(2 * (2**31 + 64), device=device)
     except RuntimeError:
         pytest.skip("4 GiB of memory are not to be had")
-    logits = torch.tensor([], dtype=torch.float16, device=device)
-    logits.set_(memory, 0, (3, 27), (2**30, 1))
-    logits.copy_(values)
-    loss = fused.cross_entropy(logits, target)
-    expected = fused.cross_entropy(values, target)
-    torch.testing.assert_close(loss, expected, **same_bits(device))
-    logits.set_(memory, 0, (3, 27), (1, 2**26))  # and classes far apart
-    logits.copy_(values)
-    loss = fused.cross_entropy(logits, target)
-    torch.testing.assert_close(loss, expected, **same_bits(device))
+    options = {"grad_in_forward": grad_in_forward}
+    expected = fused.cross_entropy(values.requires_grad_(), target, **options)
+    (gradient,) = torch.autograd.grad(expected, values)
+    for strides in ((2**30, 1), (1, 2**26)):  # rows far apart, and classes
+        logits = Spread.apply(values, memory, strides)
+        loss = fused.cross_entropy(logits, target, inplace=True, **options)
+        torch.testing.assert_close(loss, expected, **same_bits(device))
+        (found,) = torch.autograd.grad(loss, values)
+        torch.testing.assert_close(found, gradient, **same_bits(device))
 
 
 @pytest.mark.slow

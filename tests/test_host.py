@@ -58,4 +58,4 @@ def test_launchers() -> None:
     assert result.returncode == 0, result.stderr
     count, *names = result.stdout.split()
     assert int(count) > 50
-    assert {name.split("_")[1] for name in names} >= {"cross", "batch"}
+    assert {name.split("_")[1] for name in names} >= {"cross", "batch", "vocab"}

@@ -135,6 +135,12 @@ def check_accesses_of_16_bytes(rows: list[dict[str, Any]]) -> None:
                 assert any(part["stores"] for part in wide), (row["kernel"], row["case"], parts)
 
 
+def test_no_kernel_adds_up_in_the_order_of_arrival() -> None:
+    """Which only a GPU would show: without atomics two runs are equal to the last bit."""
+    for path in ROOT.joinpath("kernels").glob("*.py"):
+        assert "tl.atomic" not in path.read_text(), path
+
+
 def test_cross_entropy_streams_without_spills() -> None:
     rows = report("cross_entropy", "8192x32000-bf16")
     check_nothing_is_spilled(rows)

@@ -1,4 +1,7 @@
-"""fused.SyncBatchNorm over real processes: the numbers of one process with the whole batch."""
+"""fused.SyncBatchNorm: the numbers of one process with the whole batch.
+
+Over real processes; and, on both implementations, in one that does what the processes do.
+"""
 
 import json
 import subprocess
@@ -8,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fused
+from fused import sync_batch_norm
 from tests.test_package import ROOT
 
 # What each process runs: its share of the batch, forward and backward.
@@ -80,39 +84,113 @@ CASES: dict[str, tuple[list[int], tuple[int, ...], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_equals_one_process_with_the_whole_batch(case, tmp_path) -> None:
-    sizes, shape, options = CASES[case]
+def example(shape: tuple[int, ...], device: torch.device | str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     data = {n: torch.randn(shape, generator=generator) for n in ("x", "residual", "upstream")}
     data |= {n: torch.randn(shape[1], generator=generator) + 1 for n in ("weight", "bias")}
-    results = over_processes(tmp_path, sizes, data, {"residual": False, **options})
+    return {name: tensor.to(device) for name, tensor in data.items()}
 
-    options = dict(options)
-    residual = data["residual"] if options.pop("residual", False) else None
-    module = {2: fused.BatchNorm1d, 3: fused.BatchNorm1d, 4: fused.BatchNorm2d}[len(shape)]
-    norm = module(shape[1], **options)
+
+def step(norm: Any, data: dict[str, Tensor], rows: slice, with_residual: bool) -> dict[str, Any]:
+    """Forward and backward of some rows"""
+    norm.to(data["x"].device)
     with torch.no_grad():
         norm.weight.copy_(data["weight"])
         norm.bias.copy_(data["bias"])
-    x = data["x"].clone().requires_grad_()
-    y = norm(x, residual)
-    y.backward(data["upstream"])
+    x, residual = (data[name][rows].clone().requires_grad_() for name in ("x", "residual"))
+    y = norm(x, residual) if with_residual else norm(x)
+    y.backward(data["upstream"][rows])
+    results = {"y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "db": norm.bias.grad}
+    return results | {"dresidual": residual.grad, "buffers": dict(norm.named_buffers())}
 
+
+def check_equal_to_the_whole_batch(
+    results: list[dict[str, Any]], data: dict[str, Tensor], options: dict[str, Any]
+) -> None:
+    options = dict(options)
+    module = fused.BatchNorm2d if data["x"].dim() == 4 else fused.BatchNorm1d
+    with_residual = options.pop("residual", False)
+    whole = step(module(data["x"].shape[1], **options), data, slice(None), with_residual)
     close = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(torch.cat([r["y"] for r in results]), y.detach(), **close)
-    torch.testing.assert_close(torch.cat([r["dx"] for r in results]), x.grad, **close)
-    # Parameter gradients are each process's own share, of which DistributedDataParallel made the
-    # mean in all of them: their sum is the whole.
-    torch.testing.assert_close(sum(r["dw"] for r in results), norm.weight.grad, **close)
-    torch.testing.assert_close(sum(r["db"] for r in results), norm.bias.grad, **close)
+    for name in ("y", "dx", "dresidual"):
+        if whole[name] is not None and name in results[0]:
+            parts = torch.cat([r[name] for r in results])
+            torch.testing.assert_close(parts, whole[name], **close)
+    # Parameter gradients are each process's own share.
+    torch.testing.assert_close(sum(r["dw"] for r in results), whole["dw"], **close)
+    torch.testing.assert_close(sum(r["db"] for r in results), whole["db"], **close)
     for result in results:
-        assert result["calls"] == ["all_gather", "all_reduce"]
-        assert "expected create_graph=False" in result["refused"]
-        for name, buffer in norm.named_buffers():
+        for name, buffer in whole["buffers"].items():
             torch.testing.assert_close(result["buffers"][name], buffer, **close)
             same = results[0]["buffers"][name]
             torch.testing.assert_close(result["buffers"][name], same, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_one_process_with_the_whole_batch(case, tmp_path) -> None:
+    sizes, shape, options = CASES[case]
+    data = example(shape, "cpu")
+    results = over_processes(tmp_path, sizes, data, {"residual": False, **options})
+    for result in results:
+        assert result["calls"] == ["all_gather", "all_reduce"]
+        assert "expected create_graph=False" in result["refused"]
+    # DistributedDataParallel made the mean of parameter gradients in all processes.
+    check_equal_to_the_whole_batch(results, data, options)
+
+
+class OneAfterTheOther:
+    """torch.distributed for processes that run in turn: what the others send, they sent before."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.rank = size, 0
+        self.sent: dict[tuple[str, int], Tensor] = {}
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def get_world_size(self, group: Any) -> int:
+        return self.size
+
+    def _everyones(self, what: str, own: Tensor) -> list[Tensor]:
+        self.sent[what, self.rank] = own.clone()
+        return [self.sent.get((what, rank), own) for rank in range(self.size)]
+
+    def all_gather(self, everyone: list[Tensor], own: Tensor, group: Any) -> None:
+        for tensor, sent in zip(everyone, self._everyones("gather", own), strict=True):
+            tensor.copy_(sent)
+
+    def all_reduce(self, own: Tensor, group: Any) -> None:
+        own.copy_(torch.stack(self._everyones("reduce", own)).sum(0))
+
+
+# As above, and with more rows than a program of the kernels has.
+MANY = ([1, 2], (3, 1, 20, 35), {"activation": "tanh", "residual": True})
+IN_TURN = CASES | {"many rows": MANY, "channels_last": ([2, 1], (3, 5, 4, 6), MANY[2])}
+
+
+@pytest.mark.parametrize("case", IN_TURN)
+def test_equals_the_whole_batch_in_turn(case, implementation, monkeypatch, device) -> None:
+    sizes, shape, options = IN_TURN[case]
+    data = example(shape, device)
+    if case == "channels_last":
+        for name in ("x", "residual"):
+            data[name] = data[name].contiguous(memory_format=torch.channels_last)
+    processes = OneAfterTheOther(len(sizes))
+    own = {name: value for name, value in options.items() if name != "residual"}
+    # The first turn is for moments, which the second's sums take; the third has both.
+    for _ in range(3):
+        results = []
+        with monkeypatch.context() as patch:
+            patch.setattr(sync_batch_norm, "dist", processes)
+            for processes.rank, size in enumerate(sizes):
+                begin = sum(sizes[: processes.rank])
+                norm = fused.SyncBatchNorm(shape[1], **own)
+                rows = slice(begin, begin + size)
+                results.append(step(norm, data, rows, options.get("residual", False)))
+    check_equal_to_the_whole_batch(results, data, options)
 
 
 def test_alone_it_is_batch_norm(implementation, device) -> None:

@@ -191,6 +191,21 @@ def test_symbolic_trace(device) -> None:
     torch.testing.assert_close(graph(x, y), model(x, y))
 
 
+@pytest.mark.parametrize(
+    "module",
+    [
+        fused.BatchNorm1d(3),
+        fused.SyncBatchNorm(3),
+        fused.CrossEntropyLoss(),
+        fused.LinearCrossEntropyLoss(3, 3),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_scripts_are_refused_in_words(module) -> None:
+    with pytest.raises(NotImplementedError, match=f"fused.{type(module).__name__} cannot be"):
+        torch.jit.script(nn.Sequential(nn.Linear(3, 3), module))
+
+
 def test_fake_tensors(case, implementation) -> None:
     """Shapes without memory, as tools that plan memory make them."""
     from torch._subclasses import FakeTensorMode

@@ -316,10 +316,15 @@ def _moments(view: Tensor, form: _Form, dtype: torch.dtype | None = None) -> tup
         form.sum(d.mul_(d), out=sum_d2)
     s, q = sums.double().sum(1)
     # Deviations near 1e30 have squares that only float64 holds; on the CPU, looking costs nothing.
-    if view.device.type == "cpu" and dtype != torch.float64 and not q.isfinite().all():
-        return _moments(view, form, torch.float64)
     s_n = s / n
-    return s_n + about, q.sub_(s.mul_(s_n)).clamp_(min=0.0)
+    mean = s_n + about
+    if view.device.type == "cpu" and not q.isfinite().all():
+        if dtype != torch.float64:
+            return _moments(view, form, torch.float64)
+        # What is relative to an inf is NaN, though the mean is inf.
+        plain = torch.sum(view, 0 if form.columns else (0, 2), dtype=torch.float64) / n
+        mean = torch.where(q.isfinite(), mean, plain)
+    return mean, q.sub_(s.mul_(s_n)).clamp_(min=0.0)
 
 
 def _normalised(

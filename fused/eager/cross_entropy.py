@@ -148,7 +148,9 @@ def _scale(rows: Rows, reduction: str) -> Tensor | None:
         return one / (x.numel() // max(1, x.shape[1]))
     if weight is not None:
         w_y = weight.to(one.dtype)[labels.classes.squeeze(1)]
-        return one / (w_y if labels.ignored is None else w_y.masked_fill(labels.ignored, 0.0)).sum()
+        total = (w_y if labels.ignored is None else w_y.masked_fill(labels.ignored, 0.0)).sum()
+        # NaN of a total weight of 0, as torch's mean, also where the losses are not 0.
+        return total.reciprocal().masked_fill_(total == 0, float("nan"))
     if labels.ignored is None:
         return one / labels.classes.numel()
     return one / labels.ignored.logical_not().sum()
