@@ -3,7 +3,6 @@
 pytest-benchmark: python -m pytest bench/bench_batch_norm.py
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -84,27 +83,16 @@ def kernel_cases() -> list[Case]:
 
 
 def _kernel_variants(shape: tuple[int, ...]) -> tuple[str, ...]:
+    """At one shape of each kind also evaluation, and of images a residual."""
     if len(shape) != 4:
-        return ("tanh",)
+        return ("tanh", "tanh-eval") if shape == (4096, 1024) else ("tanh",)
     variants = ("relu", "channels_last-relu")
-    residual = tuple(f"{variant}-residual" for variant in variants)
-    return variants + residual if shape == (64, 256, 56, 56) else variants
+    more = tuple(f"{variant}-{what}" for what in ("residual", "eval") for variant in variants)
+    return variants + more if shape == (64, 256, 56, 56) else variants
 
 
 def traffic_case(case: Case) -> Case:
-    """As few channels as are worked on in the same way."""
-    from fused.kernels import tuning  # not where only the benchmarks run, without Triton
-
-    n, c, *inner = case.shape
-    columns, length = len(case.shape) == 2 or "channels_last" in case.variant, math.prod(inner)
-
-    def reductions(c: int) -> list[str]:
-        plans = (tuning.batch_norm(n, c, length, columns, 16, case.dtype, t) for t in (1, 2))
-        return [plan.reduction for plan in plans]
-
-    while n * length * c > 1 << 18 and c % 2 == 0 and reductions(c // 2) == reductions(c):
-        c //= 2
-    return replace(case, shape=(n, c, *inner))
+    return case
 
 
 def least_bytes(case: Case) -> dict[str, int]:
@@ -117,17 +105,19 @@ def least_bytes(case: Case) -> dict[str, int]:
 
 def launch(case: Case, device: torch.device) -> None:
     n, c, *inner = case.shape
-    x = _formatted(torch.zeros(n, c, *inner, dtype=case.dtype, device=device), case)
-    x.requires_grad_()
+    x = torch.empty(
+        n, c, *inner, dtype=case.dtype, device=device, memory_format=_format(case),
+        requires_grad=True,
+    )  # fmt: skip
     channels = [torch.ones(c, device=device) for _ in range(4)]
     mean, var, weight, bias = channels
     weight.requires_grad_(), bias.requires_grad_()
-    residual = torch.zeros_like(x).requires_grad_() if "residual" in case.variant else None
+    residual = torch.empty_like(x).requires_grad_() if "residual" in case.variant else None
     y = fused.batch_norm(
-        x, mean, var, weight, bias, True, _MOMENTUM, _EPS, activation=_activation(case),
-        residual=residual,
+        x, mean, var, weight, bias, "eval" not in case.variant, _MOMENTUM, _EPS,
+        activation=_activation(case), residual=residual,
     )  # fmt: skip
-    y.backward(torch.ones_like(y))
+    y.backward(torch.empty_like(y))
 
 
 def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:
@@ -199,9 +189,12 @@ def _activation(case: Case) -> str | None:
 
 
 def _formatted(x: Tensor, case: Case) -> Tensor:
-    if "channels_last" in case.variant:
-        return x.contiguous(memory_format=torch.channels_last)
-    return x
+    return x.contiguous(memory_format=_format(case))
+
+
+def _format(case: Case) -> torch.memory_format:
+    last = "channels_last" in case.variant
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def chunked(

@@ -59,12 +59,14 @@ def cases(suite: str) -> list[Case]:
 
 
 def kernel_cases() -> list[Case]:
-    """Also a slice of a vocabulary that 8 processes share, and few rows shared by clusters, where
-    the installed Triton can."""
+    """The gradient formed in the forward; of losses that are not reduced, in the backward; a slice
+    of a vocabulary that 8 processes share; and few rows shared by clusters, where the installed
+    Triton can."""
     from fused.kernels import tuning  # not where only the benchmarks run, without Triton
 
-    shapes = [(32, 27), (4096, 27), (8192, 1000), (8192, 32000), (8192, 50257), (8192, 128256)]
-    variants = [(shape, "") for shape in shapes] + [((8192, 128256 // _PROCESSES), "slice")]
+    variants = [(shape, "") for shape in _SHAPES]
+    variants += [(shape, "none") for shape in _SHAPES if shape[0] == 8192]
+    variants.append(((8192, 128256 // _PROCESSES), "slice"))
     if tuning.clusters_reduce(torch.device("meta")):
         variants += [(shape, "clusters") for shape in [(16, 32000), (16, 50257), (8, 128256)]]
     return [
@@ -75,17 +77,23 @@ def kernel_cases() -> list[Case]:
 
 
 def traffic_case(case: Case) -> Case:
-    return case.with_rows(max(1, min(case.shape[0], (1 << 19) // case.shape[1])))
+    """With so many rows that all programs have as many tiles."""
+    from fused.kernels import tuning
+
+    plan = tuning.cross_entropy(torch.empty(*case.shape, 1, dtype=case.dtype, device="meta"))
+    at_once = plan.n_programs * plan.BLOCK_N
+    return case.with_rows(max(1, case.shape[0] // at_once) * min(at_once, case.shape[0]))
 
 
 def least_bytes(case: Case) -> dict[str, int]:
     labels = 8 * case.shape[0]
     if case.variant == "slice":  # which does not stay on chip while the processes meet
         return {"fwd_bwd": 3 * case.bytes + labels}
+    late = case.variant == "none"  # its upstream gradients are not known in the forward
     return {
         "fwd": case.bytes + labels,
         "bwd": 2 * case.bytes + labels,
-        "fwd_bwd": 2 * case.bytes + labels,
+        "fwd_bwd": (3 if late else 2) * case.bytes + labels,
     }
 
 
@@ -93,12 +101,15 @@ def launch(case: Case, device: torch.device) -> None:
     from fused.kernels import tuning
 
     n, c = case.shape
-    x = torch.zeros(n, c, dtype=case.dtype, device=device, requires_grad=True)
+    x = torch.empty(n, c, dtype=case.dtype, device=device, requires_grad=True)
     if case.variant == "slice":
         return _launch_slice(x.detach())
+    target = torch.zeros(n, dtype=torch.int64, device=device)
+    reduction = "none" if case.variant == "none" else "mean"
     before, tuning.CLUSTERS = tuning.CLUSTERS, case.variant == "clusters"
     try:
-        fused.cross_entropy(x, torch.zeros(n, dtype=torch.int64, device=device)).backward()
+        loss = fused.cross_entropy(x, target, reduction=reduction)
+        loss.backward(torch.ones_like(loss))
     finally:
         tuning.CLUSTERS = before
 

@@ -79,7 +79,8 @@ class Operation(Protocol):
         them. A builder raises Unavailable where it cannot run."""
 
     def traffic_case(self, case: Case) -> Case:
-        """A smaller case that takes the same kernels in the same way, for the interpreter."""
+        """The case, or a little less, whose bytes are counted: programs in the middle of a grid
+        do alike."""
 
     def launch(self, case: Case, device: torch.device) -> None:
         """Forward and backward once, as a user calls them, for the kernel report."""

@@ -228,16 +228,15 @@ def report(
             count = next(counts[name]) if name in counts else []
             launches, on_amd = caught(op, case), caught(op, case, hip="6.4")
             names = [launch.kernel.__name__ for launch in launches]
-            # With fewer rows or channels another plan may have been taken: then nothing is said.
-            same = names == [kernel for kernel, _, _ in count]
+            assert name not in bounded or names == [kernel for kernel, _, _ in count]
             for i, launch in enumerate(launches):
                 found.append(
                     {
                         "operation": name,
                         "case": str(case),
                         "kernel": names[i].strip("_").removesuffix("_kernel"),
-                        "reads": count[i][1] / size if same else None,
-                        "writes": count[i][2] / size if same else None,
+                        "reads": count[i][1] / size if count else None,
+                        "writes": count[i][2] / size if count else None,
                         "least": None if least is None else least / case.bytes,
                         "targets": {
                             t: asdict(compile_launch(on_amd[i] if t == "gfx942" else launch, t))

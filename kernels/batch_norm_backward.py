@@ -231,9 +231,11 @@ def _batch_norm_bwd_kernel(
             tl.store(dz_ptr + dz_offsets, dz, mask=mask)
     else:
         if SUMS == "program":
+            # With frozen statistics dx does not wait for the sums.
             dgamma, dbeta = _sums(
-                dy_ptr, x_ptr, kept_ptr, None, dz_ptr, begin, end, column, cols, col_mask, mean,
-                rstd, gamma, beta, N, C, L, stride_dy, stride_x, stride_k, stride_dx, stride_dz,
+                dy_ptr, x_ptr, kept_ptr, None if BATCH_STATISTICS else dx_ptr, dz_ptr, begin, end,
+                column, cols, col_mask, mean, rstd, gamma, beta, N, C, L,
+                stride_dy, stride_x, stride_k, stride_dx, stride_dz,
                 acc, ACTIVATION, KEPT, GROUP, COLUMNS, ALIGN, STAGES, BLOCK_N, BLOCK_L, BLOCK_C,
             )  # fmt: skip
         else:
@@ -243,20 +245,21 @@ def _batch_norm_bwd_kernel(
             p_mask = col_mask[:, None] & (p < n_partials)[None, :]
             dgamma = tl.sum(tl.load(parts, mask=p_mask, other=0.0), axis=1)
             dbeta = tl.sum(tl.load(parts + C, mask=p_mask, other=0.0), axis=1)
-        for i in tl.range(begin, end, num_stages=STAGES):
-            start = start_of(begin + end - 1 - i, L, BLOCK_N, BLOCK_L)
-            mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
-            k_ptr = kept_ptr
-            if KEPT == "residual" or KEPT == "output":
-                k_ptr += offset_of(start, stride_k, ALIGN) + k_offsets
-            dz, xhat = _dz_and_xhat(
-                dy_ptr + offset_of(start, stride_dy, ALIGN) + dy_offsets,
-                x_ptr + offset_of(start, stride_x, ALIGN) + x_offsets,
-                k_ptr, mask, mean, rstd, gamma, beta, start, column, N, C, L,
-                acc, ACTIVATION, KEPT, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C,
-            )  # fmt: skip
-            dx = _dx(dz, xhat, dgamma, dbeta, gamma * rstd, n, correction, BATCH_STATISTICS)
-            tl.store(dx_ptr + offset_of(start, stride_dx, ALIGN) + dx_offsets, dx, mask=mask)
+        if SUMS == "partial" or BATCH_STATISTICS:
+            for i in tl.range(begin, end, num_stages=STAGES):
+                start = start_of(begin + end - 1 - i, L, BLOCK_N, BLOCK_L)
+                mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
+                k_ptr = kept_ptr
+                if KEPT == "residual" or KEPT == "output":
+                    k_ptr += offset_of(start, stride_k, ALIGN) + k_offsets
+                dz, xhat = _dz_and_xhat(
+                    dy_ptr + offset_of(start, stride_dy, ALIGN) + dy_offsets,
+                    x_ptr + offset_of(start, stride_x, ALIGN) + x_offsets,
+                    k_ptr, mask, mean, rstd, gamma, beta, start, column, N, C, L,
+                    acc, ACTIVATION, KEPT, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C,
+                )  # fmt: skip
+                dx = _dx(dz, xhat, dgamma, dbeta, gamma * rstd, n, correction, BATCH_STATISTICS)
+                tl.store(dx_ptr + offset_of(start, stride_dx, ALIGN) + dx_offsets, dx, mask=mask)
     if part == 0:
         tl.store(dgamma_ptr + cols, dgamma, mask=col_mask)
         tl.store(dbeta_ptr + cols, dbeta, mask=col_mask)

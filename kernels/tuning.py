@@ -14,6 +14,9 @@ def next_power_of_2(n: int) -> int:
 # Whether blocks of a cluster may share a row of cross-entropy, where device and compiler can. Off
 # until a GPU has run it: docs/performance.md says what the compiler makes of it. Set it to try.
 CLUSTERS = False
+# Programs of cross-entropy in the interpreter: two, so that a small grid has several tiles a program,
+# too. None for as many as a GPU has.
+INTERPRETED_PROGRAMS: int | None = 2
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ def cross_entropy(x: torch.Tensor, clusters: bool = True) -> CrossEntropyPlan:
             block_c = (32768 if per_processor == 1 else 16384) // size
             lanes = 32 * num_warps
     tiles = max(1, (n_rows + block_n - 1) // block_n)
-    # In the interpreter two, so that a small grid has several tiles a program, too.
-    n_programs = min(tiles, 2 if x.is_cpu else processors * per_processor // num_ctas)
+    resident = processors * per_processor // num_ctas
+    n_programs = min(tiles, INTERPRETED_PROGRAMS or resident if x.is_cpu else resident)
     return CrossEntropyPlan(
         block_n, block_c, lanes, vec, edges, held, threads, num_warps, num_ctas, n_programs
     )

@@ -36,8 +36,8 @@ def copies(device: str) -> None:
 
 
 if triton.knobs.runtime.interpret:
-    counter = traffic.Counter()
-    copies("cpu")
+    with traffic.Counter() as counter:
+        copies("cpu")
     print(json.dumps(counter.launches))
 else:
     with kernels.catch_launches() as launches:
