@@ -67,7 +67,6 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
         )
 
     def torch_compiled() -> Contender:
-        torch._dynamo.reset()
         mode = "reduce-overhead" if device.type == "cuda" else None
         loss = torch.compile(torch_loss, mode=mode, dynamic=False)
         return trained(lambda parameters: AutogradEngine(parameters, loss))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -118,12 +119,15 @@ def compiled(
     build: Callable[[Callable[..., Any]], Contender], mode: str | None
 ) -> Callable[[], Contender]:
     """A builder whose function went through torch.compile: `build` is given the wrapper."""
+    return lambda: build(lambda function: torch.compile(function, mode=mode, dynamic=False))
 
-    def wrapped() -> Contender:
+
+def forget_compiled() -> None:
+    """Drops what was compiled for the cases before: of one function Dynamo compiles 8 shapes, and
+    no more. Not between the contenders of a case: some would be compiled again as they are
+    measured."""
+    if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
-        return build(lambda function: torch.compile(function, mode=mode, dynamic=False))
-
-    return wrapped
 
 
 def in_graph(build: Callable[[], Contender], device: torch.device) -> Callable[[], Contender]:

@@ -78,17 +78,21 @@ def on_device(phase: Phase, device: torch.device, cold: bool) -> Sampler:
     """Time of a unit between two events on a CUDA device, without what the host needs.
 
     The device sleeps before the first event for as long as the host takes to call, so that it never
-    waits for the host; where `cold`, something larger than the L2 cache is written before. A phase
-    on streams of its own would not wait for the one that sleeps: its time is with the host's part.
+    waits for the host. Where `cold`, something larger than the L2 cache is written before; else the
+    phase runs once more before, as what L2 has is of another contender. A phase on streams of its
+    own would not wait for the one that sleeps: its time is with the host's part.
     """
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    flush = torch.empty(4 * cache if cold else 0, dtype=torch.uint8, device=device)
+    flush = torch.empty(4 * cache, dtype=torch.uint8, device=device) if cold else None
     cycles = int(2e9 * min(2e-2, 2 * _host_seconds(phase, device) + 2e-5))
 
     def sample() -> float:
+        if flush is None:
+            phase.run(phase.prepare())
         argument = phase.prepare()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush.zero_()
+        if flush is not None:
+            flush.zero_()
         if phase.waits:
             torch.cuda.synchronize(device)
         else:

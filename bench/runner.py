@@ -18,7 +18,15 @@ from torch import Tensor
 
 import bench
 from bench import machine
-from bench.cases import DTYPES, Case, Contender, Operation, Phase, Unavailable
+from bench.cases import (
+    DTYPES,
+    Case,
+    Contender,
+    Operation,
+    Phase,
+    Unavailable,
+    forget_compiled,
+)
 from bench.measure import Sampler, Times, interleave, on_device, peak_bytes, wall
 
 BUDGETS = {"quick": 170.0, "full": 530.0}  # seconds
@@ -89,6 +97,7 @@ def run(
                 result["skipped"].append(_skip(case, "all", "the budget was spent"))
                 continue
             try:
+                forget_compiled()
                 gc.collect()
                 if device.type == "cuda":
                     torch.cuda.empty_cache()

@@ -13,9 +13,9 @@ touches global memory (for the whole kernel where none does), in order: instruct
 accesses to global memory as count x bytes a thread, and instructions over the bytes they move. An
 H100 issues 128 thread-instructions a clock and multiprocessor and reads or writes about 14 bytes of
 memory, so that a loop above 9 is limited by its instructions. `reads` and `writes` are what the
-launch asks memory for, caches included, in units of the case's one large tensor: counted in Triton's
-interpreter, of the first, the middle and the last program along each axis of the grid, the middle
-one for all between."""
+launch asks memory for, caches included, in units of the case's one large tensor: counted in
+Triton's interpreter, of the first, the middle and the last program along each axis of the grid, the
+middle one for all between."""
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:

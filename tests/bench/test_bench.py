@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from bench import __main__ as bench_main
 from bench import assembly, report, runner, tables
-from bench.cases import Case, Contender, Phase, differentiable
+from bench.cases import Case, Contender, Phase, compiled, differentiable, forget_compiled
 from bench.measure import Times, interleave, on_device, peak_bytes, wall
 from tests.test_package import ROOT
 
@@ -159,10 +160,12 @@ def test_a_budget_that_ends_early_has_had_every_operation() -> None:
         assert len({op.OPERATION for op, _ in turns[: len(found)]}) == len(found)
 
 
+@pytest.mark.parametrize("cold", [False, True])
 @pytest.mark.parametrize("waits", [False, True])
-def test_a_sample_of_device_time(waits, monkeypatch) -> None:
+def test_a_sample_of_device_time(waits, cold, monkeypatch) -> None:
     """What is asked of the device and in which order, of one that is not there: it never waits for
-    the host, unless the phase has streams of its own, which would run while ours sleeps."""
+    the host, unless the phase has streams of its own, which would run while ours sleeps. L2 has
+    either nothing, or what the phase itself leaves there."""
     asked: list[str] = []
 
     class Event:
@@ -178,6 +181,7 @@ def test_a_sample_of_device_time(waits, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: asked.append("sleep"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: asked.append("wait"))
+    monkeypatch.setattr(Tensor, "zero_", lambda tensor: asked.append(f"clear {len(tensor)}"))
     properties = SimpleNamespace(L2_cache_size=1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
@@ -186,11 +190,41 @@ def test_a_sample_of_device_time(waits, monkeypatch) -> None:
         return "run"
 
     phase = Phase(asked.append, prepare, units=2, waits=waits)
-    sampler = on_device(phase, CPU, cold=True)
+    sampler = on_device(phase, CPU, cold=cold)
     asked.clear()
     assert sampler() == 1.5e-3
-    before = "wait" if waits else "sleep"
-    assert asked == ["prepare", before, "event", "run", "event", "wait"]
+    before = ["wait" if waits else "sleep"]
+    before = ["prepare", "clear 4096", *before] if cold else ["prepare", "run", "prepare", *before]
+    assert asked == [*before, "event", "run", "event", "wait"]
+
+
+def test_nothing_is_compiled_twice_in_a_case(monkeypatch) -> None:
+    """Nor while it is measured; but for the next case all is forgotten, as Dynamo has limits."""
+    compilations: list[str | None] = []
+    compile = torch.compile
+
+    def counted(function: Any, mode: str | None, dynamic: bool) -> Any:
+        def backend(graph: Any, inputs: Any) -> Any:
+            compilations.append(mode)
+            return graph.forward
+
+        return compile(function, backend=backend, dynamic=dynamic)
+
+    monkeypatch.setattr(torch, "compile", counted)
+    x = torch.ones(3)
+
+    def build(wrap: Any) -> Contender:
+        square = wrap(lambda x: x * x)
+        return Contender(lambda: {"output": square(x)}, {})
+
+    forget_compiled()
+    contenders = [compiled(build, mode)() for mode in (None, "max")]
+    for contender in [*contenders, *contenders]:
+        contender.outputs()
+    assert compilations == [None, "max"]
+    forget_compiled()
+    contenders[0].outputs()
+    assert compilations == [None, "max", None]
 
 
 def test_the_page_of_a_gpu(tmp_path, monkeypatch) -> None:
