@@ -102,7 +102,8 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
             raise Unavailable("Liger's kernels need a GPU")
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        return autograd(lambda x, w, t: liger_fused_linear_cross_entropy(x, w, t))
+        # Its loss is float32 whatever its input is.
+        return autograd(lambda x, w, t: liger_fused_linear_cross_entropy(x, w, t).to(x.dtype))
 
     return {
         "torch": lambda: autograd(pair),
