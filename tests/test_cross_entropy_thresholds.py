@@ -1,0 +1,70 @@
+"""The shapes of cross-entropy's tests are on both sides of every threshold of kernels/tuning.py."""
+
+import pytest
+import torch
+
+from tests.test_cross_entropy import DTYPES, REDUCTIONS, SHAPES, check_against_torch, example
+
+pytest.importorskip("triton")
+
+from fused.kernels import tuning
+
+# (N, C, S): a tile of neighbouring rows holds all classes, or some of them.
+INNER = [(9, 40, 5), (9, 130, 5)]
+CLASSES = sorted(
+    {*range(1, 140)} | {2**k + d for k in range(8, 16) for d in (-1, 0, 1, 8)} | {50257, 1000000}
+)
+
+
+def plan(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> tuning.CrossEntropyPlan:
+    n, c, *inner = shape
+    return tuning.cross_entropy(torch.empty(n, c, *inner or [1], dtype=dtype, device="meta"))
+
+
+def kind(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bool, ...]:
+    """What decides which of the kernel's branches are taken."""
+    p = plan(shape, dtype)
+    return len(shape) > 2, p.HELD, p.EDGES, p.VEC > 1, p.THREADS > 0, p.BLOCK_N > 1
+
+
+def test_every_kind_of_plan_is_tested() -> None:
+    tested = {kind(shape, dtype) for shape in [*SHAPES, *INNER] for dtype in DTYPES}
+    shapes = [(n, c, *s) for n in (1, 5, 70, 9000) for c in CLASSES for s in ((), (5,))]
+    for dtype in DTYPES:
+        for shape in shapes:
+            assert kind(shape, dtype) in tested, (shape, dtype)
+
+
+@pytest.mark.parametrize("rows", [32, 33])
+def test_one_program_or_several(rows) -> None:
+    """At the notebook's shape; both are among the tests' shapes."""
+    assert (rows, 27) in SHAPES
+    assert (plan((rows, 27), torch.float32).n_programs == 1) == (rows == 32)
+
+
+def test_many_short_rows_share_programs_that_stay() -> None:
+    """As many as are resident at once, each with several tiles."""
+    for shape in ((262144, 27), (262144, 1000)):
+        p = plan(shape)
+        assert 32 * p.num_warps * p.n_programs <= 132 * 2048
+        assert p.n_programs * p.BLOCK_N * 4 <= shape[0]
+
+
+def test_rows_in_flight_fit_l2() -> None:
+    """Two thirds of 50 MB, down to one row a multiprocessor."""
+    for classes in (32000, 66190, 66200, 128256):
+        p = plan((8192, classes))
+        assert not p.HELD
+        assert p.n_programs == 132 or 3 * p.n_programs * classes * 2 <= 2 * 50 * 2**20
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", INNER, ids=str)
+def test_neighbours_that_are_rows(shape, reduction, options, implementation, device) -> None:
+    tensors = example(shape, torch.float32, device, weighted=bool(options))
+    check_against_torch(*tensors, implementation, reduction=reduction, **options)
+
+
+def test_a_million_classes(implementation, device) -> None:
+    check_against_torch(*example((1, 1000000), torch.float32, device, ignored=0), implementation)
