@@ -59,3 +59,94 @@ def test_launchers() -> None:
     count, *names = result.stdout.split()
     assert int(count) > 50
     assert {name.split("_")[1] for name in names} >= {"cross", "batch", "vocab"}
+
+
+# Of small calls, each way: the launches, PyTorch's operations, and how often arguments are checked.
+SMALL_CALLS = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch
+import fused
+from bench import kernels
+from torch.utils._python_dispatch import TorchDispatchMode
+
+class Seen(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        print("operation", function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {{}}))
+
+module = sys.modules["fused.cross_entropy"]
+check = module.check
+module.check = lambda *arguments: print("check") or check(*arguments)
+with torch.device("meta"), fused.backend.use("triton"), kernels.catch_launches() as launches:
+    def step(call, *inputs):
+        with Seen():
+            y = call(*inputs)
+        print("forward", *(launch.kernel.__name__ for launch in launches))
+        launches.clear()
+        upstream = torch.ones_like(y)
+        with Seen():
+            torch.autograd.grad(y, inputs, upstream)
+        print("backward", *(launch.kernel.__name__ for launch in launches))
+        launches.clear()
+
+    rows, target = torch.zeros(32, 27, requires_grad=True), torch.zeros(32, dtype=torch.int64)
+    step(lambda x: fused.cross_entropy(x, target), rows)
+    for channels in (64, 200):
+        x, residual = torch.zeros(2, 32, channels, requires_grad=True).unbind()
+        step(fused.BatchNorm1d(channels, activation="tanh"), x, residual)
+"""
+FREE = {"empty", "empty_like", "unsqueeze", "detach", "view"}
+
+
+def test_a_small_call_is_one_launch_and_nothing_else_each_way() -> None:
+    """PyTorch's operations only allocate and look at memory in another way."""
+    pytest.importorskip("triton")
+    result = python(SMALL_CALLS)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    operations = {line.split()[1] for line in lines if line.startswith("operation")}
+    assert operations <= FREE
+    assert lines.count("check") == 1
+    norm = ["forward _batch_norm_fwd_kernel", "backward _batch_norm_bwd_kernel"]
+    expected = ["forward _cross_entropy_fwd_kernel", "backward _cross_entropy_scale_kernel"]
+    assert [line for line in lines if line.split()[0] in ("forward", "backward")] == [
+        *expected, *norm, *norm
+    ]  # fmt: skip
+
+
+# What is compiled for batches of several sizes.
+SIZES = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch
+import fused
+from bench import kernels
+
+with torch.device("meta"), fused.backend.use("triton"), kernels.catch_launches() as launches:
+    for n in (9000, 9001, 10000, 16384):
+        for classes in (27, 1000, 50257):
+            x, y = torch.empty(n, classes, requires_grad=True), torch.zeros(n, dtype=torch.int64)
+            fused.cross_entropy(x, y).backward()
+            fused.cross_entropy(x, y, ignore_index=n % 16, reduction="sum").backward()
+        x = torch.empty(n, 64, requires_grad=True)
+        fused.batch_norm(x, None, None, training=True).sum().backward()
+found = {{(l.kernel.__name__, l.source().hash(), str(l.options)) for l in launches}}
+print(*sorted(name for name, *_ in found))
+"""
+
+
+def test_a_batch_of_another_size_compiles_nothing() -> None:
+    pytest.importorskip("triton")
+    result = python(SIZES)
+    assert result.returncode == 0, result.stderr
+    names = result.stdout.split()
+    counts = {name.strip("_").removesuffix("_kernel"): names.count(name) for name in names}
+    assert counts == {
+        "cross_entropy_fwd": 6,  # three numbers of classes, mean and sum
+        "cross_entropy_count": 1,
+        "cross_entropy_sum": 2,
+        "cross_entropy_scale": 2,  # whether 16 divides the number of logits
+        "batch_norm_moments": 1,
+        "batch_norm_fwd": 1,
+        "batch_norm_sums": 1,
+        "batch_norm_bwd": 1,
+    }
