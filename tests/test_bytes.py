@@ -102,14 +102,51 @@ def test_batch_norm(shape, training, evaluation, small_plans) -> None:
         assert counted(counter, size) == expected
 
 
+class Order(Counter):
+    """Notes where in `x` tiles are read, in their order."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        super().__init__()
+        self.first, self.end = x.data_ptr(), x.data_ptr() + x.numel() * x.itemsize
+        self.places: list[int] = []
+
+    def load(self, pointers, mask, other, dtype):
+        if pointers.ndim == 2 and mask.any():
+            place = int(pointers[mask].min())
+            if self.first <= place < self.end:
+                self.places.append(place - self.first)
+        return super().load(pointers, mask, other, dtype)
+
+
+# By one program for each of two blocks of channels; by the second of two launches.
+PASSES = [((250, 16), 2), ((8, 2, 256), 2), ((300, 16), 1), ((8, 2, 260), 1)]
+
+
+@pytest.mark.parametrize("shape, programs", PASSES, ids=str)
+def test_what_was_read_last_is_read_again_first(shape, programs, small_plans) -> None:
+    """While it is still in a cache."""
+    x = torch.randn(shape, requires_grad=True)
+    with fused.backend.use("triton"), Order(x) as order:
+        y = fused.batch_norm(x, None, None, training=True)
+        forward, order.places = order.places, []
+        y.backward(torch.ones_like(y))
+    assert len(order.launches) == 4 // programs
+    for places in (forward, order.places):
+        size = len(places) // (2 * programs)
+        assert size >= 8 and len(set(places)) == len(places) // 2
+        for start in range(0, len(places), 2 * size):
+            middle = start + size
+            assert places[start:middle] == places[middle : middle + size][::-1]
+
+
 def test_programs_between_do_as_the_middle_one(small_plans, monkeypatch) -> None:
-    """The kernel report runs three programs along each axis of a grid: here of 4 x 8 and 12."""
+    """The kernel report runs three programs along each axis of a grid: here of 2 x 8 and 12."""
     monkeypatch.setattr(tuning, "_MULTIPROCESSORS", 16)
     monkeypatch.setattr(tuning, "INTERPRETED_PROGRAMS", None)
     found = []
     for sampled in (False, True):
         with fused.backend.use("triton"), Counter(sampled) as counter:
-            x = torch.randn(270, 200, requires_grad=True)
+            x = torch.randn(262, 70, requires_grad=True)
             y = fused.batch_norm(x, None, None, training=True)
             y.backward(torch.ones_like(y))
             logits = torch.randn(12, 200, requires_grad=True)
