@@ -1,7 +1,8 @@
 """pytest-benchmark: `python -m pytest bench/bench_*.py`, a benchmark a contender, case and phase.
 
-The cases of the quick suite, as large as memory and a second or so a case allow; the runner
-(`python -m bench`) interleaves the contenders and is what figures are quoted from.
+The cases of the quick suite, or with `--suite full` of the full one, as large as memory and a second
+or so a case allow; the runner (`python -m bench`) interleaves the contenders and is what figures
+are quoted from.
 """
 
 from functools import cache
@@ -16,13 +17,17 @@ from bench.measure import synchronise
 from bench.runner import SLOW_TO_BUILD, fitted
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--suite", choices=("quick", "full"), default="quick", help="of the cases")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     op = metafunc.module
     if "phase" not in metafunc.fixturenames:
         return
     device = "cuda" if torch.cuda.is_available() else "cpu"
     asked, ids = [], []
-    for case in op.cases("quick"):
+    for case in op.cases(metafunc.config.getoption("--suite")):
         names = set(op.contenders(case.with_rows(2), torch.device("cpu"))) - set(SLOW_TO_BUILD)
         for phase in op.BYTES:
             for name in sorted(names):

@@ -61,6 +61,8 @@ def text() -> str:
             parts.append(_section(path, result))
         elif "kernels" in result:
             parts.append(_kernel_section(path, result))
+        elif "gpt" in result:
+            parts.append(_gpt_section(path, result))
     return "\n\n".join(parts) + "\n"
 
 
@@ -127,6 +129,28 @@ def _section(path: Path, result: dict[str, Any]) -> str:
     if result["notes"]:
         parts += ["Notes:", tables.notes(result)]
     return "\n\n".join(parts)
+
+
+def _gpt_section(path: Path, result: dict[str, Any]) -> str:
+    runs = result["gpt"]
+    unfused, fused = runs["unfused"]["losses"], runs["fused"]["losses"]
+    apart = max(abs(a - b) for a, b in zip(unfused, fused, strict=True))
+    rows = [
+        [name, f"{losses[0]:.4f}", f"{losses[len(losses) // 2]:.4f}", f"{losses[-1]:.4f}",
+         f"{runs[name]['peak_bytes'] / 2**20:.1f} MiB", f"{runs[name]['seconds']:.1f} s"]
+        for name, losses in (("unfused", unfused), ("fused", fused))
+    ]  # fmt: skip
+    header = ["loss", "first step", "middle", "last step", "peak of a step", "time"]
+    machine = result["machine"]
+    return "\n\n".join(
+        [
+            "## A small GPT, with and without the logits",
+            f"`python -m bench.gpt --steps {len(fused)}` ({path.name}), {machine['name']}, "
+            f"torch {machine['versions']['torch']}; {runs['fused']['vocabulary']:,} words. "
+            f"Losses differ by at most {apart:.1e}.",
+            tables.markdown(header, rows),
+        ]
+    )
 
 
 def _kernel_section(path: Path, result: dict[str, Any]) -> str:

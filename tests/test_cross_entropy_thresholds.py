@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from tests.test_cross_entropy import DTYPES, REDUCTIONS, SHAPES, check_against_torch, example
+from tests.test_cross_entropy import DTYPES, SHAPES, check_against_torch, example
 
 pytest.importorskip("triton")
 
 from fused.kernels import tuning
 
 # (N, C, S): a tile of neighbouring rows holds all classes, or some of them.
-INNER = [(9, 40, 5), (9, 130, 5)]
+INNER = [(2, 40, 3), (9, 130, 5)]
 CLASSES = sorted(
     {*range(1, 140)} | {2**k + d for k in range(8, 16) for d in (-1, 0, 1, 8)} | {50257, 1000000}
 )
@@ -58,11 +58,11 @@ def test_rows_in_flight_fit_l2() -> None:
         assert p.n_programs == 132 or 3 * p.n_programs * classes * 2 <= 2 * 50 * 2**20
 
 
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 5.0}], ids=str)
-@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("shape", INNER, ids=str)
-def test_neighbours_that_are_rows(shape, reduction, options, implementation, device) -> None:
-    tensors = example(shape, torch.float32, device, weighted=bool(options))
+def test_neighbours_that_are_rows(shape, reduction, implementation, device) -> None:
+    tensors = example(shape, torch.float32, device, weighted=True)
+    options = {"label_smoothing": 0.1, "softcap": 5.0}
     check_against_torch(*tensors, implementation, reduction=reduction, **options)
 
 

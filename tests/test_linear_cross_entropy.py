@@ -427,3 +427,22 @@ def test_the_logits_are_never_held(device, tmp_path: Path) -> None:
     peaks = [peak_bytes(c.phases["fwd_bwd"], device) for c in (ours, pair)]
     assert peaks[1] >= 2 * 4 * n * classes
     assert peaks[0] <= peaks[1] / 4
+
+
+@needs_torchs_own
+@pytest.mark.slow
+def test_peak_memory_beside_torchs_own_chunks() -> None:
+    """32,000 words: at most a quarter of the pair's, and no more than the chunked form's, both at
+    their defaults."""
+    from bench.bench_linear_cross_entropy import contenders
+    from bench.cases import Case
+    from bench.measure import peak_bytes
+
+    cpu = torch.device("cpu")
+    built = contenders(Case("linear_cross_entropy", (4096, 32000), torch.float32, "d256"), cpu)
+    pair, ours, chunked = (
+        peak_bytes(built[name]().phases["fwd_bwd"], cpu)
+        for name in ("torch", "fused", "torch chunked")
+    )
+    assert ours <= pair / 4
+    assert ours <= chunked

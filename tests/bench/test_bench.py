@@ -333,6 +333,9 @@ def test_the_page_is_what_the_results_say() -> None:
     """docs/benchmarks.md and the README are up to date: python -m bench report."""
     assert report.PAGE.read_text() == report.text()
     assert report.README.read_text() == report.readme()
+    runs = json.loads((report.RESULTS / "gpt.json").read_text())["gpt"]
+    peaks = [f"{runs[name]['peak_bytes'] / 2**20:.1f}" for name in ("unfused", "fused")]
+    assert " and ".join(peaks) + " MiB a step" in report.README.read_text()
 
 
 def test_a_table_reads_without_being_rendered() -> None:
