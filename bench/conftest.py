@@ -1,8 +1,8 @@
 """pytest-benchmark: `python -m pytest bench/bench_*.py`, a benchmark a contender, case and phase.
 
-The cases of the quick suite, or with `--suite full` of the full one, as large as memory and a second
-or so a case allow; the runner (`python -m bench`) interleaves the contenders and is what figures
-are quoted from.
+The cases of the quick suite, or with `--suite full` of the full one, as large as memory and a
+second or so a case allow; the runner (`python -m bench`) interleaves the contenders and is what
+figures are quoted from.
 """
 
 from functools import cache

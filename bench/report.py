@@ -118,7 +118,12 @@ def _section(path: Path, result: dict[str, Any]) -> str:
     for operation in tables.operations(result):
         parts += [f"### {operation}", tables.table(result, operation)]
         if m["type"] == "cuda":
-            parts += ["Wall time of calls in a row:", tables.host(result, operation)]
+            # Small shapes are bound by the host.
+            parts += ["Wall time of calls in a row:", tables.times(result, operation, "wall")]
+            rows = (r for r in result["rows"] if r["operation"] == operation)
+            if any("device_warm" in row["times"] for row in rows):
+                warm = tables.times(result, operation, "device_warm")
+                parts += ["Device time with a warm L2 cache:", warm]
         phases = {r["phase"] for r in result["rows"] if r["operation"] == operation}
         if "fwd_bwd" in phases:
             parts += ["Peak memory:", tables.memory(result, operation)]

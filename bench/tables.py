@@ -54,12 +54,13 @@ def speed(result: dict[str, Any], operation: str) -> str:
     return markdown(header, rows)
 
 
-def host(result: dict[str, Any], operation: str) -> str:
-    """Wall time of calls in a row, on CUDA: small shapes are bound by the host."""
+def times(result: dict[str, Any], operation: str, metric: str) -> str:
+    """Every contender's time by that metric."""
     names = _contenders(result, operation)
     rows = []
     for (case, phase), group in _groups(result, operation).items():
-        cells = [duration(group[n]["times"]["wall"]["median"]) if n in group else "" for n in names]
+        found = (group[n]["times"].get(metric) if n in group else None for n in names)
+        cells = ["" if t is None else duration(t["median"]) for t in found]
         rows.append([case, phase, *cells])
     return markdown(["case", "phase", *names], rows)
 

@@ -263,6 +263,8 @@ def test_the_page_of_a_gpu(tmp_path, monkeypatch) -> None:
         cells = ["64x1000-f32", phase, "80 us", "0.25", "1500.0", "50%"]
         assert cells in [[c.strip() for c in line.split("|")[1:-1]] for line in page.splitlines()]
     assert page.count("Wall time of calls in a row:") == 2 and "90 us" in page
+    assert page.count("Device time with a warm L2 cache:") == 1
+    assert page.count("| 64x1000-f32 |     fwd | 40 us | 10 us |") == 1
     above, *_, row, _, _, below = (tmp_path / "readme.md").read_text().splitlines()
     assert (above, below) == ("above", "below")
     cells = ["cross_entropy", "64x1000-f32", "80 us", "0.25", "", "2.00", "2.00"]
