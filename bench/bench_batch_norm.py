@@ -85,10 +85,12 @@ def kernel_cases() -> list[Case]:
 def _kernel_variants(shape: tuple[int, ...]) -> tuple[str, ...]:
     """At one shape of each kind also evaluation, and of images a residual."""
     if len(shape) != 4:
-        return ("tanh", "tanh-eval") if shape == (4096, 1024) else ("tanh",)
+        return ("tanh", "eval-tanh") if shape == (4096, 1024) else ("tanh",)
     variants = ("relu", "channels_last-relu")
-    more = tuple(f"{variant}-{what}" for what in ("residual", "eval") for variant in variants)
-    return variants + more if shape == (64, 256, 56, 56) else variants
+    if shape != (64, 256, 56, 56):
+        return variants
+    with_residual = tuple(f"{variant}-residual" for variant in variants)
+    return variants + with_residual + ("eval-relu", "eval-channels_last-relu")
 
 
 def traffic_case(case: Case) -> Case:
