@@ -124,7 +124,8 @@ PASSES = [((250, 16), 2), ((8, 2, 256), 2), ((300, 16), 1), ((8, 2, 260), 1)]
 def test_what_was_read_last_is_read_again_first(shape, programs, small_plans) -> None:
     """While it is still in a cache."""
     x = torch.randn(shape, requires_grad=True)
-    with fused.backend.use("triton"), Order(x) as order:
+    order = Order(x)
+    with fused.backend.use("triton"), order:
         y = fused.batch_norm(x, None, None, training=True)
         forward, order.places = order.places, []
         y.backward(torch.ones_like(y))
