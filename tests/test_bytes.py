@@ -79,7 +79,7 @@ FROZEN_PARTIAL = {"fwd": (1.0, 1.0), "sums": (2.0, 1.0)}
 BATCH_NORM = [
     ((64, 16), TILE, TILE),
     ((256, 16), PROGRAM, TILE),
-    ((260, 16), PARTIAL, FROZEN_PARTIAL),
+    ((900, 16), PARTIAL, FROZEN_PARTIAL),
     ((2, 3, 256), TILE, TILE),
     ((8, 3, 256), PROGRAM, TILE),
     ((8, 3, 260), PARTIAL, FROZEN_PARTIAL),
