@@ -162,6 +162,16 @@ def test_an_embedding_of_two_tiles(method) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_minibatch_of_one_context(method) -> None:
+    """Its variance is 0 and rstd eps^-1/2, the gradients of its embeddings the largest there are:
+    beyond float16's numbers, of which "persistent" makes factors."""
+    p, x, y, index = start(Sizes(V=3, T=2, E=3, H=200, B=5), 2, method)
+    x[index[0]] = x[0].clone()
+    data = p._replace(W2=p.W2 * 3), x, y, index
+    assert_close(fused.train_mlp(*data, 0.01, method=method), expected(*data, 0.01), batch=2)
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("streams", [1, 2, 4])
 def test_models_together_are_models_alone(method, streams) -> None:
     """To the last bit, and model m takes the minibatches index[m % S] at its own rate."""
