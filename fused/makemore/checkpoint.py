@@ -1,18 +1,34 @@
 """A run on disk: everything that resuming needs, in one file that is never half written."""
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from fused.makemore.engines import ENGINES
 from fused.makemore.errors import InputError
 from fused.makemore.model import Model, Settings, parameter_shapes
 from fused.mlp_train import MLPParameters
 
 _FORMAT = "fused-makemore checkpoint"
 _VERSION = 1
+_KINDS: dict[str, Any] = {
+    "version": int,
+    "settings": dict,
+    "engine": str,
+    "data": (str, type(None)),
+    "sha256": str,
+    "vocabulary": str,
+    "parameters": dict,
+    "mean": Tensor,
+    "var": Tensor,
+    "losses": Tensor,
+    "generator": Tensor,
+}
 FILE = "checkpoint.pt"
 
 
@@ -34,7 +50,10 @@ class Checkpoint:
         return len(self.losses)
 
     def save(self, folder: Path) -> Path:
-        """Writes to a temporary file, then renames it: a crash leaves the checkpoint before."""
+        """Writes to a temporary file, then renames it: a crash leaves the checkpoint before.
+
+        Raises OSError where it cannot be written.
+        """
         content = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -51,8 +70,10 @@ class Checkpoint:
         }
         path = folder / FILE
         temporary = path.with_suffix(".tmp")
+        serialized = io.BytesIO()
+        torch.save(content, serialized)  # in a file it would hide what the system says
         with temporary.open("wb") as file:
-            torch.save(content, file)
+            file.write(serialized.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -71,37 +92,56 @@ def load(path: Path, device: torch.device) -> Checkpoint:
         raise InputError(f"{path} is not a checkpoint of fused-makemore") from None
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise InputError(f"{path} is not a checkpoint of fused-makemore")
-    if content["version"] != _VERSION:
-        raise InputError(
-            f"{path} has version {content['version']}, this program reads version {_VERSION}"
-        )
+    version = content.get("version")
+    if isinstance(version, int) and version != _VERSION:
+        raise InputError(f"{path} has version {version}, this program reads version {_VERSION}")
     try:
-        settings = Settings(**content["settings"])
-        parameters = MLPParameters(**{k: v.to(device) for k, v in content["parameters"].items()})
-        model = Model(parameters, content["mean"].to(device), content["var"].to(device))
-        checkpoint = Checkpoint(
-            settings,
-            content["engine"],
-            content["data"],
-            content["sha256"],
-            content["vocabulary"],
-            model,
-            content["losses"],
-            content["generator"],
-        )
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{path} is damaged: it lacks a part of a checkpoint") from None
-    _check_sizes(checkpoint, path)
-    return checkpoint
+        return _checkpoint(content, device)
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{path} is damaged: {error}") from None
 
 
-def _check_sizes(checkpoint: Checkpoint, path: Path) -> None:
-    shapes = parameter_shapes(checkpoint.settings, len(checkpoint.vocabulary))
-    for (name, tensor), shape in zip(
-        checkpoint.model.parameters._asdict().items(), shapes, strict=True
-    ):
-        if tensor.shape != shape:
-            raise InputError(
-                f"{path}: expected {name} of shape {shape}, as its settings say, "
-                f"got {tuple(tensor.shape)}"
+def _checkpoint(content: dict[str, Any], device: torch.device) -> Checkpoint:
+    """Raises TypeError, ValueError, AttributeError or RuntimeError where it cannot be a run's."""
+    for name, kind in _KINDS.items():
+        if name not in content or not isinstance(content[name], kind):
+            raise TypeError(f"it has no {name}")
+    if content["engine"] not in ENGINES:
+        raise ValueError(f"there is no engine {content['engine']!r}")
+    settings = _settings(content["settings"])
+    torch.Generator().set_state(content["generator"])
+    parameters = MLPParameters(**content["parameters"])
+    names = [*parameters._fields, "mean", "var", "losses"]
+    shapes = parameter_shapes(settings, len(content["vocabulary"]))
+    shapes += [(1, settings.hidden), (1, settings.hidden), (content["losses"].numel(),)]
+    tensors = [*parameters, content["mean"], content["var"], content["losses"]]
+    for name, tensor, shape in zip(names, tensors, shapes, strict=True):
+        if tensor.shape != shape or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"expected {name} of shape {shape}, as its settings say, in float32, "
+                f"got {tuple(tensor.shape)} in {str(tensor.dtype).removeprefix('torch.')}"
             )
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} has numbers that are not finite")
+    mean, var = content["mean"].to(device), content["var"].to(device)
+    return Checkpoint(
+        settings,
+        content["engine"],
+        content["data"],
+        content["sha256"],
+        content["vocabulary"],
+        Model(MLPParameters(*(p.to(device) for p in parameters)), mean, var),
+        content["losses"],
+        content["generator"],
+    )
+
+
+def _settings(saved: dict[str, Any]) -> Settings:
+    """Raises TypeError or ValueError where they cannot be a run's."""
+    settings = Settings(**saved)
+    for name, default in Settings().asdict().items():
+        value = getattr(settings, name)
+        least = 0 if name in ("lr", "final_lr", "seed") else 1
+        if type(value) is not type(default) or value < least:
+            raise ValueError(f"its {name} is {value!r}")
+    return settings

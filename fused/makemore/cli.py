@@ -2,9 +2,12 @@
 
 import argparse
 import dataclasses
+import io
 import json
+import os
 import platform
 import sys
+import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
@@ -28,19 +31,47 @@ _ENGINES = {
 }
 _SWEEP_ENGINES = ("persistent", "graph", "numba", "manual")
 _MOST_MODELS = 65536
-_INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
+_LARGEST = 2**31 - 1
+_METRICS = "metrics.json"
+# What a shell reports of a program that Ctrl-C ended, and of one whose output nobody reads.
+_INTERRUPTED, _UNREAD = 130, 141
+_NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")  # torch, on a CPU
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 1 for failed checks, 2 for bad input."""
+    """Runs the command; returns its exit status.
+
+    0; 1 for failed checks; 2 for bad input, for what does not fit memory, and for files that cannot
+    be written; 130 where Ctrl-C ended it; 141 where the reader of its output went away.
+    """
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names may have letters that a terminal has not
     try:
-        return options.command(options)
+        status = options.command(options)
+        print(end="", flush=True)
+        return status
     except InputError as error:
-        print(f"fused-makemore: {error}", file=sys.stderr)
-        return 2
+        return _refused(str(error))
     except KeyboardInterrupt:  # before training began, or the second one during it
         return _INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes standard output once more as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _UNREAD
+    except OSError as error:
+        return _refused(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except MemoryError:
+        return _refused("not enough memory; use smaller sizes")
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or any(m in str(error) for m in _NO_MEMORY):
+            return _refused("not enough memory; use smaller sizes")
+        raise
+
+
+def _refused(why: str) -> int:
+    print(f"fused-makemore: {why}", file=sys.stderr)
+    return 2
 
 
 class _Parser(argparse.ArgumentParser):
@@ -171,6 +202,8 @@ def _add(parser: argparse.ArgumentParser, flag: str, kind: Any, default: Any, wh
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    if int(text) > _LARGEST:
+        raise argparse.ArgumentTypeError(f"expected a number up to {_LARGEST}, got {text!r}")
     return int(text)
 
 
@@ -296,6 +329,10 @@ def _folder(out: str | None, default: str) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+    try:
+        tempfile.TemporaryFile(dir=folder).close()  # now rather than when training is over
+    except OSError as error:
+        raise InputError(f"cannot write into the folder {folder}: {error.strerror}") from None
     return folder
 
 
@@ -312,7 +349,8 @@ def _resumed(options: argparse.Namespace, device: torch.device) -> tuple[Any, Pa
         if given is not None and given != value and (name, given) != ("engine", "auto"):
             flag = "--" + name.replace("_", "-")
             raise InputError(f"{flag} {given}: the run in {path} has {flag} {value}")
-    if saved.step >= saved.settings.steps:
+    folder = path if path.is_dir() else path.parent
+    if saved.step >= saved.settings.steps and (folder / _METRICS).exists():
         raise InputError(f"the run in {path} is complete: {saved.step} steps")
     data = options.data or saved.data
     dataset = _load_data(data, saved.settings, device)
@@ -320,7 +358,6 @@ def _resumed(options: argparse.Namespace, device: torch.device) -> tuple[Any, Pa
         raise InputError(f"{dataset.source} is not the data that the run in {path} began with")
     generator = torch.Generator()
     generator.set_state(saved.generator)
-    folder = path if path.is_dir() else path.parent
     run = training.Run(
         saved.settings,
         saved.engine,
@@ -350,13 +387,13 @@ def _report(run: Any, folder: Path, steps_per_second: float, device: torch.devic
         "settings": s.asdict(),
         **_circumstances(d, device),
     }
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     plots.loss_curve(run.losses, folder / "loss.png")
     x, y = d.train.x[: s.batch], d.train.y[: s.batch]
     with torch.no_grad():
         probs = torch.softmax(model.logits(x), dim=1)
     dlogits = (probs - torch.nn.functional.one_hot(y, len(d.vocabulary))) / s.batch
     plots.logits_gradient(dlogits, y, d.vocabulary, folder / "dlogits.png")
+    (folder / _METRICS).write_text(json.dumps(metrics, indent=2) + "\n")  # the last: it is complete
     print(
         f"{steps_per_second:.0f} steps/s\n"
         f"train      {metrics['train_loss']:.4f}\n"

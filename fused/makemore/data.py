@@ -14,6 +14,7 @@ from fused.makemore.errors import InputError
 TERMINATOR = "."
 PACKAGED = "us-census-1990-given-names.txt"
 SHUFFLE_SEED = 42
+_MOST_NUMBERS = 2**28  # of all contexts, 2 GB
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def load(path: str | None, context: int, device: torch.device) -> Dataset:
 
     Words are stripped of surrounding white space and empty lines are skipped. Raises InputError
     where the file cannot be read, is not UTF-8, has no words, too few to fill three splits, or a
-    word with the terminator in it.
+    word with the terminator in it, or more contexts than memory is for.
     """
     source, raw = _read(path)
     try:
@@ -65,6 +66,12 @@ def load(path: str | None, context: int, device: torch.device) -> Dataset:
                 "which marks the end of a word"
             )
     vocabulary = TERMINATOR + "".join(sorted(set("".join(words))))
+    examples = sum(len(word) + 1 for word in words)
+    if examples * context > _MOST_NUMBERS:
+        raise InputError(
+            f"--context {context}: more than memory is for; expected at most "
+            f"{_MOST_NUMBERS // examples} characters for the {examples} examples of {source}"
+        )
     random.Random(SHUFFLE_SEED).shuffle(words)
     first, second = int(0.8 * len(words)), int(0.9 * len(words))
     if not 0 < first < second < len(words):

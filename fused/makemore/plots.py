@@ -1,5 +1,6 @@
 """The pictures of a run and of a sweep."""
 
+import warnings
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -42,7 +43,9 @@ def logits_gradient(dlogits: Tensor, targets: Tensor, vocabulary: str, path: Pat
         axes.set_xticks(range(len(vocabulary)), list(vocabulary))
         axes.set_yticks(range(len(targets)), [vocabulary[int(t)] for t in targets])
     figure.colorbar(image)
-    figure.savefig(path, dpi=120)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # then it draws a box
+        figure.savefig(path, dpi=120)
 
 
 def sweep_losses(losses: Tensor, lr: Tensor, path: Path) -> None:

@@ -1,6 +1,7 @@
 """Many networks at once: learning rates times seeds, each trained as if alone."""
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
 
@@ -45,13 +46,13 @@ class Models:
         results = []
         for m, lr in enumerate(self.lr.tolist()):
             seed, losses = self.seeds[m % len(self.seeds)], self.losses[m]
-            bad = losses.isfinite().logical_not().nonzero()
-            if len(bad) > 0:
-                results.append(Result(lr, seed, None, None, int(bad[0])))
-                continue
             model = calibrate(MLPParameters(*(p[m] for p in self.parameters)), dataset.train)
-            last = losses[-1000:].mean().item()
-            results.append(Result(lr, seed, model.loss(dataset.val), last, None))
+            val_loss, last = model.loss(dataset.val), losses[-1000:].mean().item()
+            bad = [*losses.isfinite().logical_not().nonzero()[:, 0].tolist(), len(losses)][0]
+            if bad == len(losses) and math.isfinite(val_loss):
+                results.append(Result(lr, seed, val_loss, last, None))
+            else:
+                results.append(Result(lr, seed, None, None, bad))
         return sorted(results, key=lambda r: (r.val_loss is None, r.val_loss, r.lr, r.seed))
 
 
@@ -76,18 +77,23 @@ def train(models: Models, engine: str, dataset: Dataset) -> training.Outcome:
         rates.to(split.x.device, torch.float32) for rates in (models.lr, models.lr / 10)
     )
 
+    blocks: list[Tensor] = []
+    step = 0
+
     def take(count: int) -> Tensor:
+        nonlocal step
         streams = [training.minibatches(g, len(split), count, s.batch) for g in models.generators]
-        late = models.losses.shape[1] >= s.steps // 2
-        losses = steps(torch.stack(streams).to(split.x.device), final_lr if late else lr)
-        models.losses = torch.cat((models.losses, losses), 1)
-        return losses.nanmean(0)
+        late = step >= s.steps // 2
+        blocks.append(steps(torch.stack(streams).to(split.x.device), final_lr if late else lr))
+        step += count
+        return blocks[-1].nanmean(0)
 
     with processes.trainer(engine, models.parameters, split.x, split.y, s) as steps:
         started = time.monotonic()
         interrupted = training.take_blocks(take, 0, s, len(models), torch.empty(0))
         elapsed = time.monotonic() - started
-    return training.Outcome(interrupted, models.losses.shape[1] / elapsed)
+    models.losses = torch.cat((models.losses, *blocks), 1)
+    return training.Outcome(interrupted, step / elapsed)
 
 
 def table(results: list[Result]) -> str:

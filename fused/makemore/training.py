@@ -23,7 +23,7 @@ from fused.mlp_train import MLPParameters
 
 _BLOCK_SECONDS = 0.2  # between two looks at the clock, the keyboard and the loss
 _SAVE_SECONDS = 60.0
-_BLOCK_NUMBERS = 1 << 22  # of contexts: bounds what an engine may keep of a block
+_BLOCK_NUMBERS = 1 << 26  # of contexts: bounds what an engine may keep of a block
 _RECENT = 1000  # steps in the running loss
 
 
@@ -72,26 +72,34 @@ def train(run: Run, folder: Path) -> Outcome:
     engine = engines.start(run.engine, run.parameters, split.x, split.y, s.batch)
     first, started, saved = run.step, time.monotonic(), time.monotonic()
 
+    def diverged(step: int) -> InputError:
+        return InputError(
+            f"the loss is no longer a finite number at step {step}; try a smaller --lr than {s.lr}"
+        )
+
+    def save() -> None:
+        checkpoint = run.checkpoint()
+        model = checkpoint.model
+        if not all(t.isfinite().all() for t in (*model.parameters, model.mean, model.var)):
+            raise diverged(run.step)
+        checkpoint.save(folder)
+
     def take(steps: int) -> Tensor:
         nonlocal saved
         lr = s.lr if run.step < s.steps // 2 else s.final_lr
         index = minibatches(run.generator, len(split), steps, s.batch).to(split.x.device)
         losses = engine.run(split.x, split.y, index, lr).cpu()
         if not losses.isfinite().all():
-            bad = run.step + int(losses.isfinite().logical_not().nonzero()[0])
-            raise InputError(
-                f"the loss is no longer a finite number at step {bad}; "
-                f"try a smaller --lr than {s.lr}"
-            )
+            raise diverged(run.step + int(losses.isfinite().logical_not().nonzero()[0]))
         run.losses = torch.cat((run.losses, losses))
         if time.monotonic() - saved > _SAVE_SECONDS:
-            run.checkpoint().save(folder)
+            save()
             saved = time.monotonic()
         return losses
 
     interrupted = take_blocks(take, first, s, models=1, recent=run.losses)
     elapsed = time.monotonic() - started
-    run.checkpoint().save(folder)
+    save()
     return Outcome(interrupted, (run.step - first) / elapsed)
 
 

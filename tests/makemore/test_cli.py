@@ -1,9 +1,11 @@
 """The command as a user runs it: what it prints, what it leaves behind, how it ends."""
 
 import fcntl
+import io
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -18,6 +20,7 @@ import torch
 
 from fused.makemore import checkpoint, training
 from fused.makemore.cli import main
+from fused.makemore.engines import ENGINES
 
 FAST = ["--hidden", "20", "--device", "cpu"]
 
@@ -132,32 +135,84 @@ def test_interrupted_and_resumed_is_the_uninterrupted_run(tmp_path) -> None:
     torch.testing.assert_close(ours.losses, expected.losses)
 
 
-@pytest.mark.parametrize("engine", ["persistent", "numba", "manual", "fused", "chunked"])
+@contextmanager
+def interrupted():
+    """Ctrl-C during the first block, in the place of training's `_interruption`"""
+    looks = iter((False, True))
+    yield SimpleNamespace(is_set=lambda: next(looks))
+
+
+def tiny(engine: str, tmp_path) -> list[str]:
+    """A run that Triton's interpreter can take steps of; on the GPU, where there is one"""
+    if engine in ("persistent", "graph", "numba"):
+        pytest.importorskip("numba" if engine == "numba" else "triton")
+    where = "auto" if engine in ("persistent", "graph") else "cpu"
+    data = ["--data", words(tmp_path, b"ab\nba\nb\n" * 10), "--batch", "4", "--hidden", "10"]
+    return [*data, "--context", "2", "--device", where, "--engine", engine]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_resumes_exactly(engine, tmp_path, capsys, monkeypatch) -> None:
-    if engine in ("persistent", "numba"):
-        pytest.importorskip({"persistent": "triton"}.get(engine, engine))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    # The kernels run where there is a GPU, in the interpreter where there is none.
-    where = ["--device", "auto" if engine == "persistent" else "cpu"]
-    options = [*FAST, *where, "--steps", "24", "--engine", engine]
+    options = [*tiny(engine, tmp_path), "--steps", "7"]
+    where = options[options.index("--device") :][:2]
     assert run(capsys, "train", *options, "--out", str(whole))[0] == 0
-
-    @contextmanager
-    def interruption():
-        looks = iter((False, True))  # Ctrl-C during the first block
-        yield SimpleNamespace(is_set=lambda: next(looks))
-
     with monkeypatch.context() as patch:
-        patch.setattr(training, "_interruption", interruption)
+        patch.setattr(training, "_interruption", interrupted)
         assert run(capsys, "train", *options, "--out", str(parts))[0] == 130
     cpu = torch.device("cpu")
-    assert checkpoint.load(parts, cpu).step == 10
+    assert checkpoint.load(parts, cpu).step == 3  # where the learning rate changes
     assert run(capsys, "train", "--resume", str(parts), *where)[0] == 0
     ours, expected = (checkpoint.load(folder, cpu) for folder in (parts, whole))
     assert ours.engine == engine
     for a, b in zip(ours.model.parameters, expected.model.parameters, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
     torch.testing.assert_close(ours.losses, expected.losses, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_stops_where_the_loss_is_no_number(engine, tmp_path, capsys) -> None:
+    options = [*tiny(engine, tmp_path), "--steps", "8", "--out", str(tmp_path / "r")]
+    status, _, err = run(capsys, "train", *options, "--lr", "1e38")
+    assert status == 2
+    assert re.search(r"no longer a finite number at step [1-4]; try a smaller --lr", err)
+    assert list((tmp_path / "r").iterdir()) == []
+
+
+def test_numbers_that_the_last_step_loses(tmp_path, capsys) -> None:
+    """No loss shows them: there is no checkpoint of them, and none is sorted by them."""
+    options = [*tiny("manual", tmp_path), "--steps", "1"]
+    folder = tmp_path / "run"
+    rates = ["--lr", "1e38", "--final-lr", "1e38"]
+    status, _, err = run(capsys, "train", *options, *rates, "--out", str(folder))
+    assert status == 2 and "finite number at step 1" in err and list(folder.iterdir()) == []
+    options += ["--lr", "1e38,0.1", "--seed", "1", "--out", str(folder)]
+    assert run(capsys, "sweep", *options)[0] == 0
+    results = json.loads((folder / "sweep.json").read_text())["results"]
+    assert [(r["lr"], r["diverged_at"]) for r in results] == [(0.1, None), (1e38, 1)]
+
+
+@pytest.mark.parametrize("engine", ["persistent", "graph"])
+def test_a_sweep_by_the_kernels(engine, tmp_path, capsys) -> None:
+    losses = []
+    for name in (engine, "manual"):
+        out = tmp_path / name
+        options = [*tiny(name, tmp_path), "--steps", "2", "--seed", "3:5", "--out", str(out)]
+        assert run(capsys, "sweep", *options, "--lr", "0.1,0.3")[0] == 0
+        content = json.loads((out / "sweep.json").read_text())
+        assert content["engine"] == name
+        losses.append([(r["lr"], r["seed"], r["val_loss"]) for r in content["results"]])
+    assert [ours[:2] for ours in losses[0]] == [theirs[:2] for theirs in losses[1]]
+    for ours, theirs in zip(*losses, strict=True):
+        assert ours[2] == pytest.approx(theirs[2], rel=1e-4)
+
+
+def test_an_interrupted_sweep(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(training, "_interruption", interrupted)
+    options = [*tiny("manual", tmp_path), "--steps", "30", "--out", str(tmp_path / "s")]
+    status, out, _ = run(capsys, "sweep", *options)
+    assert status == 130 and out.endswith("nothing is saved of a sweep that is not complete\n")
+    assert list((tmp_path / "s").iterdir()) == []
 
 
 def test_sweep(tmp_path, capsys) -> None:
@@ -234,6 +289,13 @@ BAD = {
         lambda p: ["sweep", "--batch", "4096", "--engine", "persistent", "--out", str(p)],
         "one multiprocessor cannot hold this network",
     ),
+    "huge": (lambda p: ["train", "--hidden", str(2**31)], "expected a number up to 2147483647"),
+    "more than memory": (
+        lambda p: ["train", "--embedding", str(2**31 - 1), "--hidden", str(2**31 - 1)],
+        "not enough memory",
+    ),
+    "long contexts": (lambda p: ["train", "--context", "100000"], "expected at most 7431"),
+    "no folder": (lambda p: ["train", "--out", words(p, b"")], "cannot make the folder"),
     "no cuda": (lambda p: ["check", "--device", "cuda"], "no CUDA device"),
 }
 
@@ -273,6 +335,51 @@ def test_resume_refuses_other_data(tmp_path, capsys, trained) -> None:
     assert status == 2 and "is not the data that the run" in err
 
 
+def test_a_run_interrupted_after_its_last_step_is_resumed(trained, capsys) -> None:
+    """Ctrl-C during the evaluation: metrics.json is written last."""
+    folder, out = trained
+    (folder / "metrics.json").unlink()
+    status, again, _ = run(capsys, "train", "--resume", str(folder), "--device", "cpu")
+    assert status == 0 and again.split("steps/s\n")[1] == out.split("steps/s\n")[1]
+    assert json.loads((folder / "metrics.json").read_text())["steps"] == 60
+
+
+def test_where_nothing_can_be_written(tmp_path, capsys, monkeypatch) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("needs Linux")
+    status, out, err = run(capsys, "train", "--out", "/proc/self")
+    assert status == 2 and "cannot write into the folder /proc/self" in err and out == ""
+    options = [*tiny("manual", tmp_path), "--steps", "2"]
+    for command, file in (
+        ("train", "checkpoint.tmp"),
+        ("train", "loss.png"),
+        ("sweep", "sweep.json"),
+    ):
+        folder = tmp_path / file
+        folder.mkdir()
+        (folder / file).symlink_to("/dev/full")
+        status, _, err = run(capsys, command, *options, "--out", str(folder))
+        assert status == 2 and err.endswith("No space left on device\n")
+        assert len([line for line in err.splitlines() if "fused-makemore" in line]) == 1
+
+
+def test_names_for_which_the_output_has_no_letters(tmp_path, monkeypatch) -> None:
+    data = ["--data", words(tmp_path, "žofie\nåse\n".encode() * 10), "--batch", "8", "--steps", "2"]
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["train", *FAST, *data, "--out", str(tmp_path / "run")]) == 0
+    assert b"?" in written.getvalue()
+
+
+def test_output_that_nobody_reads(trained, capsys, monkeypatch) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert main(["sample", str(trained[0]), "--num", "2", "--device", "cpu"]) == 141
+    assert capsys.readouterr().err == ""
+
+
 def damage(saved: dict, how: str) -> object:
     match how:
         case "a list":
@@ -283,6 +390,21 @@ def damage(saved: dict, how: str) -> object:
             return saved | {"version": 99}
         case "no parameters":
             return {k: v for k, v in saved.items() if k != "parameters"}
+        case "no version":
+            return {k: v for k, v in saved.items() if k != "version"}
+        case "a vocabulary of numbers":
+            return saved | {"vocabulary": 27}
+        case "an unknown engine":
+            return saved | {"engine": "warp"}
+        case "half a generator":
+            return saved | {"generator": saved["generator"][:100]}
+        case "no batch":
+            return saved | {"settings": saved["settings"] | {"batch": 0}}
+        case "other statistics":
+            return saved | {"mean": saved["mean"][:, :3]}
+        case "not finite":
+            saved["parameters"]["C"][3] = float("nan")
+            return saved
         case "other sizes":
             saved["parameters"]["W1"] = saved["parameters"]["W1"][:, :3]
             return saved
@@ -295,8 +417,18 @@ def damage(saved: dict, how: str) -> object:
         ("a list", "is not a checkpoint of fused-makemore"),
         ("another program's", "is not a checkpoint of fused-makemore"),
         ("newer", "has version 99"),
-        ("no parameters", "is damaged"),
-        ("other sizes", "expected W1 of shape (30, 20), as its settings say, got (30, 3)"),
+        ("no parameters", "is damaged: it has no parameters"),
+        ("no version", "is damaged: it has no version"),
+        ("a vocabulary of numbers", "is damaged: it has no vocabulary"),
+        ("an unknown engine", "is damaged: there is no engine 'warp'"),
+        ("half a generator", "is damaged: "),
+        ("no batch", "is damaged: its batch is 0"),
+        ("other statistics", "expected mean of shape (1, 20)"),
+        ("not finite", "C has numbers that are not finite"),
+        (
+            "other sizes",
+            "expected W1 of shape (30, 20), as its settings say, in float32, got (30, 3)",
+        ),
     ],
 )
 def test_other_checkpoints(how, message, trained, capsys) -> None:
@@ -323,21 +455,14 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(trained, monkeypatch)
     before = (folder / "checkpoint.pt").read_bytes()
     saved = checkpoint.load(folder, torch.device("cpu"))
 
-    def crash(content, file):
-        file.write(b"half a checkpoint")
+    def crash(descriptor):
+        os.ftruncate(descriptor, 100)  # half a checkpoint
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", crash)
+    monkeypatch.setattr(os, "fsync", crash)
     with pytest.raises(KeyboardInterrupt):
         saved.save(folder)
     assert (folder / "checkpoint.pt").read_bytes() == before
-
-
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys) -> None:
-    arguments = ["train", *FAST, "--steps", "200", "--lr", "1e30", "--out", str(tmp_path / "r")]
-    status, _, err = run(capsys, *arguments)
-    assert status == 2
-    assert "the loss is no longer a finite number at step" in err
 
 
 @pytest.mark.slow
