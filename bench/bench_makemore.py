@@ -66,11 +66,6 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
             outputs, {"step": Phase(lambda _: engine.run(x, y, index, _LR), units=steps)}
         )
 
-    def torch_compiled() -> Contender:
-        mode = "reduce-overhead" if device.type == "cuda" else None
-        loss = torch.compile(torch_loss, mode=mode, dynamic=False)
-        return trained(lambda parameters: AutogradEngine(parameters, loss))
-
     def engine(name: str) -> Callable[[], Contender]:
         # What a call starts or captures, training does once in thousands of steps.
         many = device.type == "cuda" and name in ("persistent", "graph")
@@ -78,21 +73,47 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
 
     builders = {"torch": engine("autograd")}
     builders |= {name: engine(name) for name in ENGINES if name != "autograd"}
-    return builders | {"compile": torch_compiled, "jax": lambda: trained(_JaxEngine)}
+    return builders | {
+        "compile": lambda: trained(_compiled(device)),
+        "jax": lambda: trained(_JaxEngine),
+    }
+
+
+def _compiled(device: torch.device) -> Callable[[MLPParameters], Engine]:
+    """The notebook's loop with `torch.compile` of its loss"""
+    mode = "reduce-overhead" if device.type == "cuda" else None
+    loss = torch.compile(torch_loss, mode=mode, dynamic=False)
+    return lambda parameters: AutogradEngine(parameters, loss)
 
 
 def _many_models(case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:
-    """Every method of `fused.train_mlp` with many models, and the processes of a sweep, against
-    one model in torch at a time."""
+    """Every method of `fused.train_mlp` with many models, the processes of a sweep, and
+    `jax.vmap` of JAX's loop, against one model in torch at a time."""
     models = int(case.variant.removesuffix("models"))
 
-    def alone() -> Contender:
+    def alone(make: Callable[[MLPParameters], Engine]) -> Contender:
         def run(steps: int) -> MLPParameters:
             parameters, x, y, index = _problem(case, device, steps)
-            ENGINES["autograd"](parameters).run(x, y, index, _LR)
+            make(parameters).run(x, y, index, _LR)
             return parameters
 
         return Contender(lambda: _compared(run(10)), {"step": Phase(lambda _: run(100), units=100)})
+
+    def jax_together() -> Contender:
+        def started(steps: int) -> tuple[MLPParameters, Callable[[], Tensor]]:
+            parameters, x, y, index = _problem(case, device, steps)
+            stacked = MLPParameters(*(torch.stack([p] * models) for p in parameters))
+            engine = _JaxEngine(stacked)
+            return stacked, lambda: engine.run(x, y, index, _LR)
+
+        def outputs() -> dict[str, Tensor]:
+            stacked, run = started(10)
+            run()
+            return _compared(MLPParameters(*(p[-1] for p in stacked)))
+
+        steps = 1000 if device.type == "cuda" else 50
+        _, run = started(steps)
+        return Contender(outputs, {"step": Phase(lambda _: run(), units=steps * models)})
 
     def together(method: str) -> Contender:
         def run(steps: int) -> MLPParameters:
@@ -130,8 +151,13 @@ def _many_models(case: Case, device: torch.device) -> dict[str, Callable[[], Con
     def builder(method: str) -> Callable[[], Contender]:
         return lambda: together(method)
 
-    builders = {"torch": alone} | {name: builder(method) for name, method in METHODS.items()}
-    return builders | {"manual divided": divided}
+    builders = {"torch": lambda: alone(ENGINES["autograd"])}
+    builders |= {name: builder(method) for name, method in METHODS.items()}
+    return builders | {
+        "manual divided": divided,
+        "compile": lambda: alone(_compiled(device)),
+        "jax": jax_together,
+    }
 
 
 def _problem(
@@ -159,7 +185,7 @@ def _compared(parameters: MLPParameters) -> dict[str, Tensor]:
 
 
 class _JaxEngine:
-    """lax.scan over the minibatches, compiled as a whole."""
+    """lax.scan over the minibatches, compiled as a whole; of many models under `jax.vmap`."""
 
     def __init__(self, parameters: MLPParameters) -> None:
         require("jax")
@@ -178,7 +204,11 @@ class _JaxEngine:
             value, gradients = jax.value_and_grad(loss)(p, *batch)
             return jax.tree.map(lambda a, g: a - _LR * g, p, gradients), value
 
-        self._run = jax.jit(lambda p, X, Y: jax.lax.scan(step, p, (X, Y)))
+        def run(p: Any, x: Any, y: Any) -> Any:
+            return jax.lax.scan(step, p, (x, y))
+
+        many = parameters.C.dim() == 3
+        self._run = jax.jit(jax.vmap(run, in_axes=(0, None, None)) if many else run)
         self._parameters = parameters
 
     def run(self, x: Tensor, y: Tensor, index: Tensor, lr: float) -> Tensor:
