@@ -313,7 +313,7 @@ def _mlp_train_kernel(
         for part in tl.static_range(PARTS):
             W1 += (_kept(W1_ptr + part * UNITS * BLOCK_F, G, BLOCK_F, LANES),)
             W1_factor = _factor(W1[part] * scale[part], PRECISION)
-            demb += _sum_over_units(q[part], W1_factor, ROWS, COLS_F, PRECISION)
+            demb += SCALE_DEMB * _sum_over_units(q[part], W1_factor, ROWS, COLS_F, PRECISION)
         new_W1 = ()
         for part in tl.static_range(PARTS):
             dW1 = _dot(q[part], _for_groups(_transposed(emb), G), PRECISION)
@@ -321,7 +321,7 @@ def _mlp_train_kernel(
             _keep(W1_ptr + part * UNITS * BLOCK_F, new_W1[part], LANES)
         W1 = new_W1
 
-        demb = _factor(demb * SCALE_DEMB, PRECISION)
+        demb = _factor(demb, PRECISION)
         tl.store(high_ptr + demb_at, demb[0])
         tl.store(low_ptr + demb_at, demb[1])
         tl.debug_barrier()

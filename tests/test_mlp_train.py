@@ -485,7 +485,7 @@ def test_the_kernels_compile_for_large_networks() -> None:
     assert all(row[4] for row in rows)
     spilled = {row[2]: row[3] for row in rows if row[1] == 200}
     if TRITON.startswith("3.7."):
-        most = {"sm_80": 56, "sm_90": 0, "sm_100": 40, "gfx942": 152}
+        most = {"sm_80": 56, "sm_90": 0, "sm_100": 24, "gfx942": 156}
         assert all(spilled[target] <= most[target] for target in most)
     assert spilled.pop("gfx942") <= 320 and max(spilled.values()) <= 80
     large = (16, 24, 2048, 300, 512), (1, 64, 4096, 27, 64), (1, 1024, 200, 5000, 32)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -338,6 +339,24 @@ def test_the_page_is_what_the_results_say() -> None:
     runs = json.loads((report.RESULTS / "gpt.json").read_text())["gpt"]
     peaks = [f"{runs[name]['peak_bytes'] / 2**20:.1f}" for name in ("unfused", "fused")]
     assert " and ".join(peaks) + " MiB a step" in report.README.read_text()
+
+
+def test_the_predicted_step_is_that_of_the_kernel_report() -> None:
+    """docs/performance.md: two warps a scheduler, 0.4 instructions a cycle at 1.755 GHz."""
+    page = (report.PAGE.parent / "performance.md").read_text()
+    kernels = json.loads((report.RESULTS / "kernels-triton-3.7.1.json").read_text())["kernels"]
+    (targets,) = (row["targets"] for row in kernels if row["kernel"] == "mlp_train")
+    for target, made in targets.items():
+        unit = " registers" if target == "gfx942" else ""
+        (loop,) = made["loops"]
+        row = rf"\| {target} \| {made['spilled']}{unit} \| [0-9 /]+ \| {loop['instructions']:,} \|"
+        assert re.search(row, page), target
+        if target == "sm_90":
+            assert f"2 x {loop['instructions']:,} instructions" in page
+            shared = f"{loop['barriers']} | {made['spilled']} | {made['shared'] // 1024} KB |"
+            assert re.search(rf"`fp16x3` \(default\) .* {re.escape(shared)}", page)
+            step = 2 * loop["instructions"] / 0.4 / 1755  # microseconds
+            assert f"| `fp16x3` | {step:.1f} | {step / 5:.1f} s |" in page
 
 
 def test_a_table_reads_without_being_rendered() -> None:
