@@ -29,7 +29,8 @@ whose h is always 1.
 Products: PRECISION "fp16x3" writes each factor as the sum of two float16 numbers and takes three of
 the four products, which is as exact as float32 ("tf32x3" does that with TF32, "ieee" without tensor
 cores); "fp16" and "tf32" round the factors. Sums are float32 always, and all else is. From dz on
-everything carries a factor SCALE that keeps small gradients clear of float16's underflow.
+everything carries a factor SCALE that keeps small gradients clear of float16's underflow, and demb,
+which becomes a factor itself, SCALE_DEMB that keeps large ones clear of its overflow.
 """
 
 # mypy: disable-error-code="assignment"
