@@ -14,6 +14,7 @@ import fused
 from fused.eager import mlp_train as eager
 from fused.mlp_train import MLPParameters, train_mlp_method
 from fused.reference import mlp
+from tests.graphs import check_replay
 from tests.test_backend import python
 from tests.test_package import ROOT
 
@@ -169,6 +170,26 @@ def test_a_minibatch_of_one_context(method) -> None:
     x[index[0]] = x[0].clone()
     data = p._replace(W2=p.W2 * 3), x, y, index
     assert_close(fused.train_mlp(*data, 0.01, method=method), expected(*data, 0.01), batch=2)
+
+
+def test_steps_of_graph_replayed_on_other_minibatches() -> None:
+    """A chunk of "graph" is captured, and replayed where the minibatches and parameters were."""
+    pytest.importorskip("triton")
+    from fused.kernels.mlp_step import Steps
+
+    p, x, _, _ = start(FEW_CHARACTERS, 1, "graph", models=2)
+    gain, bias = p.bngain.squeeze(1), p.bnbias.squeeze(1)
+    lr = torch.tensor([0.1, 0.2], device=x.device)
+    sizes = 2, FEW_CHARACTERS.B, FEW_CHARACTERS.T
+    steps = Steps(p.C, p.W1, p.W2, p.b2, gain, bias, lr, 1e-5, *sizes)
+    for minibatches in (steps.x, steps.y):
+        minibatches.random_(FEW_CHARACTERS.V)
+
+    def chunk() -> torch.Tensor:
+        steps.take_all(2)
+        return steps.losses.clone()
+
+    check_replay(chunk, [*steps.parameters, lr, steps.x, steps.y])
 
 
 @pytest.mark.parametrize("method", METHODS)
