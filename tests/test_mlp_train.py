@@ -5,7 +5,10 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ import fused
 from fused.eager import mlp_train as eager
 from fused.mlp_train import MLPParameters, train_mlp_method
 from fused.reference import mlp
-from tests.graphs import check_replay
+from tests.graphs import Recording
 from tests.test_backend import python
 from tests.test_package import ROOT
 
@@ -172,24 +175,44 @@ def test_a_minibatch_of_one_context(method) -> None:
     assert_close(fused.train_mlp(*data, 0.01, method=method), expected(*data, 0.01), batch=2)
 
 
-def test_steps_of_graph_replayed_on_other_minibatches() -> None:
-    """A chunk of "graph" is captured, and replayed where the minibatches and parameters were."""
+def test_a_chunk_of_graph_is_captured_and_replayed(monkeypatch) -> None:
+    """The capture changes nothing; the replay takes the steps, with what is then in memory."""
     pytest.importorskip("triton")
-    from fused.kernels.mlp_step import Steps
+    from fused.kernels import mlp_step, tuning
 
+    monkeypatch.setattr(tuning, "MLP_STEP_CHUNK", 2)
     p, x, _, _ = start(FEW_CHARACTERS, 1, "graph", models=2)
-    gain, bias = p.bngain.squeeze(1), p.bnbias.squeeze(1)
     lr = torch.tensor([0.1, 0.2], device=x.device)
     sizes = 2, FEW_CHARACTERS.B, FEW_CHARACTERS.T
-    steps = Steps(p.C, p.W1, p.W2, p.b2, gain, bias, lr, 1e-5, *sizes)
-    for minibatches in (steps.x, steps.y):
-        minibatches.random_(FEW_CHARACTERS.V)
 
-    def chunk() -> torch.Tensor:
-        steps.take_all(2)
-        return steps.losses.clone()
+    def steps_of(p: MLPParameters) -> mlp_step.Steps:
+        parameters = p.C, p.W1, p.W2, p.b2, p.bngain.squeeze(1), p.bnbias.squeeze(1)
+        arguments: list[Any] = [*(t.clone() for t in parameters), lr, 1e-5, *sizes]
+        return mlp_step.Steps(*arguments)
 
-    check_replay(chunk, [*steps.parameters, lr, steps.x, steps.y])
+    captured, launched = steps_of(p), steps_of(p)
+    if not x.is_cuda:
+
+        @contextmanager
+        def graph(recording: Recording) -> Iterator[None]:
+            before = [tensor.clone() for tensor in captured.parameters]
+            with recording.capturing():
+                yield
+            for tensor, value in zip(captured.parameters, before, strict=True):
+                tensor.copy_(value)  # a capture computes nothing
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
+        monkeypatch.setattr(torch.cuda, "graph", graph)
+    replayed = mlp_step.captured(captured)
+    assert_equal(captured.parameters, launched.parameters)
+    for _ in range(2):
+        for mine, others in ((captured.x, launched.x), (captured.y, launched.y)):
+            mine.copy_(others.random_(FEW_CHARACTERS.V))
+        replayed.replay()
+        launched.take_all(2)
+        assert_equal(
+            (captured.losses, *captured.parameters), (launched.losses, *launched.parameters)
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
