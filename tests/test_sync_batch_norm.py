@@ -3,10 +3,6 @@
 Over real processes; and, on both implementations, in one that does what the processes do.
 """
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,62 +11,27 @@ from torch import Tensor, nn
 
 import fused
 from fused import sync_batch_norm
-from tests.test_package import ROOT
-
-# What each process runs: its share of the batch, forward and backward.
-WORKER = """
-import json, sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[1])
-import fused
-rank, folder, sizes, options = int(sys.argv[2]), sys.argv[3], json.loads(sys.argv[4]), sys.argv[5]
-options = json.loads(options)
-dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=len(sizes))
-with_residual = options.pop("residual")
-calls = []
-for name in ("all_gather", "all_reduce"):
-    def counted(*a, _f=getattr(dist, name), _n=name, **k):
-        calls.append(_n)
-        return _f(*a, **k)
-    setattr(dist, name, counted)
-data = torch.load(f"{folder}/data.pt")
-begin = sum(sizes[:rank])
-share = slice(begin, begin + sizes[rank])
-x, residual, upstream = (data[name][share] for name in ("x", "residual", "upstream"))
-norm = fused.SyncBatchNorm(x.shape[1], **options)
-with torch.no_grad():
-    norm.weight.copy_(data["weight"]), norm.bias.copy_(data["bias"])
-x = x.clone().requires_grad_()
-parallel = torch.nn.parallel.DistributedDataParallel(norm)
-y = parallel(x, residual) if with_residual else parallel(x)
-try:
-    torch.autograd.grad(y, x, upstream, create_graph=True)
-except RuntimeError as error:
-    refused = str(error)
-y.backward(upstream)
-torch.save({"y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "db": norm.bias.grad,
-            "buffers": dict(norm.named_buffers()), "calls": calls, "refused": refused},
-           f"{folder}/out{rank}.pt")
-dist.destroy_process_group()
-"""
+from tests import processes
 
 
-def over_processes(
-    folder: Path, sizes: list[int], data: dict[str, torch.Tensor], options: dict[str, Any]
-) -> list[dict[str, Any]]:
-    torch.save(data, folder / "data.pt")
-    arguments = [str(folder), json.dumps(sizes), json.dumps(options)]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", WORKER, str(ROOT), str(rank), *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(len(sizes))
-    ]
-    for process in processes:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
-    return [torch.load(folder / f"out{rank}.pt") for rank in range(len(sizes))]
+def worker(rank: int, folder: str) -> None:
+    """What each process runs: its share of the batch, forward and backward."""
+    sizes, data, options = torch.load(f"{folder}/case.pt")
+    with_residual = options.pop("residual", False)
+    begin = sum(sizes[:rank])
+    rows = slice(begin, begin + sizes[rank])
+    refused = ""
+    x = data["x"][rows].requires_grad_()
+    try:
+        y = fused.SyncBatchNorm(x.shape[1], **options)(x)
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+    except RuntimeError as error:
+        refused = str(error)
+    calls = processes.counted("all_gather", "all_reduce")
+    norm = fused.SyncBatchNorm(x.shape[1], **options)
+    parallel = nn.parallel.DistributedDataParallel(norm)
+    results = step(norm, data, rows, with_residual, parallel)
+    torch.save(results | {"calls": calls, "refused": refused}, f"{folder}/{rank}.pt")
 
 
 CASES: dict[str, tuple[list[int], tuple[int, ...], dict[str, Any]]] = {
@@ -91,14 +52,21 @@ def example(shape: tuple[int, ...], device: torch.device | str) -> dict[str, Ten
     return {name: tensor.to(device) for name, tensor in data.items()}
 
 
-def step(norm: Any, data: dict[str, Tensor], rows: slice, with_residual: bool) -> dict[str, Any]:
-    """Forward and backward of some rows"""
+def step(
+    norm: Any,
+    data: dict[str, Tensor],
+    rows: slice,
+    with_residual: bool,
+    parallel: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Forward and backward of some rows, through `parallel` where it wraps the norm."""
+    call = parallel or norm
     norm.to(data["x"].device)
     with torch.no_grad():
         norm.weight.copy_(data["weight"])
         norm.bias.copy_(data["bias"])
     x, residual = (data[name][rows].clone().requires_grad_() for name in ("x", "residual"))
-    y = norm(x, residual) if with_residual else norm(x)
+    y = call(x, residual) if with_residual else call(x)
     y.backward(data["upstream"][rows])
     results = {"y": y.detach(), "dx": x.grad, "dw": norm.weight.grad, "db": norm.bias.grad}
     return results | {"dresidual": residual.grad, "buffers": dict(norm.named_buffers())}
@@ -130,7 +98,9 @@ def check_equal_to_the_whole_batch(
 def test_equals_one_process_with_the_whole_batch(case, tmp_path) -> None:
     sizes, shape, options = CASES[case]
     data = example(shape, "cpu")
-    results = over_processes(tmp_path, sizes, data, {"residual": False, **options})
+    torch.save((sizes, data, options), tmp_path / "case.pt")
+    processes.run(worker, len(sizes), tmp_path)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(sizes))]
     for result in results:
         assert result["calls"] == ["all_gather", "all_reduce"]
         assert "expected create_graph=False" in result["refused"]
@@ -178,15 +148,15 @@ def test_equals_the_whole_batch_in_turn(case, implementation, monkeypatch, devic
     if case == "channels_last":
         for name in ("x", "residual"):
             data[name] = data[name].contiguous(memory_format=torch.channels_last)
-    processes = OneAfterTheOther(len(sizes))
+    turns = OneAfterTheOther(len(sizes))
     own = {name: value for name, value in options.items() if name != "residual"}
     # The first turn is for moments, which the second's sums take; the third has both.
     for _ in range(3):
         results = []
         with monkeypatch.context() as patch:
-            patch.setattr(sync_batch_norm, "dist", processes)
-            for processes.rank, size in enumerate(sizes):
-                begin = sum(sizes[: processes.rank])
+            patch.setattr(sync_batch_norm, "dist", turns)
+            for turns.rank, size in enumerate(sizes):
+                begin = sum(sizes[: turns.rank])
                 norm = fused.SyncBatchNorm(shape[1], **own)
                 rows = slice(begin, begin + size)
                 results.append(step(norm, data, rows, options.get("residual", False)))

@@ -4,10 +4,7 @@ What each process computes, and the merging, run here in one process, on both im
 function itself over real processes.
 """
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,9 +18,9 @@ import fused
 from fused import backend
 from fused.cross_entropy import loss_dtype_of, options_of
 from fused.eager import cross_entropy_rows
+from tests import processes
 from tests.graphs import check_replay
 from tests.test_cross_entropy import REDUCTIONS, check_against_torch, example, torchs
-from tests.test_package import ROOT
 
 ALL = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 30.0, "logit_scale": 0.7}
 
@@ -282,19 +279,7 @@ COLLECTIVES = ("all_gather", "all_gather_single", "all_gather_into_tensor", "all
 
 def worker(rank: int, folder: str) -> None:
     """What each process runs: every case of its own, with both implementations."""
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=WORLD)
-    called: list[str] = []
-
-    def counted(name: str, collective: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            called.append(name)
-            return collective(*args, **kwargs)
-
-        return call
-
-    for name in COLLECTIVES:
-        if hasattr(dist, name):
-            setattr(dist, name, counted(name, getattr(dist, name)))
+    called = processes.counted(*COLLECTIVES)
     pair = dist.new_group([0, 2])
     results: list[tuple[Tensor, Tensor, list[str]]] = []
     for ranks, widths, shape, dtype, options in OVER_PROCESSES:
@@ -315,7 +300,6 @@ def worker(rank: int, folder: str) -> None:
             (gradient,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, 0.7))
             results.append((loss.detach(), gradient, list(called)))
     torch.save((results, errors(rank, pair)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def errors(rank: int, pair: Any) -> dict[str, str]:
@@ -365,23 +349,7 @@ SAID = {
 def test_equals_one_process_with_all_logits(tmp_path) -> None:
     """In one spawn: a process costs seconds to start."""
     pytest.importorskip("triton")
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); "
-        "from tests.test_vocab_parallel_cross_entropy import worker; "
-        "worker(int(sys.argv[2]), sys.argv[3])"
-    )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code, str(ROOT), str(rank), str(tmp_path)],
-            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    for process in processes:
-        _, err = process.communicate(timeout=120)
-        assert process.returncode == 0, err
+    processes.run(worker, WORLD, tmp_path)
     found, said = zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(WORLD)), strict=True)
 
     for ranks, widths, shape, dtype, options in OVER_PROCESSES:
