@@ -1,5 +1,6 @@
 """Cross-entropy: the checked function, its backward pass and its module."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -314,8 +315,8 @@ def _run(
     check(input, target, weight, options)
     loss_dtype = loss_dtype_of(input, target, weight)
     no_batch = input.dim() == 1
-    if input.shape[0 if no_batch else 1] == 0 and not want_extras:
-        return (_of_no_classes(input, target, weight, options).to(loss_dtype),)
+    if input.shape[0 if no_batch else 1] == 0:
+        return _of_no_classes(input, target, weight, options, loss_dtype, want_extras)
     if no_batch:
         input = input.unsqueeze(0)
         target = target.reshape(input.shape if target.is_floating_point() else 1)
@@ -347,15 +348,28 @@ def _run(
 
 
 def _of_no_classes(
-    input: Tensor, target: Tensor, weight: Tensor | None, options: Options
-) -> Tensor:
-    """Torch's answer, where there is nothing to compute."""
-    target = target if target.is_floating_point() else target.long()
-    reduction = _REDUCTIONS[options.reduction]
-    loss: Tensor = _TORCH_LOSS(
-        input, target, weight, reduction, options.ignore_index, options.label_smoothing
-    )
-    return loss
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    options: Options,
+    loss_dtype: torch.dtype,
+    want_extras: bool,
+) -> tuple[Tensor, ...]:
+    """Torch's answer, where there is nothing to compute: all class indices are ignored."""
+    soft = target.is_floating_point()
+
+    def loss(reduction: str) -> Tensor:
+        out: Tensor = _TORCH_LOSS(
+            input, target if soft else target.long(), weight, _REDUCTIONS[reduction],
+            options.ignore_index, options.label_smoothing,
+        )  # fmt: skip
+        return out.to(loss_dtype)
+
+    if not want_extras:
+        return (loss(options.reduction),)
+    row_loss = loss("none").detach()
+    lse = torch.full_like(row_loss, -math.inf if soft else 0.0)
+    return loss(options.reduction), row_loss, lse, row_loss.new_zeros((), dtype=torch.int64)
 
 
 def _is_small(input: Tensor, target: Tensor) -> bool:

@@ -82,7 +82,7 @@ def check(input: Tensor, target: Tensor, weight: Tensor | None, options: Options
     if target.shape == input.shape:
         _check_probabilities(target, options)
     else:
-        _check_indices(input, target)
+        _check_indices(input, target, options.label_smoothing)
     classes = input.shape[0 if input.dim() == 1 else 1]
     if weight is not None:
         _check_weight(weight, classes, input, target)
@@ -116,23 +116,25 @@ def _check_probabilities(target: Tensor, options: Options) -> None:
         )
 
 
-def _check_indices(input: Tensor, target: Tensor) -> None:
+def _check_indices(input: Tensor, target: Tensor, label_smoothing: float) -> None:
+    fits_dtype = target.dtype in _INDEX_DTYPES
     if input.dim() == 1:
         expected = torch.Size(())
-        fits = target.shape in (expected, (1,))
+        # As in torch, one index may have an axis, but not where the classes are smoothed over.
+        fits = target.shape == expected or (target.shape == (1,) and label_smoothing == 0)
+        sizes_differ = fits_dtype and target.shape != (1,)
     else:
         expected = input.shape[:1] + input.shape[2:]
         fits = target.shape == expected
+        sizes_differ = target.shape[:1] != expected[:1]
     if not fits:
         message = (
             f"cross_entropy: expected target of shape {tuple(expected)} (class indices) or "
             f"{tuple(input.shape)} (probabilities) for input of shape {tuple(input.shape)}, "
             f"got {tuple(target.shape)}"
         )
-        if target.shape[:1] != expected[:1]:
-            raise ValueError(message)
-        raise RuntimeError(message)
-    if target.dtype not in _INDEX_DTYPES:
+        raise ValueError(message) if sizes_differ else RuntimeError(message)
+    if not fits_dtype:
         raise RuntimeError(
             "cross_entropy: expected target of dtype int64, int32 or uint8 (class indices), "
             f"got {target.dtype}"

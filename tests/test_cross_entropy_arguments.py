@@ -68,6 +68,12 @@ REFUSED = {
     "rows": (ValueError, {"input": X, "target": Y[:3]}, r"shape \(4,\).* got \(3,\)"),
     "one index": (ValueError, {"input": X, "target": Y[0]}, r"got \(\)"),
     "two indices": (ValueError, {"input": X[0], "target": Y[:2]}, r"got \(2,\)"),
+    "two numbers": (RuntimeError, {"input": X[0], "target": P[0, :2]}, r"got \(2,\)"),
+    "one index with an axis": (
+        RuntimeError,
+        {"input": X[0], "target": Y[:1], "label_smoothing": 0.1},
+        r"shape \(\).* got \(1,\)",
+    ),
     "no rows": (RuntimeError, {"input": X[0, 0], "target": Y[0]}, r"got \(\)"),
     "2-D target": (RuntimeError, {"input": X, "target": Y[:, None]}, r"got \(4, 1\)"),
     "inner": (RuntimeError, {"input": X[..., None], "target": Y[:, None, None]}, r"\(4, 1, 1\)"),

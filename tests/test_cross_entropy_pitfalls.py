@@ -255,6 +255,16 @@ def test_no_classes(kind, shape, implementation, device) -> None:
             torch.testing.assert_close(loss, expected, equal_nan=True, rtol=0, atol=0)
             (gradient,) = torch.autograd.grad(loss, logits, torch.ones_like(loss))
             assert gradient.shape == shape
+            stats = fused.cross_entropy_with_stats(logits, target, weight, **options)
+            torch.testing.assert_close(stats.loss, loss, equal_nan=True, rtol=0, atol=0)
+            row_loss = F.cross_entropy(logits, target, weight, **options | {"reduction": "none"})
+            torch.testing.assert_close(
+                stats.row_loss, row_loss.detach(), equal_nan=True, rtol=0, atol=0
+            )
+            lse = torch.logsumexp(logits.detach(), min(1, len(shape) - 1))
+            lse = lse if kind == "probabilities" else torch.zeros_like(lse)
+            torch.testing.assert_close(stats.lse, lse, rtol=0, atol=0)
+            assert stats.correct.dtype == torch.int64 and stats.correct.item() == 0
 
 
 CAPTURED = [
