@@ -5,6 +5,7 @@ wall time of calls in a row; on the CPU it is wall time.
 """
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -40,18 +41,20 @@ Sampler = Callable[[], float]
 
 
 def interleave(samplers: dict[str, Sampler], seconds: float) -> dict[str, list[float]]:
-    """Samples of everything, a round at a time and each round from another start, for `seconds`.
+    """Samples of everything, a round at a time and each round in another order, for `seconds`.
 
-    At least 5 rounds, so that a median means something, and at most 100.
+    At least 5 rounds, so that a median means something, and at most 100. The orders are random, the
+    same in every run: what always followed the same other contender would be measured with what
+    that one leaves in the caches.
     """
     names = list(samplers)
     found: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     began = time.perf_counter()
     for done in range(_MOST_ROUNDS):
         if done >= _LEAST_ROUNDS and time.perf_counter() - began > seconds:
             break
-        shift = done % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in order.sample(names, len(names)):
             found[name].append(samplers[name]())
     return found
 

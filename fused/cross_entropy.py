@@ -30,8 +30,7 @@ from fused.transforms import (
 # What F.cross_entropy calls: its Python takes a fifteenth of a small call's time.
 _TORCH_LOSS: Any = torch._C._nn.cross_entropy_loss  # its stub has the reduction as a str
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-# Of logits and target, where torch's own function in float32 does.
-_SMALL_DTYPES = {(dtype, torch.int64) for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+_SMALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # computed in float32
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -219,9 +218,10 @@ def cross_entropy(
     The formulas are derived in docs/derivations.md. The z-loss is that of PaLM (Chowdhery et al.,
     2022), the cap that of Gemma 2 (2024).
     """
-    plain = not (label_smoothing or z_loss or softcap or inplace) and logit_scale == 1
-    if plain and weight is None and _is_small(input, target):
-        return _small(input, target, ignore_index, reduction)
+    if weight is None and not (label_smoothing or z_loss or softcap or inplace or logit_scale != 1):
+        loss = _small(input, target, ignore_index, reduction)
+        if loss is not None:
+            return loss
     options = options_of(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
     return _run(input, target, weight, options, inplace, grad_in_forward, False)[0]
 
@@ -372,26 +372,28 @@ def _of_no_classes(
     return loss(options.reduction), row_loss, lse, row_loss.new_zeros((), dtype=torch.int64)
 
 
-def _is_small(input: Tensor, target: Tensor) -> bool:
-    """Whether torch's own function serves as well and is quicker to call: little, on the CPU."""
-    return (
-        input.numel() <= eager.SMALL
-        and input.is_cpu
-        and (input.dtype, target.dtype) in _SMALL_DTYPES
-        and backend.name_for(input) == "eager"
+def _small(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor | None:
+    """A plain call by torch's own function, in float32, for autograd to differentiate.
+
+    None where that does not serve as well, or is not quicker: it is of little on the CPU. Here
+    every line is a hundredth of the time.
+    """
+    dtype = input.dtype
+    if not (
+        input.is_cpu
+        and input.numel() <= eager.SMALL
+        and target.dtype == torch.int64
+        and dtype in _SMALL_DTYPES
         and not torch.compiler.is_compiling()
-    )
-
-
-def _small(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """A plain call by torch's own function, in float32, for autograd to differentiate."""
-    wide = input.dtype == torch.float32
-    logits = input if wide else input.float()
+        and backend.name_for(input) == "eager"
+    ):
+        return None
+    logits = input if dtype == torch.float32 else input.float()
     try:
-        loss = _TORCH_LOSS(logits, target, None, _REDUCTIONS[reduction], ignore_index, 0.0)
+        loss: Tensor = _TORCH_LOSS(logits, target, None, _REDUCTIONS[reduction], ignore_index, 0.0)
     except Exception:  # torch refuses the same; this says it better
         check(input, target, None, options_of(ignore_index, reduction, 0.0, 0.0, None, 1.0))
         if not is_transformed(input):  # then nobody may look
             eager.raise_if_outside(target, input.shape[min(1, input.dim() - 1)], ignore_index)
         raise
-    return loss if wide or torch.is_autocast_enabled("cpu") else loss.to(input.dtype)
+    return loss if logits is input or torch.is_autocast_enabled("cpu") else loss.to(dtype)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused.eager.cross_entropy_rows import Rows, Scratch, Softmax, computed_in, scores
+from fused.eager.pages import large_pages
 
 # Up to so many elements torch's several passes stay in the cache as well, and take fewer calls.
 SMALL = 2**19
@@ -73,7 +74,7 @@ def cross_entropy_fwd_bwd(
     dx is in x's dtype and memory format, or in x's own memory if `inplace`.
     """
     rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    dx = x if inplace else torch.empty_like(x)
+    dx = x if inplace else large_pages(torch.empty_like(x))
     with _index_errors(target, x.shape[1], ignore_index):
         scale = _scale(rows, reduction)
         losses = _forward(rows, scale, dx, want_extras)
@@ -108,8 +109,8 @@ def cross_entropy_bwd(
     factor = dloss.to(computed_in(x, target))
     factor = factor if scale is None else factor * scale
     factor = factor.unsqueeze(1) if factor.dim() else factor
-    dx = None if not want_dx else x if inplace else torch.empty_like(x)
-    dtarget = torch.empty_like(target) if want_dtarget else None
+    dx = None if not want_dx else x if inplace else large_pages(torch.empty_like(x))
+    dtarget = large_pages(torch.empty_like(target)) if want_dtarget else None
     scratch = Scratch()
     for chunk, f, f_dx, own_dx, own_dtarget in rows.chunks(
         factor, rows.factors(factor), dx, dtarget
@@ -170,7 +171,8 @@ def _forward(rows: Rows, scale: Tensor | None, dx: Tensor | None, want_extras: b
         if plain:
             p = scratch.softmax(z, chunk, own_dx)
             own = p.e.gather(1, chunk.labels.classes)
-            outputs.append((_log_p(own, p.sums, chunk), None, None))
+            p_y = own if p.sums is None else own / p.sums
+            outputs.append((_log_p(p_y, chunk) if dx is rows.x else p_y, None, None))
         else:
             outputs.append(_losses(scratch.log_softmax(z), z, chunk, want_extras))
         if own_dx is not None:
@@ -178,7 +180,12 @@ def _forward(rows: Rows, scale: Tensor | None, dx: Tensor | None, want_extras: b
             _gradient_from(p, own, z, chunk, factor, own_dx)
     losses, lses, hits = (_joined(parts) for parts in zip(*outputs, strict=True))
     assert losses is not None
-    return (_weighted(losses.squeeze(1).neg_(), rows) if plain else losses), lses, hits
+    if plain:
+        # Once for all rows, unless their logits are overwritten: an operation on a chunk's rows
+        # takes longer than its arithmetic.
+        logp = losses if dx is rows.x else _log_p(losses, rows)
+        losses = _weighted(logp.squeeze(1).neg_(), rows)
+    return losses, lses, hits
 
 
 def _joined(parts: tuple[Any, ...]) -> Tensor | None:
@@ -214,9 +221,8 @@ def _losses(logp: Tensor, z: Tensor, rows: Rows, want_extras: bool) -> _RowLosse
     return loss, lse, hit
 
 
-def _log_p(own: Tensor, sums: Tensor | None, rows: Rows) -> Tensor:
-    """log p (n, 1, *S) of each row's class, of own = e = p * sums there, on the CPU."""
-    p = own if sums is None else own / sums
+def _log_p(p: Tensor, rows: Rows) -> Tensor:
+    """log p (n, 1, *S) of p of each row's class, on the CPU."""
     logp, lost = p.log(), p < _TINY
     if lost.any():
         labels, lost = rows.labels, lost.squeeze(1)
