@@ -23,7 +23,8 @@ def large_pages(t: Tensor) -> Tensor:
 
     It is advice: where the system does not follow it, nothing is different.
     """
-    if _ADVICE is not None and t.is_cpu and t.nbytes >= _LEAST_BYTES:
+    # Of another type, as a fake tensor, it may have no memory.
+    if _ADVICE is not None and type(t) is Tensor and t.is_cpu and t.nbytes >= _LEAST_BYTES:
         begin = -(-t.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         end = (t.data_ptr() + t.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
         _madvise(begin, end - begin, _ADVICE)

@@ -41,7 +41,7 @@ def test_times_are_the_median_and_the_outer_tenths() -> None:
     assert Times.of([3.0]) == Times(3.0, 3.0, 3.0, 1)
 
 
-def test_rounds_are_interleaved_and_start_at_another_each_time() -> None:
+def test_rounds_are_interleaved_in_orders_that_differ() -> None:
     order: list[str] = []
 
     def sampler(name: str) -> Callable[[], float]:
@@ -51,9 +51,15 @@ def test_rounds_are_interleaved_and_start_at_another_each_time() -> None:
 
         return sample
 
-    found = interleave({"a": sampler("a"), "b": sampler("b")}, seconds=0.0)
-    assert found == {"a": [1.0] * 5, "b": [1.0] * 5}
-    assert order == list("abba" * 2 + "ab")
+    found = interleave({name: sampler(name) for name in "abc"}, seconds=0.0)
+    assert found == {name: [1.0] * 5 for name in "abc"}
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 15, 3)]
+    assert all(sorted(each) == list("abc") for each in rounds)
+    before = set(zip(order, order[1:], strict=False))
+    assert before >= {(a, b) for a in "abc" for b in "abc" if a != b}  # each follows every other
+    again, order[:] = order.copy(), []
+    interleave({name: sampler(name) for name in "abc"}, seconds=0.0)
+    assert order == again
 
 
 def test_wall_time_is_per_unit_and_leaves_preparation_out() -> None:
