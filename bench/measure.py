@@ -5,7 +5,6 @@ wall time of calls in a row; on the CPU it is wall time.
 """
 
 import math
-import random
 import statistics
 import time
 from collections.abc import Callable
@@ -43,20 +42,28 @@ Sampler = Callable[[], float]
 def interleave(samplers: dict[str, Sampler], seconds: float) -> dict[str, list[float]]:
     """Samples of everything, a round at a time and each round in another order, for `seconds`.
 
-    At least 5 rounds, so that a median means something, and at most 100. The orders are random, the
-    same in every run: what always followed the same other contender would be measured with what
-    that one leaves in the caches.
+    At least 5 rounds, so that a median means something, and at most 100.
     """
     names = list(samplers)
     found: dict[str, list[float]] = {name: [] for name in names}
-    order = random.Random(0)
     began = time.perf_counter()
     for done in range(_MOST_ROUNDS):
         if done >= _LEAST_ROUNDS and time.perf_counter() - began > seconds:
             break
-        for name in order.sample(names, len(names)):
-            found[name].append(samplers[name]())
+        for i in _order(len(names), done):
+            found[names[i]].append(samplers[names[i]]())
     return found
+
+
+def _order(n: int, done: int) -> list[int]:
+    """The order of n contenders after some rounds: each comes after each other equally often.
+
+    Every sample finds in the caches what the one before it left there. Rows of a Latin square as
+    Williams (1949) builds them: 0, 1, -1, 2, -2, ... modulo n, shifted; every other square is
+    reversed.
+    """
+    row = [((k + 1) // 2 * (1 if k % 2 else -1) + done) % n for k in range(n)]
+    return row if done // n % 2 == 0 else row[::-1]
 
 
 def wall(phase: Phase, device: torch.device, most: int = 100) -> Sampler:

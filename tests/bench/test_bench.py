@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as bench_main
-from bench import assembly, report, runner, tables
+from bench import assembly, measure, report, runner, tables
 from bench.cases import Case, Contender, Phase, compiled, differentiable, forget_compiled
 from bench.measure import Times, interleave, on_device, peak_bytes, wall
 from tests.test_package import ROOT
@@ -53,13 +54,16 @@ def test_rounds_are_interleaved_in_orders_that_differ() -> None:
 
     found = interleave({name: sampler(name) for name in "abc"}, seconds=0.0)
     assert found == {name: [1.0] * 5 for name in "abc"}
-    rounds = ["".join(order[i : i + 3]) for i in range(0, 15, 3)]
-    assert all(sorted(each) == list("abc") for each in rounds)
-    before = set(zip(order, order[1:], strict=False))
-    assert before >= {(a, b) for a in "abc" for b in "abc" if a != b}  # each follows every other
-    again, order[:] = order.copy(), []
-    interleave({name: sampler(name) for name in "abc"}, seconds=0.0)
-    assert order == again
+    assert "".join(order) == "abc" + "bca" + "cab" + "cba" + "acb"
+
+
+@pytest.mark.parametrize("n", [2, 5, 6])
+def test_each_contender_follows_each_other_equally_often(n) -> None:
+    rounds = [measure._order(n, done) for done in range(2 * n)]
+    assert all(sorted(row) == list(range(n)) for row in rounds)
+    pairs = Counter(pair for row in rounds for pair in itertools.pairwise(row))
+    assert pairs == {(a, b): 2 for a in range(n) for b in range(n) if a != b}
+    assert Counter(row[0] for row in rounds) == dict.fromkeys(range(n), 2)
 
 
 def test_wall_time_is_per_unit_and_leaves_preparation_out() -> None:
