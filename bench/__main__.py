@@ -99,7 +99,10 @@ def _run(arguments: argparse.Namespace) -> None:
     path = _save(result, arguments.out or report.RESULTS / name)
     print(tables.summary(result))
     print(f"\nwrote {_shown(path)}")
-    for picture in report.plot(result, path.stem, path.parent):
+    pictures = report.plot(result, path.stem, path.parent)
+    if pictures is None:
+        print("no plots: matplotlib is not installed")
+    for picture in pictures or ():
         print(f"wrote {_shown(picture)}")
     if result["failures"]:
         sys.exit(f"bench: {len(result['failures'])} failed, listed as skipped")

@@ -91,12 +91,12 @@ def _results() -> list[tuple[Path, dict[str, Any]]]:
     return [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
 
 
-def plot(result: dict[str, Any], stem: str, folder: Path) -> list[Path]:
-    """The PNGs of a run, beside its JSON; none where matplotlib is not installed."""
+def plot(result: dict[str, Any], stem: str, folder: Path) -> list[Path] | None:
+    """The PNGs of a run, beside its JSON; None where matplotlib is not installed."""
     try:
         from bench import plots
     except ImportError:
-        return []
+        return None
     return plots.draw(result, folder, stem)
 
 

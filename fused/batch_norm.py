@@ -141,7 +141,7 @@ def batch_norm(
         input: shape (N, C) or (N, C, d1, ..., dk), float16, bfloat16, float32 or float64, any
             strides; contiguous, channels_last and channels_last_3d are all at home.
         running_mean, running_var: shape (C,), or None (both) in training.
-        weight, bias: shape (C,), or None for 1 and 0. They and the running statistics are in
+        weight, bias: C numbers, or None for 1 and 0. They and the running statistics are in
             input's dtype, or in float32 for half precision.
         training: whether to normalise with the statistics of the batch.
         momentum: running = (1 - momentum) * running + momentum * batch.
@@ -175,6 +175,10 @@ def batch_norm(
             "batch_norm: expected momentum to be a number, got None; only the modules know how "
             "many batches there were, of which None is the average"
         )
+    if weight is not None and weight.dim() != 1:  # as torch, which counts its elements
+        weight = weight.flatten()
+    if bias is not None and bias.dim() != 1:
+        bias = bias.flatten()
     options = _Options(training, momentum, eps, correction, activation, skip_nonfinite)
     return run(input, weight, bias, residual, running_mean, running_var, None, options)
 

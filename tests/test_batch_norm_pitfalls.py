@@ -273,6 +273,23 @@ def test_strides_of_what_belongs_to_channels(training, shape, implementation, de
     torch.testing.assert_close(columns, torch.stack(expected, 1))
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_weight_and_bias_of_other_shapes(training, implementation, device) -> None:
+    """As torch takes them, where there are as many numbers as channels; with a gradient besides."""
+    t = example((9, 5), torch.float32, device)
+    row, column = t["weight"].view(1, 5).requires_grad_(), t["bias"].view(5, 1)
+    plain = {name: tensor.clone() for name, tensor in t.items()}
+    y = fused.batch_norm(**t | {"weight": row, "bias": column}, training=training)
+    torch.testing.assert_close(y, fused.batch_norm(**plain, training=training), rtol=0, atol=0)
+    arguments = {k: v for k, v in t.items() if k != "residual"}
+    with torch.no_grad():
+        torchs = F.batch_norm(**arguments | {"weight": row, "bias": column}, training=training)
+        ours = fused.batch_norm(**arguments | {"weight": row, "bias": column}, training=training)
+    torch.testing.assert_close(ours, torchs)
+    (gradient,) = torch.autograd.grad(y, row, torch.ones_like(y))
+    assert gradient.shape == (1, 5)
+
+
 def test_gradient_of_stride_0(implementation, device) -> None:
     """`.sum()` sends back one number with stride 0: the sum's gradient is 0 but for rounding."""
     t = example((33, 5, 2), torch.float32, device)

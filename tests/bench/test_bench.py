@@ -26,15 +26,14 @@ from tests.test_package import ROOT
 CPU = torch.device("cpu")
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "bench", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+
+def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return python("-m", "bench", *arguments)
 
 
 def test_times_are_the_median_and_the_outer_tenths() -> None:
@@ -449,3 +448,19 @@ def test_a_second_read_shows_in_the_kernel_report() -> None:
     assert [*once["loops"][0]["loads"]] == [*once["loops"][-1]["stores"]] == ["16"]
     size = 4 * 4096
     assert found["1"] == [["_copy_kernel", size, size], ["_copy_kernel", 2 * size, size]]
+
+
+def test_runs_where_only_torch_and_triton_are_installed(tmp_path) -> None:
+    """Tables and a JSON, but no plots."""
+    others = ("jax", "liger_kernel", "matplotlib", "numba", "numpy", "pytest", "tqdm")
+    code = "import runpy, sys; sys.modules |= dict.fromkeys(sys.argv[1].split(',')); "
+    code += "sys.argv[:] = ['bench', *sys.argv[2:]]; runpy.run_module('bench', run_name='__main__')"
+    options = ["--op", "cross_entropy", "--case", "32x27-f32", "--budget", "2"]
+    out = tmp_path / "result.json"
+    done = python("-c", code, ",".join(others), *options, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "| 32x27-f32 " in done.stdout and "no plots: matplotlib is not" in done.stdout
+    result = json.loads(out.read_text())
+    assert result["rows"] and not result["failures"]
+    assert "liger_kernel is not installed" in str(result["skipped"])
+    assert [*tmp_path.iterdir()] == [out]
