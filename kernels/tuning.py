@@ -59,7 +59,7 @@ def cross_entropy(x: torch.Tensor, clusters: bool = True) -> CrossEntropyPlan:
         block_c = min(next_power_of_2(n_classes), 2048 // block_n)
         # 8 numbers a thread: with 16 and every option it spilled on sm_80.
         held, lanes, vec, edges, num_warps = block_c >= n_classes, 1, 1, False, 8
-        per_processor = 8
+        per_processor = 8  # 64 warps, as below
     else:
         vec, edges = _accesses(x)
         block_c = next_power_of_2(n_classes)
@@ -81,6 +81,7 @@ def cross_entropy(x: torch.Tensor, clusters: bool = True) -> CrossEntropyPlan:
                 threads = max(2, block_c // (4 if block_c <= 32 else 8))
                 block_n = block_n if one_program else 128 // threads
                 num_warps = max(1, block_n * threads // 32)
+            # 64 warps are the most that a multiprocessor holds; what registers leave out waits.
             lanes, per_processor = 1, 64 // num_warps
         else:
             # Two accesses of 16 bytes a thread in flight, four where one program is alone on its
