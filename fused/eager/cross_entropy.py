@@ -6,6 +6,7 @@ backward. Rows come in chunks: fused.eager.cross_entropy_rows.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from fused.eager.pages import large_pages
 SMALL = 2**19
 # Below this the probability of a target has lost digits, or everything, to underflow.
 _TINY = 1e-30
+_LOG_TINY = math.log(_TINY)
 
 # Of each row the loss and, if wanted, the lse, and whether its prediction is right.
 _RowLosses = tuple[Tensor, Tensor | None, Tensor | None]
@@ -142,19 +144,17 @@ def _scale(rows: Rows, reduction: str) -> Tensor | None:
     x, target, labels, weight = rows[:4]
     if reduction == "none":
         return None
-    one = torch.ones((), dtype=computed_in(x, target), device=x.device)
-    if reduction == "sum":
-        return one
-    if labels is None:
-        return one / (x.numel() // max(1, x.shape[1]))
+    dtype = computed_in(x, target)
+    if reduction == "sum" or labels is None or (weight is None and labels.ignored is None):
+        n = 1 if reduction == "sum" else x.numel() // max(1, x.shape[1])
+        return torch.full((), 1 / n if n else float("inf"), dtype=dtype, device=x.device)
     if weight is not None:
-        w_y = weight.to(one.dtype)[labels.classes.squeeze(1)]
+        w_y = weight.to(dtype)[labels.classes.squeeze(1)]
         total = (w_y if labels.ignored is None else w_y.masked_fill(labels.ignored, 0.0)).sum()
         # NaN of a total weight of 0, as torch's mean, also where the losses are not 0.
         return total.reciprocal().masked_fill_(total == 0, float("nan"))
-    if labels.ignored is None:
-        return one / labels.classes.numel()
-    return one / labels.ignored.logical_not().sum()
+    assert labels.ignored is not None
+    return labels.ignored.logical_not().sum().to(dtype).reciprocal()
 
 
 def _forward(rows: Rows, scale: Tensor | None, dx: Tensor | None, want_extras: bool) -> _RowLosses:
@@ -223,9 +223,9 @@ def _losses(logp: Tensor, z: Tensor, rows: Rows, want_extras: bool) -> _RowLosse
 
 def _log_p(p: Tensor, rows: Rows) -> Tensor:
     """log p (n, 1, *S) of p of each row's class, on the CPU."""
-    logp, lost = p.log(), p < _TINY
-    if lost.any():
-        labels, lost = rows.labels, lost.squeeze(1)
+    logp = p.log()
+    if logp.numel() and not logp.amin() >= _LOG_TINY:  # it may be NaN
+        labels, lost = rows.labels, (p < _TINY).squeeze(1)
         assert labels is not None
         x, y = rows.x.movedim(1, -1)[lost], labels.classes.movedim(1, -1)[lost]
         z = scores(x, rows.target, rows.softcap, rows.logit_scale)

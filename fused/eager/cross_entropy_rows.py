@@ -77,7 +77,10 @@ class Rows(NamedTuple):
         """
         x, target, labels = self[:3]
         n, size = max(1, x.shape[0]), max(1, x.numel())
-        step = max(1, CHUNK * n // size) if x.is_cpu else n
+        if size <= CHUNK or not x.is_cpu:
+            yield self, *others
+            return
+        step = max(1, CHUNK * n // size)
         parts = itertools.repeat(None) if labels is None else labels.split(step)
         columns = (x.split(step), target.split(step), parts, *(_split(t, step) for t in others))
         for x, target, labels, *own in zip(*columns, strict=False):
