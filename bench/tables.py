@@ -151,8 +151,7 @@ def heading(result: dict[str, Any]) -> str:
     m = result["machine"]
     where = m["name"]
     if m["type"] == "cpu":
-        where += f", {m['threads']} threads"
-        where += ", PyTorch in large pages" if m.get("large_pages") else ""
+        where += f", {m['threads']} threads{', large pages' if m.get('large_pages') else ''}"
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
     return (
         f"{where}; {versions}; {result['date'][:10]}; suite {result['suite']}; "

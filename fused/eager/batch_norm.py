@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from fused.eager.activation import IN_PLACE, NEW, activation_backward, tanh_by_sigmoid_
-from fused.eager.pages import large_pages
 
 _CHUNK = 2**19  # elements: 2 MB of float32. Of 2^15 to 2^21, 2^19 took the least time.
 
@@ -270,10 +269,10 @@ class _Form(NamedTuple):
 
     def empty_like(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor whose view is itself."""
-        y = large_pages(torch.empty_like(x, dtype=dtype))
+        y = torch.empty_like(x, dtype=dtype)
         if self.view(y).data_ptr() == y.data_ptr():
             return y
-        return large_pages(torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format))
+        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
     def vector(self, v: Tensor) -> Tensor:
         """v (C,) in the shape that broadcasts over a view."""

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused.eager.cross_entropy_rows import Rows, Scratch, Softmax, computed_in, scores
-from fused.eager.pages import large_pages
 
 # Up to so many elements torch's several passes stay in the cache as well, and take fewer calls.
 SMALL = 2**19
@@ -76,7 +75,7 @@ def cross_entropy_fwd_bwd(
     dx is in x's dtype and memory format, or in x's own memory if `inplace`.
     """
     rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    dx = x if inplace else large_pages(torch.empty_like(x))
+    dx = x if inplace else torch.empty_like(x)
     with _index_errors(target, x.shape[1], ignore_index):
         scale = _scale(rows, reduction)
         losses = _forward(rows, scale, dx, want_extras)
@@ -111,8 +110,8 @@ def cross_entropy_bwd(
     factor = dloss.to(computed_in(x, target))
     factor = factor if scale is None else factor * scale
     factor = factor.unsqueeze(1) if factor.dim() else factor
-    dx = None if not want_dx else x if inplace else large_pages(torch.empty_like(x))
-    dtarget = large_pages(torch.empty_like(target)) if want_dtarget else None
+    dx = None if not want_dx else x if inplace else torch.empty_like(x)
+    dtarget = torch.empty_like(target) if want_dtarget else None
     scratch = Scratch()
     for chunk, f, f_dx, own_dx, own_dtarget in rows.chunks(
         factor, rows.factors(factor), dx, dtarget

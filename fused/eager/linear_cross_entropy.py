@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from fused.eager import cross_entropy
-from fused.eager.pages import large_pages
 
 
 class Problem(NamedTuple):
@@ -67,9 +66,8 @@ class Gradients:
         self._x, self._w = p.x, p.flat_w
         several = p.chunk < p.x.shape[0]
         wide = torch.float32 if several and p.w.dtype.itemsize == 2 else p.w.dtype
-        self.dx = large_pages(torch.empty_like(p.x)) if wants[0] else None
-        dw = large_pages(torch.empty_like(self._w, dtype=wide)).zero_() if wants[1] else None
-        self.dw = dw
+        self.dx = torch.empty_like(p.x) if wants[0] else None
+        self.dw = torch.zeros_like(self._w, dtype=wide) if wants[1] else None
         self.db = self._w.new_zeros(len(self._w), dtype=p.computed_in) if wants[2] else None
 
     def add(self, rows: slice, dz: Tensor) -> None:
@@ -240,7 +238,7 @@ def _logits(p: Problem) -> Iterator[tuple[slice, Tensor]]:
     """Rows and their logits (n, C, *S), each in the memory of those before."""
     w = p.flat_w
     b = None if p.b is None else p.b.reshape(-1)
-    memory = large_pages(p.x.new_empty(min(p.chunk, p.x.shape[0]), len(w)))
+    memory = p.x.new_empty(min(p.chunk, p.x.shape[0]), len(w))
     for rows in p.chunks():
         x, z = p.x[rows], memory[: rows.stop - rows.start]
         if b is None:

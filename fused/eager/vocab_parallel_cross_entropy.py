@@ -14,7 +14,6 @@ from torch import Tensor
 from fused.eager import cross_entropy_rows
 from fused.eager.cross_entropy import raise_if_outside
 from fused.eager.cross_entropy_rows import computed_in, scores
-from fused.eager.pages import large_pages
 
 
 def shard_fwd(
@@ -118,7 +117,7 @@ def shard_bwd(
     dloss is the upstream gradient, (N, *S) or one number. The gradient is in x's dtype, in x's own
     memory if `inplace`.
     """
-    dx = x if inplace else large_pages(torch.empty_like(x))
+    dx = x if inplace else torch.empty_like(x)
     factor = dloss.to(stats.dtype) if scale is None else dloss.to(stats.dtype) * scale
     factor = factor.expand(target.shape)
     m, s, a = stats.view(3, *target.shape)
