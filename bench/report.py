@@ -21,9 +21,10 @@ _PREFACE = """# Benchmarks
 Written by `python -m bench report` from the JSON files in [bench/results](../bench/results); each
 section names the command that made its file.
 
-- Contenders ran interleaved in one process, on the same inputs, after their outputs were compared
-  with those of PyTorch and of the unfused form (sum of the differences over the sum); what agreed
-  with neither is listed, not timed, and so is where the two differ.
+- Contenders ran interleaved in one process, each after each other equally often, on the same
+  inputs, after their outputs were compared with those of PyTorch and of the unfused form (sum of
+  the differences over the sum); what agreed with neither is listed, not timed, and so is where the
+  two differ.
 - `fwd` runs without a graph, `bwd` is the backward alone, `fwd_bwd` both. `torch` is PyTorch's
   eager operation; every other contender is given as the ratio of its time to torch's, below 1 being
   faster: the median over the rounds. On a GPU that is device time with a cold L2 cache; `jax`, on
