@@ -375,8 +375,8 @@ def _of_no_classes(
 def _small(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor | None:
     """A plain call by torch's own function, in float32, for autograd to differentiate.
 
-    None where that does not serve as well, or is not quicker: it is of little on the CPU. Here
-    every line is a hundredth of the time.
+    None for a call that it would not serve, or not sooner: it is for few logits on the CPU, of
+    which every line here takes a hundredth of the time.
     """
     dtype = input.dtype
     if not (
