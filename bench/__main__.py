@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains it")
     parser.add_argument("--device", type=_device, help="default: cuda where there is one, else cpu")
     parser.add_argument(
-        "--threads", type=_threads, help="of torch and JAX on the CPU (default: their own choice)"
+        "--threads", type=_count, help="of torch and JAX on the CPU (default: their own choice)"
     )
     parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help="default: by the suite")
     parser.add_argument(
@@ -44,6 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--op", action="append", metavar="NAME")
     kernels.add_argument("--case", metavar="TEXT", help="only cases whose name contains it")
     kernels.add_argument("--target", action="append", metavar="NAME", help="default: all four")
+    kernels.add_argument(
+        "--processes", type=_count, default=os.cpu_count(), help="default: as many as cores"
+    )
     kernels.add_argument("--out", type=Path)
     kernels.set_defaults(command=_kernels)
     compare = commands.add_parser("compare", help="what changed between two runs")
@@ -65,7 +68,7 @@ def _device(text: str) -> torch.device:
     return device
 
 
-def _threads(text: str) -> int:
+def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
@@ -119,7 +122,8 @@ def _kernels(arguments: argparse.Namespace) -> None:
     unknown = set(targets) - set(kernels.TARGETS)
     if unknown:
         raise ValueError(f"expected --target of {', '.join(kernels.TARGETS)}, got {unknown.pop()}")
-    rows = kernels.report(runner.operations(arguments.op), targets, arguments.case)
+    ops = runner.operations(arguments.op)
+    rows = kernels.report(ops, targets, arguments.case, arguments.processes)
     print(tables.kernel_traffic(rows), tables.KERNELS, tables.kernels(rows), sep="\n\n")
     result = {"triton": triton.__version__, "kernels": rows}
     path = arguments.out

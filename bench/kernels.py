@@ -5,10 +5,12 @@ launches caught instead of carried out) for NVIDIA sm_80, sm_90, sm_100 and AMD 
 bytes that it asks memory for are counted in Triton's interpreter.
 """
 
+import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,14 +19,14 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import fused
 from bench import assembly, traffic
 from bench.assembly import Code
 from bench.cases import Case, Operation
-from bench.runner import progress
+from bench.runner import operations, progress
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -33,15 +35,6 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _WITH_CLUSTERS = ("sm_90", "sm_100")
-_POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.float64: "*fp64",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 
 
 @dataclass(frozen=True)
@@ -52,32 +45,20 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, Any]
 
-    def source(self) -> ASTSource:
-        """The kernel specialised as Triton's launcher would: None and 1 are constants, and
-        divisibility by 16 is known of pointers and of whole numbers that may be specialised."""
-        signature: dict[str, Any] = {}
-        constants: dict[tuple[int, ...], Any] = {}
-        attributes: dict[tuple[int, ...], Any] = {}
+    def compile(self, target: GPUTarget) -> Any:
+        """As Triton's launcher would on a device of that kind; into its cache, too.
 
-        def specialise(parameter: Any, value: Any, path: tuple[int, ...]) -> Any:
-            if isinstance(value, tuple):
-                return tuple(specialise(parameter, v, (*path, i)) for i, v in enumerate(value))
-            kind = _kind(parameter, value)
-            if kind == "constexpr":
-                constants[path] = value
-            elif isinstance(value, torch.Tensor):
-                # As far as the allocator goes, every tensor starts at a multiple of 16 bytes.
-                begins = value.storage_offset() * value.dtype.itemsize
-                if begins % 16 == 0 and not parameter.do_not_specialize_on_alignment:
-                    attributes[path] = [["tt.divisibility", 16]]
-            elif isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[path] = [["tt.divisibility", 16]]
-            return kind
-
-        for index, parameter in enumerate(self.kernel.params):
-            value = self.arguments[parameter.name]
-            signature[parameter.name] = specialise(parameter, value, (index,))
-        return ASTSource(self.kernel, signature, constants, attributes)
+        Its own code specialises: None and 1 are constants, and of pointers and whole numbers it is
+        known whether 16 divides them; on AMD, whether a tensor has less than 2 GB.
+        """
+        backend = make_backend(target)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        bound, specialised, options = bind(**self.arguments, **self.options)
+        options, signature, constants, attributes = self.kernel._pack_args(
+            backend, self.options, bound, specialised, options
+        )
+        source = ASTSource(self.kernel, signature, constants, attributes)
+        return triton.compile(source, target=target, options=options.__dict__)
 
 
 @dataclass(frozen=True)
@@ -114,20 +95,6 @@ _MULTIPROCESSORS = {
 }
 
 
-def _kind(parameter: Any, value: Any) -> str:
-    if parameter.is_constexpr or value is None:
-        return "constexpr"
-    if isinstance(value, torch.Tensor):
-        return _POINTERS[value.dtype]
-    if parameter.annotation_type:
-        return parameter.annotation_type
-    if isinstance(value, float):
-        return "fp32"
-    if value == 1 and not parameter.do_not_specialize:
-        return "constexpr"
-    return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-
 @contextmanager
 def catch_launches() -> Iterator[list[Launch]]:
     """Within the block, launching a kernel records a Launch and does nothing else."""
@@ -150,7 +117,7 @@ def catch_launches() -> Iterator[list[Launch]]:
 
 def compile_launch(launch: Launch, target: str) -> Compiled:
     """Compiles the kernel of a launch for one of TARGETS; raises what Triton does if it cannot."""
-    compiled = triton.compile(launch.source(), target=TARGETS[target], options=launch.options)
+    compiled = launch.compile(TARGETS[target])
     if target == "gfx942":
         text = compiled.asm["amdgcn"]
         numbers = {k: int(v) for k, v in re.findall(r"\.(vgpr_\w+):\s+(\d+)", text)}
@@ -207,42 +174,87 @@ def caught(op: Operation, case: Case, hip: str | None = None) -> list[Launch]:
 
 
 def report(
-    ops: dict[str, Operation], targets: list[str], only: str | None = None
+    ops: dict[str, Operation], targets: list[str], only: str | None = None, processes: int = 1
 ) -> list[dict[str, Any]]:
     """Compiles every launch of every kernel case, or of those whose name contains `only`."""
     todo = [
-        (name, op, case)
+        (name, case)
         for name, op in ops.items()
         for case in op.kernel_cases()
         if (only or "") in str(case)
     ]
     if not todo:
         raise ValueError(f"no kernel case has {only!r} in its name")
-    bounded = {name for name, op, case in todo if op.least_bytes(case)}
-    counts = {name: iter(traffic.counted(name, only)) for name in bounded}
-    found = []
-    with progress(len(todo)) as advance:
-        for name, op, case in todo:
+    bounded = {name for name, case in todo if ops[name].least_bytes(case)}
+    with progress(len(todo)) as advance, _in_order(processes) as each:
+        results = iter(each(_compiled, *zip(*todo, strict=True), [targets] * len(todo)))
+        counts = {name: iter(traffic.counted(name, only)) for name in bounded}
+        found = []
+        for name, case in todo:
             advance(f"{name} {case}")
-            size, least = op.traffic_case(case).bytes, op.least_bytes(case).get("fwd_bwd")
+            launches = next(results)
+            size, least = ops[name].traffic_case(case).bytes, ops[name].least_bytes(case)
             count = next(counts[name]) if name in counts else []
-            launches, on_amd = caught(op, case), caught(op, case, hip="6.4")
-            names = [launch.kernel.__name__ for launch in launches]
+            names = [kernel for kernel, _ in launches]
             assert name not in bounded or names == [kernel for kernel, _, _ in count]
-            for i, launch in enumerate(launches):
+            for i, (kernel, by_target) in enumerate(launches):
                 found.append(
                     {
                         "operation": name,
                         "case": str(case),
-                        "kernel": names[i].strip("_").removesuffix("_kernel"),
+                        "kernel": kernel.strip("_").removesuffix("_kernel"),
                         "reads": count[i][1] / size if count else None,
                         "writes": count[i][2] / size if count else None,
-                        "least": None if least is None else least / case.bytes,
-                        "targets": {
-                            t: asdict(compile_launch(on_amd[i] if t == "gfx942" else launch, t))
-                            for t in targets
-                            if launch.options.get("num_ctas", 1) == 1 or t in _WITH_CLUSTERS
-                        },
+                        "least": least["fwd_bwd"] / case.bytes if "fwd_bwd" in least else None,
+                        "targets": by_target,
                     }
                 )
     return found
+
+
+def build(todo: list[tuple[Operation, Case]], processes: int) -> None:
+    """Compiles what these cases launch for the GPU of this process, into Triton's cache.
+
+    The few kernels that only a forward without gradients launches are left to it.
+    """
+    target = triton.runtime.driver.active.get_current_target()
+    names = [(op.OPERATION, case) for op, case in todo if op.kernel_cases()]
+    with _in_order(processes) as each:
+        for _ in each(_built, *zip(*names, strict=True), [target] * len(names)):
+            pass
+
+
+def _built(name: str, case: Case, target: GPUTarget) -> None:
+    for launch in caught(operations([name])[name], case, torch.version.hip):
+        launch.compile(target)
+
+
+@contextmanager
+def _in_order(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
+    """A `map` whose calls are shared by processes: Triton compiles a kernel on one core."""
+    if processes == 1:
+        yield map
+        return
+    spawn = multiprocessing.get_context("spawn")  # torch has threads, which a fork would not
+    with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+        try:
+            yield pool.map
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _compiled(name: str, case: Case, targets: list[str]) -> list[tuple[str, dict[str, Any]]]:
+    """The kernel of each launch of a case, and what the compiler makes of it for each target."""
+    op = operations([name])[name]
+    launches, on_amd = caught(op, case), caught(op, case, hip="6.4")
+    return [
+        (
+            launch.kernel.__name__,
+            {
+                t: asdict(compile_launch(on_amd[i] if t == "gfx942" else launch, t))
+                for t in targets
+                if launch.options.get("num_ctas", 1) == 1 or t in _WITH_CLUSTERS
+            },
+        )
+        for i, launch in enumerate(launches)
+    ]

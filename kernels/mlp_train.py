@@ -126,16 +126,12 @@ def _sum_over_units(a, b, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.
 
 
 @triton.jit
-def _tiles(ptr, TILES: tl.constexpr, SIZE: tl.constexpr, LANES: tl.constexpr):
-    """Addresses of tiles. NVIDIA's compiler is to see them as one address and constants: of a sum
-    of offsets it makes another for the last tile, which takes registers. AMD's is to see offsets.
+def _tiles(ptr, TILES: tl.constexpr, SIZE: tl.constexpr):
+    """Addresses of tiles, which the compiler is to see as one address and constants: of a sum of
+    offsets it makes another for the last tile, which takes registers.
     """
-    tile = tl.arange(0, TILES)[:, None] * SIZE
     within = tl.arange(0, SIZE)[None, :]
-    if LANES == 32:
-        return (ptr + within) + tile
-    else:
-        return ptr + (tile + within)
+    return (ptr + within) + tl.arange(0, TILES)[:, None] * SIZE
 
 
 @triton.jit
@@ -150,7 +146,7 @@ def _keep(ptr, x, LANES: tl.constexpr):
         x = tl.permute(tl.reshape(x, (G, 2, 8, TILES, 4, 2)), (3, 0, 2, 4, 1, 5))
     else:
         x = tl.permute(tl.reshape(x, (G, 16, TILES, 4, 4)), (2, 0, 3, 1, 4))
-    tl.store(_tiles(ptr, TILES, G * 16 * COLS, LANES), tl.reshape(x, (TILES, G * 16 * COLS)))
+    tl.store(_tiles(ptr, TILES, G * 16 * COLS), tl.reshape(x, (TILES, G * 16 * COLS)))
 
 
 @triton.jit
@@ -158,7 +154,7 @@ def _kept(ptr, G: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
     """What `_keep` wrote, (G, 16, N)"""
     COLS: tl.constexpr = LANES // 4
     TILES: tl.constexpr = N // COLS
-    x = tl.load(_tiles(ptr, TILES, G * 16 * COLS, LANES))
+    x = tl.load(_tiles(ptr, TILES, G * 16 * COLS))
     if LANES == 32:
         x = tl.permute(tl.reshape(x, (TILES, G, 8, 4, 2, 2)), (1, 4, 2, 0, 3, 5))
     else:
@@ -408,14 +404,13 @@ def mlp_train(
     affine_kept = _in_order(affine, p, _lanes() // 4)
     sizes = W1_kept.shape[1], W2_kept.shape[1], affine_kept.shape[1], d_h.shape[1]
     kept = torch.cat((W1_kept, W2_kept, affine_kept, d_h), 1)
-    options = {} if torch.version.hip else {"maxnreg": p.max_registers}
     _mlp_train_kernel[(n_models,)](
         C, kept, words, lr, losses, demb, n_steps, n_streams, eps,
         T=T, E=E, V=V, B=B, LANES=_lanes(), BITS=p.bits, PARTS=p.parts, G=p.groups, U=p.units,
         BLOCK_B=p.BLOCK_B, BLOCK_F=p.BLOCK_F, BLOCK_V=p.BLOCK_V, BLOCK_E=p.BLOCK_E,
         BLOCK_T=p.BLOCK_T, ROWS=p.rows, COLS_V=p.columns(p.BLOCK_V), COLS_F=p.columns(p.BLOCK_F),
         PRECISION=precision, num_warps=p.num_warps, num_stages=1,
-        enable_fp_fusion=True, **options,
+        enable_fp_fusion=True, **p.options,
     )  # fmt: skip
     W1_kept, W2_kept, affine_kept, _ = kept.split(sizes, 1)
     W1.copy_(_out_of_order(W1_kept, p)[:, :H, : T * E].transpose(1, 2))

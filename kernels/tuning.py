@@ -339,10 +339,15 @@ class MLPTrainPlan:
     lanes: int  # of a warp: 32 on NVIDIA, 64 on AMD
 
     @property
-    def max_registers(self) -> int:
-        """A thread's share of the multiprocessor's 65,536; left alone, the assembler takes fewer
-        as soon as it has to spill."""
-        return min(255, 65536 // (32 * self.num_warps))
+    def options(self) -> dict[str, int]:
+        """The compiler's, of each vendor."""
+        if self.lanes == 64:
+            # Products in tiles of 16 x 16, as `_keep` orders them. Left alone it takes 32 x 32:
+            # twice the instructions, and 310 registers of spills.
+            return {"matrix_instr_nonkdim": 16}
+        # A thread's share of the multiprocessor's 65,536; left alone, the assembler takes fewer as
+        # soon as it has to spill.
+        return {"maxnreg": min(255, 65536 // (32 * self.num_warps))}
 
     @property
     def rows(self) -> int:

@@ -134,6 +134,44 @@ def check_accesses_of_16_bytes(rows: list[dict[str, Any]]) -> None:
                 assert any(part["stores"] for part in wide), (row["kernel"], row["case"], parts)
 
 
+AS_LAUNCHED = f"""
+import json, os, sys; sys.path.insert(0, {str(ROOT)!r})
+import torch, triton
+from tests.emulator.driver import Driver
+Driver(90).activate()
+compile, asked = triton.compile, []
+def asking(source, target=None, options=None, **rest):
+    asked.append([source.name, source.hash(), sorted(map(repr, options.items()))])
+    return compile(source, target=target, options=options, **rest)
+triton.compile = triton.compiler.compile = asking
+import fused
+from bench import kernels
+
+def step(device):
+    x = torch.zeros(32, 27, device=device, requires_grad=True)
+    v = [torch.ones(27, device=device) for _ in range(4)]
+    y = fused.batch_norm(x, *v, True, activation="tanh")
+    fused.cross_entropy(y, torch.zeros(32, dtype=torch.int64, device=device)).backward()
+
+with fused.backend.use("triton"):
+    step("cpu")  # the emulator's device
+    launched = list(asked)
+    with kernels.catch_launches() as launches:
+        step("meta")
+asked.clear()
+for launch in launches:
+    launch.compile(kernels.TARGETS["sm_90"])
+print(json.dumps([launched, asked]))
+"""
+
+
+def test_the_report_compiles_what_a_launch_does() -> None:
+    """To the same entry of Triton's cache, so that the benchmark can compile beforehand."""
+    launched, reported = run(AS_LAUNCHED)
+    assert len(launched) == 4
+    assert launched == reported
+
+
 def test_no_kernel_adds_up_in_the_order_of_arrival() -> None:
     """Which only a GPU would show: without atomics two runs are equal to the last bit."""
     for path in ROOT.joinpath("kernels").glob("*.py"):

@@ -507,14 +507,8 @@ def compiled(module: str, *sizes: tuple[int, ...]) -> list[list]:
 
 def test_the_kernel_of_64_units_spills_nothing() -> None:
     """200 units are in docs/performance.md, and in a slow test."""
-    spilled = {row[2]: row[3] for row in compiled("mlp_train", (3, 10, 64, 27, 32))}
-    assert spilled["sm_80"] == spilled["sm_90"] == spilled["sm_100"] == 0
-
-
-@pytest.mark.xfail(strict=True, reason="86 registers")
-def test_the_kernel_of_64_units_spills_nothing_on_gfx942() -> None:
-    spilled = {row[2]: row[3] for row in compiled("mlp_train", (3, 10, 64, 27, 32))}
-    assert spilled["gfx942"] == 0
+    rows = compiled("mlp_train", (3, 10, 64, 27, 32))
+    assert len(rows) == 4 and all(row[3] == 0 for row in rows)
 
 
 def test_the_kernels_of_a_step_spill_nothing() -> None:
@@ -529,9 +523,9 @@ def test_the_kernels_compile_for_large_networks() -> None:
     assert all(row[4] for row in rows)
     spilled = {row[2]: row[3] for row in rows if row[1] == 200}
     if TRITON.startswith("3.7."):
-        most = {"sm_80": 56, "sm_90": 0, "sm_100": 24, "gfx942": 156}
+        most = {"sm_80": 56, "sm_90": 0, "sm_100": 24, "gfx942": 0}
         assert all(spilled[target] <= most[target] for target in most)
-    assert spilled.pop("gfx942") <= 320 and max(spilled.values()) <= 80
+    assert spilled.pop("gfx942") <= 24 and max(spilled.values()) <= 80
     large = (16, 24, 2048, 300, 512), (1, 64, 4096, 27, 64), (1, 1024, 200, 5000, 32)
     spilling = [row for row in compiled("mlp_step", (8, 3, 100, 65, 48), *large) if row[3]]
     assert all(row[:3] == ["_mlp_logits_kernel", 200, "sm_90"] and row[3] <= 8 for row in spilling)
