@@ -185,14 +185,17 @@ def report(
     ]
     if not todo:
         raise ValueError(f"no kernel case has {only!r} in its name")
-    bounded = {name for name, case in todo if ops[name].least_bytes(case)}
+    bounded = list(dict.fromkeys(name for name, case in todo if ops[name].least_bytes(case)))
+    counts: dict[str, Iterator[list[traffic.Traffic]]] = {}
+    found = []
     with progress(len(todo)) as advance, _in_order(processes) as each:
-        results = iter(each(_compiled, *zip(*todo, strict=True), [targets] * len(todo)))
-        counts = {name: iter(traffic.counted(name, only)) for name in bounded}
-        found = []
+        counted = iter(each(traffic.counted, bounded, [only] * len(bounded)))
+        compiled = iter(each(_compiled, *zip(*todo, strict=True), [targets] * len(todo)))
         for name, case in todo:
             advance(f"{name} {case}")
-            launches = next(results)
+            if name in bounded and name not in counts:
+                counts[name] = iter(next(counted))
+            launches = next(compiled)
             size, least = ops[name].traffic_case(case).bytes, ops[name].least_bytes(case)
             count = next(counts[name]) if name in counts else []
             names = [kernel for kernel, _ in launches]

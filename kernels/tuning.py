@@ -342,8 +342,8 @@ class MLPTrainPlan:
     def options(self) -> dict[str, int]:
         """The compiler's, of each vendor."""
         if self.lanes == 64:
-            # Matrix instructions of 16 x 16 for tiles of 16 x 8, too. Left alone it multiplies those
-            # pair by pair: twice the instructions, and 310 registers of spills.
+            # Matrix instructions of 16 x 16 for tiles of 16 x 8, too. Left alone, it multiplies
+            # those pair by pair: twice the instructions, and 310 registers of spills.
             return {"matrix_instr_nonkdim": 16}
         # A thread's share of the multiprocessor's 65,536; left alone, the assembler takes fewer as
         # soon as it has to spill.
