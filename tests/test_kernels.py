@@ -145,7 +145,7 @@ def asking(source, target=None, options=None, **rest):
     return compile(source, target=target, options=options, **rest)
 triton.compile = triton.compiler.compile = asking
 import fused
-from bench import kernels
+from bench import kernels, runner
 
 def step(device):
     x = torch.zeros(32, 27, device=device, requires_grad=True)
@@ -161,15 +161,20 @@ with fused.backend.use("triton"):
 asked.clear()
 for launch in launches:
     launch.compile(kernels.TARGETS["sm_90"])
-print(json.dumps([launched, asked]))
+reported = list(asked)
+asked.clear()
+op = runner.operations(["cross_entropy"])["cross_entropy"]
+kernels.build([(op, case) for case in op.cases("quick") if str(case) == "32x27-f32"], 1)
+print(json.dumps([launched, reported, asked]))
 """
 
 
-def test_the_report_compiles_what_a_launch_does() -> None:
-    """To the same entry of Triton's cache, so that the benchmark can compile beforehand."""
-    launched, reported = run(AS_LAUNCHED)
+def test_what_is_compiled_beforehand_is_what_a_launch_compiles() -> None:
+    """By the kernel report, and by the benchmark on a GPU: the same entries of Triton's cache."""
+    launched, reported, built = run(AS_LAUNCHED)
     assert len(launched) == 4
     assert launched == reported
+    assert built == [entry for entry in launched if "cross_entropy" in entry[0]]
 
 
 def test_no_kernel_adds_up_in_the_order_of_arrival() -> None:

@@ -133,6 +133,18 @@ def test_what_computes_something_else_is_not_timed(monkeypatch) -> None:
     assert row["times"]["wall"]["samples"] >= 5
 
 
+def test_kernels_that_cannot_be_compiled_beforehand_are_a_note(monkeypatch) -> None:
+    kernels = pytest.importorskip("bench.kernels")
+
+    def build(todo: Any, processes: int) -> None:
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(kernels, "build", build)
+    result: dict[str, Any] = {"notes": []}
+    runner._build_kernels([], result)
+    assert result["notes"] == ["kernels were not compiled beforehand: RuntimeError: no room"]
+
+
 def test_a_failure_of_ours_is_listed_and_the_other_cases_run(monkeypatch, capsys) -> None:
     class Failing(Square):
         def cases(self, suite: str) -> list[Case]:
