@@ -116,8 +116,7 @@ def run(
 
 
 def _build_kernels(todo: list[tuple[Operation, Case]], result: dict[str, Any]) -> None:
-    """Ours, on all cores: one after the other, as they are needed, would take a fifth of the budget
-    from what is measured."""
+    """Ours, on all cores, so that less of a case's share goes into compiling."""
     from bench import kernels  # not where there is no Triton
 
     try:
