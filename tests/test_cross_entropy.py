@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused
 from fused.eager import cross_entropy as eager
 from fused.eager import cross_entropy_rows
+from fused.kernels import tuning
 from tests.exactness import assert_as_exact_as, ulps_for
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -154,8 +155,14 @@ def test_matches_torch(shape, dtype, reduction, implementation, device) -> None:
     check_against_torch(*example(shape, dtype, device), implementation, reduction=reduction)
 
 
-def test_more_rows_than_each_program_counts(implementation, device) -> None:
-    check_against_torch(*example((4097, 8), torch.float32, device, weighted=True), implementation)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_more_rows_than_each_program_counts(weighted, implementation, monkeypatch, device) -> None:
+    """Two programs count them, and three add up; who adds up their sums takes two at a time."""
+    monkeypatch.setattr(tuning, "INTERPRETED_PROGRAMS", 3)
+    monkeypatch.setattr(tuning, "scan", lambda n: 2)
+    check_against_torch(
+        *example((8201, 2), torch.float32, device, weighted=weighted), implementation
+    )
 
 
 @pytest.mark.parametrize("options, dtype", [("plain", torch.float32), ("all", torch.bfloat16)])
@@ -304,11 +311,12 @@ def test_extras(extra, kind, reduction, implementation, device) -> None:
 
 def test_extras_by_their_formulas(implementation, device) -> None:
     logits, target, _ = example((5, 27), torch.float64, device, ignored=0)
-    z = 3.0 * torch.tanh(0.7 * logits / 3.0)
-    lse = z.logsumexp(1)
-    expected = (lse - z[range(5), target] + 0.1 * lse**2).mean()
-    loss = fused.cross_entropy(logits, target, z_loss=0.1, softcap=3.0, logit_scale=0.7)
-    torch.testing.assert_close(loss, expected)
+    for scale, cap in ((0.7, 3.0), (-0.7, None)):
+        z = scale * logits if cap is None else cap * torch.tanh(scale * logits / cap)
+        lse = z.logsumexp(1)
+        expected = (lse - z[range(5), target] + 0.1 * lse**2).mean()
+        loss = fused.cross_entropy(logits, target, z_loss=0.1, softcap=cap, logit_scale=scale)
+        torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])

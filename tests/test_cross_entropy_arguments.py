@@ -37,6 +37,8 @@ def test_ignore_index(ignore_index, implementation, device) -> None:
     check_against_torch(
         logits, target, weight, implementation, ignore_index=ignore_index, label_smoothing=0.1
     )
+    correct = fused.cross_entropy_with_stats(logits, target, ignore_index=ignore_index).correct
+    assert correct == ((logits.argmax(1) == target) & (target != ignore_index)).sum()
 
 
 def test_result_dtypes_promote_as_torchs(implementation, device) -> None:

@@ -396,6 +396,42 @@ def test_non_contiguous_logits(strides, shape, kind, implementation, device) -> 
     check_against_torch(STRIDES[strides](logits), target, weight, implementation)
 
 
+# Columns of wider rows: some begin where 16 bytes do, others do not; held, and in several tiles.
+SLICES = {
+    "beside one": lambda x: F.pad(x, (0, 1))[:, :-1],
+    "beside four": lambda x: F.pad(x, (0, 4))[:, :-4],
+    "every other": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("classes", [32, 4099, 8200])
+@pytest.mark.parametrize("slices", SLICES)
+def test_a_part_of_wider_rows(slices, classes, reduction, implementation, device) -> None:
+    """The gradient has strides of its own."""
+    logits, target, _ = example((2, classes), torch.float32, device, ignored=0)
+    check_against_torch(SLICES[slices](logits), target, None, implementation, reduction=reduction)
+
+
+def test_classes_last_in_a_part_of_wider_rows(implementation, device) -> None:
+    """Of rows (n, s) that begin anywhere, though those of an n do not."""
+    logits, target, _ = example((2, 32, 4), torch.float32, device)
+    wider = F.pad(logits.transpose(1, 2), (0, 1))[:, :, :-1].transpose(1, 2)
+    check_against_torch(wider, target, None, implementation)
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_non_contiguous_targets(kind, implementation, device) -> None:
+    logits, target, _ = example((2, 27, 3, 4), torch.float32, device, kind)
+    ends = target.movedim(0, -1).contiguous().movedim(-1, 0)
+    last = target.movedim(1, -1).contiguous().movedim(-1, 1)
+    shuffled = target.movedim(-2, 0).contiguous().movedim(0, -2)  # no view of it is (N, ..., S)
+    every_other = target.repeat_interleave(2, -1)[..., ::2]
+    for strided in (ends, last, shuffled, every_other):
+        assert not strided.is_contiguous()
+        check_against_torch(logits, strided, None, implementation)
+
+
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_strides_of_class_weights(reduction, kind, implementation, device) -> None:
@@ -435,21 +471,21 @@ def test_target_out_of_range_on_the_closed_form() -> None:
 
 
 @pytest.mark.parametrize("outside", [27, 31, -1, 2**40, -(2**40)])
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-def test_target_out_of_range_on_the_kernels(outside, label_smoothing, device) -> None:
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("options", [{"logit_scale": 0.5}, {"label_smoothing": 0.1}], ids=str)
+def test_target_out_of_range_on_the_kernels(outside, options, weighted, device) -> None:
     """No look on the host, no read out of bounds: the row's loss and gradient are NaN."""
-    logits, target, weight = example((9, 27), torch.float32, device, weighted=True, ignored=0)
+    logits, target, weight = example((9, 27), torch.float32, device, weighted=weighted, ignored=0)
     target[4] = outside
+    logits.requires_grad_()
     with fused.backend.use("triton"):
-        loss = fused.cross_entropy(
-            logits.requires_grad_(), target, weight, reduction="none",
-            label_smoothing=label_smoothing,
-        )  # fmt: skip
-        loss.backward(torch.ones_like(loss))
-        mean = fused.cross_entropy(logits, target, weight)
+        loss = fused.cross_entropy(logits, target, weight, reduction="none", **options)
+        mean = fused.cross_entropy(logits, target, weight, **options)
+        gradients = [torch.autograd.grad(x, logits, torch.ones_like(x))[0] for x in (loss, mean)]
     rows = torch.arange(9, device=device) == 4
     torch.testing.assert_close(loss.isnan(), rows)
-    torch.testing.assert_close(logits.grad.isnan(), rows[:, None].expand(9, 27))
+    for gradient in gradients:
+        torch.testing.assert_close(gradient.isnan(), rows[:, None].expand(9, 27))
     assert mean.isnan()
 
 

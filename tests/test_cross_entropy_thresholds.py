@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import fused
 from tests.test_cross_entropy import DTYPES, SHAPES, check_against_torch, example
 
 pytest.importorskip("triton")
@@ -68,3 +70,21 @@ def test_neighbours_that_are_rows(shape, reduction, implementation, device) -> N
 
 def test_a_million_classes(implementation, device) -> None:
     check_against_torch(*example((1, 1000000), torch.float32, device, ignored=0), implementation)
+
+
+@pytest.mark.parametrize("shape", [(33, 27), (9, 129), (2, 4097), (2, 8201), (2, 40, 3)], ids=str)
+def test_probabilities_and_their_gradient(shape, implementation, device) -> None:
+    """Held, with edges, in several tiles, and of neighbours that are rows."""
+    tensors = example(shape, torch.float32, device, "probabilities", weighted=True)
+    check_against_torch(*tensors, implementation, label_smoothing=0.1, z_loss=0.1)
+    logits, target, _ = tensors
+    ours, theirs = target.clone().requires_grad_(), target.clone().requires_grad_()
+    fused.cross_entropy(logits, ours).backward()  # of the probabilities alone
+    F.cross_entropy(logits, theirs).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+
+
+def test_a_gradient_is_scaled_in_several_steps(implementation, monkeypatch, device) -> None:
+    """By two programs, of 64 numbers at a time."""
+    monkeypatch.setattr(tuning, "scale", lambda n, device: tuning.Pass(64, 8, 2))
+    check_against_torch(*example((11, 27), torch.float32, device), implementation)
