@@ -28,9 +28,9 @@ def exp(x):
 def tanh(x):
     """tanh(x) = sign(x) * (1 - e) / (1 + e), e = exp(-2|x|); near 0 its Taylor series
 
-    as 1 - e cancels there. Where the two meet, both are good to 3 units in the last place.
+    as 1 - e cancels there. Where the two meet, both are good to 5 units in the last place.
     """
-    near_0: tl.constexpr = 0.01 if x.dtype == tl.float64 else 0.2
+    near_0: tl.constexpr = 0.05 if x.dtype == tl.float64 else 0.2
     e = exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     x2 = x * x

@@ -79,8 +79,9 @@ def _keep_statistics(
         elif tl.program_id(0) == 0:
             tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
     kept = col_mask
-    if SKIP_NONFINITE:  # a difference with itself is 0, but NaN for inf and NaN
-        kept = col_mask & (unbiased - unbiased == 0.0) & (mean == mean)
+    # A difference with itself is 0, but NaN for inf and NaN; the mean is neither where var is not.
+    if SKIP_NONFINITE:
+        kept = col_mask & (unbiased - unbiased == 0.0)
     if running_mean_ptr is not None:
         old = tl.load(running_mean_ptr + cols, mask=col_mask, other=0.0).to(acc)
         tl.store(running_mean_ptr + cols, (1.0 - rate) * old + rate * mean, mask=kept)

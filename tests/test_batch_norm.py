@@ -159,6 +159,19 @@ def test_activation_in_half_precision(activation, implementation, device) -> Non
     check_against_torch(tensors, implementation, training=True, activation=activation)
 
 
+@pytest.mark.parametrize("dtype, end", [(torch.float32, 0.4), (torch.float64, 0.1)], ids=str)
+def test_tanh_of_the_kernels_next_to_0(dtype, end, device) -> None:
+    """Good to some units in its own last place, on both sides of where its series ends."""
+    pytest.importorskip("triton")
+    x = torch.linspace(-end, end, 4000, dtype=dtype, device=device).view(-1, 4)
+    mean, var = torch.zeros_like(x[0]), torch.ones_like(x[0])
+    with fused.backend.use("triton"):
+        y = fused.batch_norm(x, mean, var, eps=0.0, activation="tanh")
+    units = 5 if device.type == "cpu" else 8  # a GPU's exp2 and division are good to 2 each
+    rtol = units * torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=rtol, atol=0)
+
+
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("layouts", list(itertools.permutations(["last", "first", "neither"])))
 def test_residual_and_gradient_in_other_formats_than_the_input(

@@ -205,6 +205,17 @@ def test_relu_stops_and_passes_what_torchs_does(with_residual, implementation, d
     assert results[0]["dinput"][1, 0] == 0
 
 
+@pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("shape", [(9, 3), (9, 3, 5)], ids=str)
+def test_relu_stops_at_0(shape, with_residual, implementation, device) -> None:
+    t = example(shape, torch.float32, device, residual=with_residual)
+    for name in ("weight", "bias", "residual")[: 2 + with_residual]:
+        t[name].zero_()
+    found = run(fused.batch_norm, t, torch.ones_like(t["input"]), training=True, activation="relu")
+    for name in ("dbias", "dweight", *["dresidual"] * with_residual):
+        assert not found[name].any(), name
+
+
 def test_signs_lie_along_what_is_adjacent_in_memory() -> None:
     assert by_channel(torch.empty(4, 3, 1)) and not by_channel(torch.empty(4, 3, 5))
     assert not by_channel(torch.empty(4, 1, 1))

@@ -174,17 +174,31 @@ def test_a_small_step_is_one_launch_each_way(shape, launches, device) -> None:
     assert norm.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("shape", [(257, 12), (0, 12)], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_gradients_have_memory_of_their_own(training, shape, small_plans, device) -> None:
+    """Each: whoever receives one may write to it."""
+    tensors = example(shape, F32, device)
+    with fused.backend.use("triton"):
+        found = run(fused.batch_norm, tensors, torch.ones_like(tensors["input"]), training=training)
+    memory = {found[n].untyped_storage().data_ptr() for n in ("dinput", "dweight", "dbias")}
+    assert len(memory) == 3
+
+
 def test_statistics_of_data_that_drifts(small_plans, implementation, device) -> None:
-    """From 0 to 1e4 over the rows, in every order, and with a first row far off."""
+    """From 0 to 1e4 over the rows, in every order, and with a first row far off; and images, of
+    which a program's first tile is the end of one: some positions begin in its second."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2000, 2, generator=generator, dtype=F64)
     ramp = torch.linspace(0, 1e4, 2000, dtype=F64).unsqueeze(1)
     far = torch.zeros(2000, 1, dtype=F64)
     far[0] = 1e4
-    for data in (ramp + noise, ramp.flip(0) + noise, far + noise, 1e4 - far + noise):
+    images = torch.randn(20, 1, 160, generator=generator, dtype=F64) + 1e4
+    for data in (ramp + noise, ramp.flip(0) + noise, far + noise, 1e4 - far + noise, images):
         x = data.to(device, F32)
-        mean, var = torch.zeros(2, 2, device=device).unbind()
+        mean, var = torch.zeros(2, x.shape[1], device=device).unbind()
         fused.batch_norm(x, mean, var, training=True, momentum=1.0)
+        x = x.transpose(0, 1).flatten(1).T
         # The last place of 1e4 is 1e-3; a GPU's division is good to two of those.
         atol = 1e-3 if device.type == "cpu" else 4e-3
         torch.testing.assert_close(mean.double(), x.double().mean(0), rtol=1e-6, atol=atol)

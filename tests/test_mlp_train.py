@@ -171,7 +171,7 @@ def test_a_minibatch_of_one_context(method) -> None:
     beyond float16's numbers, of which "persistent" makes factors."""
     p, x, y, index = start(Sizes(V=3, T=2, E=3, H=200, B=5), 2, method)
     x[index[0]] = x[0].clone()
-    data = p._replace(W2=p.W2 * 3), x, y, index
+    data = p._replace(W2=p.W2 * 3, b2=p.b2 + 100), x, y, index  # exp(100) is no float32
     assert_close(fused.train_mlp(*data, 0.01, method=method), expected(*data, 0.01), batch=2)
 
 
@@ -306,16 +306,30 @@ def test_precisions_of_the_kernel(precision, rtol) -> None:
     torch.testing.assert_close(ours[0], losses.float(), rtol=rtol, atol=0)
 
 
-def test_the_kernel_does_not_follow_a_character_out_of_range() -> None:
-    kernels = pytest.importorskip("fused.kernels.mlp_train")
-    p, x, y, index = start(SMALL, 3, "persistent", models=1)
+@pytest.mark.parametrize("module", ["mlp_train", "mlp_step"])
+def test_the_kernels_do_not_follow_a_character_out_of_range(module) -> None:
+    kernels = pytest.importorskip(f"fused.kernels.{module}")
+    p, x, y, index = start(SMALL, 3, "persistent", models=2)
     x[index[0, 0, 0]] = 15  # behind the table's 11 rows, and within the 4 bits of a character
     y[index[0, 1, 0]] = 12
-    lr = torch.full((1,), 0.1, device=x.device)
+    p.C[1] = float("nan")  # the table behind is another network's
+    lr = torch.full((2,), 0.1, device=x.device)
     losses = kernels.mlp_train(
-        p.C, p.W1, p.W2, p.b2, p.bngain[:, 0], p.bnbias[:, 0], x, y, index, lr, 1e-5
+        p.C, p.W1, p.W2, p.b2, p.bngain[:, 0], p.bnbias[:, 0], x, y, index[:1], lr, 1e-5
     )
-    assert losses[0].isnan()[1] and all(t.isfinite().all() for t in p)
+    assert losses[0].isnan().tolist() == [False, True, False]
+    assert all(t[0].isfinite().all() for t in p)
+
+
+@pytest.mark.parametrize("T, bits", [(30, 1), (31, 1), (7, 4), (8, 7)])
+def test_the_largest_characters_fit_a_word(T, bits) -> None:
+    """Of 31 bits, which an int32 has, of 32, which it has not, and of 63."""
+    kernels = pytest.importorskip("fused.kernels.mlp_train")
+    x, y = torch.full((3, T), 2**bits - 1), torch.full((3,), 2**bits - 1)
+    words = kernels._pack(x, y, bits)
+    assert torch.equal(words >> (T * bits), y.to(words.dtype))
+    for j in range(T):
+        assert torch.equal(words >> (j * bits) & (2**bits - 1), x[:, j].to(words.dtype))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU says how many lanes it has")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fused
-from fused import sync_batch_norm
+from fused import backend, sync_batch_norm
 from tests import processes
 
 
@@ -157,6 +157,15 @@ def test_equals_the_whole_batch_in_turn(case, implementation, monkeypatch, devic
                 rows = slice(begin, begin + size)
                 results.append(step(norm, data, rows, options.get("residual", False)))
     check_equal_to_the_whole_batch(results, data, options)
+
+
+def test_moments_of_a_batch_with_an_inf(implementation, device) -> None:
+    """Also in the first row, which others are subtracted from: as torch's mean and variance are."""
+    x = torch.randn(9, 3, 2, device=device)
+    x[0, 1, 0] = float("inf")
+    mean, m2 = backend.implementation("batch_norm", x).batch_norm_moments(x)
+    torch.testing.assert_close(mean, x.mean((0, 2)))
+    torch.testing.assert_close(m2.float(), x.var((0, 2)) * 17, equal_nan=True)
 
 
 def test_alone_it_is_batch_norm(implementation, device) -> None:
