@@ -104,8 +104,8 @@ def batch_norm_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     counts, means, m2s = partial.unbind(1)
     mean = (counts * means).sum(0) / counts.sum(0)
     m2 = m2s.sum(0) + (counts * (means - mean).square()).sum(0)
-    first = x3[0, :, 0].to(mean.dtype).nan_to_num(0.0, 0.0, 0.0)  # as the kernel's
-    return first + mean, m2
+    # Where the first row is not finite the kernel's is 0: its mean is no more finite than this sum.
+    return x3[0, :, 0] + mean, m2
 
 
 @on_its_device

@@ -54,11 +54,10 @@ def test_constant_channel(implementation, device) -> None:
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("rows", [64, 5000])
-def test_values_near_1e30(rows, implementation, device) -> None:
+def test_values_near_1e30(implementation, device) -> None:
     """The closed form keeps such a variance in float64. In the kernels it overflows in float32, as
     in torch's: the output is the bias then, not NaN."""
-    x = torch.randn(rows, 3, generator=torch.Generator().manual_seed(0)).to(device) * 1e30
+    x = torch.randn(64, 3, generator=torch.Generator().manual_seed(0)).to(device) * 1e30
     y = fused.batch_norm(x, None, None, training=True)
     if implementation == "eager" and device.type == "cpu":
         exact = F.batch_norm(x.double(), None, None, training=True)

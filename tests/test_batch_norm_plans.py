@@ -174,6 +174,14 @@ def test_a_small_step_is_one_launch_each_way(shape, launches, device) -> None:
     assert norm.num_batches_tracked == 1
 
 
+def test_a_variance_that_overflows_in_several_tiles(small_plans, device) -> None:
+    """It is inf, and the output 0, as in torch's: not NaN."""
+    x = torch.randn(900, 3, generator=torch.Generator().manual_seed(0)).to(device) * 1e30
+    with fused.backend.use("triton"):
+        y = fused.batch_norm(x, None, None, training=True)
+    torch.testing.assert_close(y, torch.zeros_like(y), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(257, 12), (0, 12)], ids=str)
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_gradients_have_memory_of_their_own(training, shape, small_plans, device) -> None:
@@ -193,7 +201,7 @@ def test_statistics_of_data_that_drifts(small_plans, implementation, device) -> 
     ramp = torch.linspace(0, 1e4, 2000, dtype=F64).unsqueeze(1)
     far = torch.zeros(2000, 1, dtype=F64)
     far[0] = 1e4
-    images = torch.randn(20, 1, 160, generator=generator, dtype=F64) + 1e4
+    images = torch.randn(20, 2, 160, generator=generator, dtype=F64) + 1e4
     for data in (ramp + noise, ramp.flip(0) + noise, far + noise, 1e4 - far + noise, images):
         x = data.to(device, F32)
         mean, var = torch.zeros(2, x.shape[1], device=device).unbind()

@@ -168,6 +168,21 @@ def test_moments_of_a_batch_with_an_inf(implementation, device) -> None:
     torch.testing.assert_close(m2.float(), x.var((0, 2)) * 17, equal_nan=True)
 
 
+@pytest.mark.parametrize("shape", [(33, 15), (3, 4, 15)], ids=str)
+def test_moments_and_sums_of_a_part_of_wider_memory(shape, implementation, device) -> None:
+    """Runs of 15 begin where 16 neighbours do; nothing is written that is shaped like them."""
+    x = torch.randn(*shape[:-1], 16, device=device)[..., :15]
+    kernels = backend.implementation("batch_norm", x)
+    found, expected = [], []
+    for tensor, results in ((x, found), (x.contiguous(), expected)):
+        mean, m2 = kernels.batch_norm_moments(tensor)
+        sums, _ = kernels.batch_norm_sums(
+            tensor, tensor, None, None, None, mean, m2.rsqrt(), None, False
+        )
+        results += mean, m2, sums
+    torch.testing.assert_close(found, expected)
+
+
 def test_alone_it_is_batch_norm(implementation, device) -> None:
     ours, theirs = fused.SyncBatchNorm(3, device=device), nn.BatchNorm2d(3, device=device)
     assert isinstance(ours, nn.modules.batchnorm._BatchNorm)
