@@ -20,6 +20,7 @@ CASES = [
     "test_batch_norm_plans.py::test_edge[(129, 7)-['moments', 'fwd', 'sums', 'bwd']--relu]",
     "test_cross_entropy.py::test_launches[(4097, 8)-{}-['count', 'fwd', 'sum']-['scale']]",
     "test_cross_entropy.py::test_launches[(32, 27)-{'reduction': 'none'}-['fwd']-['bwd']]",
+    "test_cross_entropy_inplace.py::test_no_warp_overwrites_what_another_has_not_read",
     "test_vocab_parallel_cross_entropy.py::test_no_rows_and_all_ignored[triton-mean]",
     "test_mlp_train.py::test_odd_sizes[V28-T1-E10-H64-B2-persistent]",
     "test_mlp_train.py::test_odd_sizes[V28-T1-E10-H64-B2-graph]",
@@ -47,6 +48,6 @@ def test_every_kernel_runs_compiled() -> None:
         capture_output=True, text=True, cwd=ROOT, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(CASES)} passed" in done.stdout
+    assert f"{len(CASES) + 1} passed" in done.stdout  # one has two
     launched = set(re.findall(r"^compiled for sm_90: (\w+), \d+ times", done.stdout, re.M))
     assert launched == kernels()

@@ -28,6 +28,23 @@ def test_inplace_takes_the_logits_memory(shape, kind, options, implementation, d
     assert received[0].data_ptr() == logits.data_ptr()
 
 
+@pytest.mark.skipif("not config.getoption('--compiled')", reason="of compiled kernels")
+@pytest.mark.parametrize("shape, early", [((9, 27), True), ((2, 8192), False)], ids=str)
+def test_no_warp_overwrites_what_another_has_not_read(shape, early, monkeypatch) -> None:
+    """Its target's logit, which every warp reads and one overwrites: without the emulator's leave
+    to do so where all but one of those readings may be of anything."""
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver.active, "updates", False)
+    leaf, target, _ = example(shape, torch.float32, "cpu", ignored=0)
+    logits = leaf.requires_grad_() * 1.0
+    with fused.backend.use("triton"):
+        loss = fused.cross_entropy(logits, target, inplace=True, grad_in_forward=early)
+        loss.backward()
+    expected = torch.autograd.grad(F.cross_entropy(leaf, target), leaf)
+    torch.testing.assert_close(leaf.grad, *expected)
+
+
 @pytest.mark.parametrize("upstream", [1.0, 3.0])
 def test_inplace_in_a_padded_vocabulary(upstream, implementation, device) -> None:
     """Logits that are a slice: what is beside them stays as it is."""

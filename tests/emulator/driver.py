@@ -61,7 +61,9 @@ class _Utils:
 
 
 class Driver(DriverBase):
-    """`launches` counts those of every kernel, by name."""
+    """`launches` counts those of every kernel, by name; `updates` is what Memory says."""
+
+    updates = True
 
     def __init__(self, capability: int, early: bool = False) -> None:
         self.capability, self.early = capability, early
@@ -111,7 +113,8 @@ class Launcher:
             raise NotImplementedError("clusters")
         self.driver.launches[self.metadata.name] += 1
         flat = _flat(self.kinds, tuple(arguments))
-        launch(function, flat, (x, y, z), self.metadata.shared, self.driver.early)
+        shared, driver = self.metadata.shared, self.driver
+        launch(function, flat, (x, y, z), shared, driver.early, driver.updates)
 
 
 def _flat(kinds: Sequence[Any], values: Sequence[Any]) -> list[tuple[str, Any]]:
@@ -131,11 +134,12 @@ def launch(
     grid: tuple[int, int, int],
     shared: int = 0,
     early: bool = False,
+    updates: bool = True,
 ) -> None:
     """Runs a kernel's PTX; arguments are (Triton's type, tensor or number)."""
     kernel = parse(text)
     tensors = [value for kind, value in arguments if kind[0] == "*"]
-    arena = _Arena(tensors, kernel.threads)
+    arena = _Arena(tensors, kernel.threads, updates)
     parameters = [
         np.array([arena.address(value)], np.uint64) if kind[0] == "*" else _scalar(kind, value)
         for kind, value in arguments
@@ -155,7 +159,7 @@ def _scalar(kind: str, value: float) -> Array:
 class _Arena:
     """Global memory: a copy of every storage of some tensors, no better aligned than it is."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor], threads: int) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], threads: int, updates: bool) -> None:
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.numel()
         }
@@ -168,7 +172,7 @@ class _Arena:
             self._hosts[pointer] = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
             self._starts[pointer] = -(-end // _GUARD) * _GUARD + _GUARD + pointer % 16
             end = self._starts[pointer] + storage.nbytes()
-        self.memory = Memory("global", end + _GUARD, threads, updates=True)
+        self.memory = Memory("global", end + _GUARD, threads, updates)
         for pointer, host in self._hosts.items():
             start = self._starts[pointer]
             self.memory.bytes[start : start + len(host)] = host
