@@ -144,6 +144,17 @@ def test_odd_sizes(method, sizes) -> None:
     assert_close(fused.train_mlp(*data, 0.1, method=method), expected(*data, 0.1), sizes.B)
 
 
+@pytest.mark.skipif("not config.getoption('--compiled')", reason="of compiled kernels")
+def test_no_warp_updates_a_gain_that_another_has_not_read(monkeypatch) -> None:
+    """Every warp of "graph" goes on with the old one, and one writes the new one: without the
+    emulator's leave to do so where only the writer's reading counts."""
+    from triton.runtime import driver
+
+    monkeypatch.setattr(driver.active, "without_updates", {"_mlp_backward_kernel"})
+    data = start(FEW_CHARACTERS, 1, "graph")
+    assert_close(fused.train_mlp(*data, 0.1, method="graph"), expected(*data, 0.1), batch=5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("B", [2, 32, 48])
@@ -464,6 +475,9 @@ def test_what_one_multiprocessor_cannot_hold() -> None:
         tuning.mlp_train(3, 10, 200, 27, 512, 65536, lanes=64)
     with pytest.raises(ValueError, match="294912 bytes, and it has 232448"):
         tuning.mlp_train(3, 10, 200, 27, 512, 232448)
+    assert tuning.mlp_train(8, 2, 64, 128, 16, 232448).bits == 7  # 63 together
+    with pytest.raises(ValueError, match="15 characters of context .* 64 together"):
+        tuning.mlp_train(15, 2, 64, 16, 16, 232448)
     with pytest.raises(ValueError, match="12 characters of context .* 65 together"):
         tuning.mlp_train(12, 2, 64, 27, 16, 232448)
 

@@ -173,14 +173,14 @@ def test_moments_and_sums_of_a_part_of_wider_memory(shape, implementation, devic
     """Runs of 15 begin where 16 neighbours do; nothing is written that is shaped like them."""
     x = torch.randn(*shape[:-1], 16, device=device)[..., :15]
     kernels = backend.implementation("batch_norm", x)
-    found, expected = [], []
-    for tensor, results in ((x, found), (x.contiguous(), expected)):
+    results: list[tuple[Tensor, ...]] = []
+    for tensor in (x, x.contiguous()):
         mean, m2 = kernels.batch_norm_moments(tensor)
         sums, _ = kernels.batch_norm_sums(
             tensor, tensor, None, None, None, mean, m2.rsqrt(), None, False
         )
-        results += mean, m2, sums
-    torch.testing.assert_close(found, expected)
+        results.append((mean, m2, sums))
+    torch.testing.assert_close(*results)
 
 
 def test_alone_it_is_batch_norm(implementation, device) -> None:

@@ -61,9 +61,10 @@ class _Utils:
 
 
 class Driver(DriverBase):
-    """`launches` counts those of every kernel, by name; `updates` is what Memory says."""
+    """`launches` counts those of every kernel, by name. Kernels may do what Memory calls updates,
+    but for those named in `without_updates`."""
 
-    updates = True
+    without_updates: frozenset[str] = frozenset()
 
     def __init__(self, capability: int, early: bool = False) -> None:
         self.capability, self.early = capability, early
@@ -111,10 +112,11 @@ class Launcher:
         _packed, _metadata, _enter, _exit, *arguments = rest
         if self.metadata.num_ctas > 1:
             raise NotImplementedError("clusters")
-        self.driver.launches[self.metadata.name] += 1
+        driver, name = self.driver, self.metadata.name
+        driver.launches[name] += 1
         flat = _flat(self.kinds, tuple(arguments))
-        shared, driver = self.metadata.shared, self.driver
-        launch(function, flat, (x, y, z), shared, driver.early, driver.updates)
+        updates = name not in driver.without_updates
+        launch(function, flat, (x, y, z), self.metadata.shared, driver.early, updates)
 
 
 def _flat(kinds: Sequence[Any], values: Sequence[Any]) -> list[tuple[str, Any]]:
