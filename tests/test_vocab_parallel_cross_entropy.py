@@ -130,6 +130,12 @@ def test_target_dtypes(target, implementation, device) -> None:
     check_against_torch(logits, target.to(device), None, implementation, sliced(90, 70))
 
 
+def test_strides_of_the_target(implementation, device) -> None:
+    logits, target, _ = example((3, 10, 4), torch.float32, device)
+    for strided in (target.T.contiguous().T, target.repeat_interleave(2, 1)[:, ::2]):
+        check_against_torch(logits, strided, None, implementation, sliced(5, 5))
+
+
 NOTHING = float("-inf")
 
 
