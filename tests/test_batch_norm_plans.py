@@ -34,6 +34,7 @@ PLANS: list[tuple[tuple[int, int, int], bool, torch.dtype, str, str]] = [
     ((4096, 1008, 1), True, BF16, "partial", "partial"),  # 63 programs
     ((65536, 1024, 1), True, BF16, "partial", "partial"),
     ((125000, 50, 1), True, F32, "partial", "partial"),
+    ((1000000, 32, 1), True, F32, "partial", "partial"),
     ((32, 2048, 49), False, BF16, "tile", "tile"),
     ((32, 64, 256), False, F32, "tile", "tile"),
     ((32, 64, 257), False, F32, "tile", "program"),
@@ -57,8 +58,36 @@ def test_plan(shape, columns, dtype, forward, backward) -> None:
         assert plan.n_tiles * tile >= rows > 0
         assert plan.n_programs * plan.tiles_per_program >= plan.n_tiles
         assert (plan.n_programs - 1) * plan.tiles_per_program < plan.n_tiles  # none is idle
+        # What one program of the second launch merges is two tiles at most.
+        assert plan.n_programs * plan.BLOCK_C <= 2 * 4096
         # A thread holds no more than fits into its registers.
         assert tile * plan.BLOCK_C <= plan.num_warps * 32 * 64
+
+
+# (rows, channels, length), channels adjacent?, elements that runs are aligned to, and of a forward
+# program in bfloat16 BLOCK_L or, of channels, BLOCK_C; values in a tile; warps.
+TILES = [
+    ((32, 64, 1), True, 16, 32, 1024, 4),  # 16 bytes for each thread
+    ((64, 4223, 1), True, 16, 16, 1024, 4),
+    ((64, 4224, 1), True, 16, 32, 2048, 8),  # twice the sector, and a program everywhere
+    ((1025, 1024, 1), True, 16, 16, 4096, 16),  # in cache, all rows by one program
+    ((65536, 64, 1), True, 16, 32, 4096, 8),
+    ((65536, 65, 1), True, 8, 64, 4096, 8),  # 128 bytes a row
+    ((65536, 65, 1), True, 4, 64, 2048, 8),  # accesses of 8 bytes
+    ((256, 64, 12544), False, 16, 1024, 2048, 8),  # of 2048 an eighth would be beyond the end
+]
+
+
+@pytest.mark.parametrize("shape, columns, align, block, values, warps", TILES, ids=str)
+def test_tiles(shape, columns, align, block, values, warps) -> None:
+    plan = tuning.batch_norm(*shape, columns, align, BF16, 1)
+    assert (plan.BLOCK_C if columns else plan.BLOCK_L) == block
+    assert plan.BLOCK_N * plan.BLOCK_L * plan.BLOCK_C == values
+    assert plan.num_warps == warps
+    for dtype in (BF16, F32, F64):
+        x = torch.empty(1, dtype=dtype)
+        stages, size = plan.stages(x, x), 2 * values * x.itemsize
+        assert stages == (1 if plan.n_tiles == 1 else 1 + max(1, 49152 // size))
 
 
 # Images that are few and small, contiguous: (n, channels, length), and a forward program's warps.

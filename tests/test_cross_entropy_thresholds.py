@@ -44,6 +44,18 @@ def test_one_program_or_several(rows) -> None:
     assert (plan((rows, 27), torch.float32).n_programs == 1) == (rows == 32)
 
 
+def test_what_is_held_and_how_it_is_read() -> None:
+    for dtype, most in ((torch.bfloat16, 8192), (torch.float32, 8192), (torch.float64, 4096)):
+        assert plan((9, most), dtype).HELD and not plan((9, most + 1), dtype).HELD
+        # Neighbours that are rows: 128 bytes of them.
+        assert plan((9, 130, 50), dtype).BLOCK_N * dtype.itemsize == 128
+    assert [plan((9000, c)).BLOCK_N for c in (8, 128, 129)] == [64, 4, 1]
+    assert [plan((9, c)).EDGES for c in (4095, 4096, 4097)] == [False, False, True]
+    memory = torch.empty(9 * 8192 + 1)
+    found = [tuning.cross_entropy(x.view(9, 8192, 1)).VEC for x in (memory[:-1], memory[1:])]
+    assert found == [4, 1]  # 16 bytes at a time, where memory begins so
+
+
 def test_many_short_rows_share_programs_that_stay() -> None:
     """As many as are resident at once, each with several tiles."""
     for shape in ((262144, 27), (262144, 1000)):
