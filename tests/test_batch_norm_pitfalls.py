@@ -403,17 +403,19 @@ def test_empty_batch(training, shape, implementation, device) -> None:
 
 @pytest.mark.interpreted("the emulator copies a tensor's whole storage, here 4 GiB")
 def test_offsets_beyond_2_to_the_31(implementation, device) -> None:
-    """Rows 2**30 elements apart: the third begins at element 2**31. The memory is never touched."""
+    """The third of rows, or the fifth of channels, begins at element 2**31, or a tile of rows does.
+    The memory between them is never touched."""
     if implementation == "eager":
         pytest.skip("torch's own indexing")
-    values = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).half().to(device)
+    many = torch.randn(2050, 5, generator=torch.Generator().manual_seed(0)).half().to(device)
+    few = many[:3].clone()
     try:
-        memory = torch.UntypedStorage(2 * (2**31 + 64), device=device)
+        memory = torch.UntypedStorage(2 * (2**31 + 2**22), device=device)
     except RuntimeError:
         pytest.skip("4 GiB of memory are not to be had")
     x = torch.tensor([], dtype=torch.float16, device=device)
-    for strides in ((2**30, 1), (1, 2**28)):
-        x.set_(memory, 0, (3, 5), strides)
+    for values, strides in ((few, (2**30, 1)), (few, (1, 2**29)), (many, (2**20, 1))):
+        x.set_(memory, 0, values.shape, strides)
         x.copy_(values)
         results = []
         for t in (x, values):

@@ -336,12 +336,13 @@ class Spread(torch.autograd.Function):
 
 @pytest.mark.interpreted("the emulator copies a tensor's whole storage, here 4 GiB")
 @pytest.mark.parametrize("grad_in_forward", [True, False])
-def test_offsets_beyond_2_to_the_31(grad_in_forward, implementation, device) -> None:
-    """Rows 2**30 elements apart: the third begins at element 2**31. The memory is never touched.
-    In place, the gradient is written as far apart as the logits are read."""
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_offsets_beyond_2_to_the_31(kind, grad_in_forward, implementation, device) -> None:
+    """The third of rows, or the fifth of classes, begins at element 2**31; the memory between them
+    is never touched. In place, the gradient is written as far apart as the logits are read."""
     if implementation == "eager":
         pytest.skip("torch's own indexing")
-    values, target, _ = example((3, 27), torch.bfloat16, device, ignored=0)
+    values, target, _ = example((3, 5), torch.bfloat16, device, kind, ignored=0)
     try:
         memory = torch.UntypedStorage(2 * (2**31 + 64), device=device)
     except RuntimeError:
@@ -349,12 +350,16 @@ def test_offsets_beyond_2_to_the_31(grad_in_forward, implementation, device) -> 
     options = {"grad_in_forward": grad_in_forward}
     expected = fused.cross_entropy(values.requires_grad_(), target, **options)
     (gradient,) = torch.autograd.grad(expected, values)
-    for strides in ((2**30, 1), (1, 2**26)):  # rows far apart, and classes
+    for strides in ((2**30, 1), (1, 2**29)):
         logits = Spread.apply(values, memory, strides)
         loss = fused.cross_entropy(logits, target, inplace=True, **options)
         torch.testing.assert_close(loss, expected, **same_bits(device))
         (found,) = torch.autograd.grad(loss, values)
         torch.testing.assert_close(found, gradient, **same_bits(device))
+        if kind == "probabilities":
+            far = Spread.apply(target, memory, strides)
+            loss = fused.cross_entropy(values, far, **options)
+            torch.testing.assert_close(loss, expected, **same_bits(device))
 
 
 @pytest.mark.slow
