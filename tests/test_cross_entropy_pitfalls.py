@@ -410,8 +410,10 @@ SLICES = {
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("classes", [32, 4099, 8200])
-@pytest.mark.parametrize("slices", SLICES)
+@pytest.mark.parametrize(
+    "slices, classes",
+    [("every other", 8200), ("beside one", 32), ("beside one", 4099), ("beside four", 8200)],
+)
 def test_a_part_of_wider_rows(slices, classes, reduction, implementation, device) -> None:
     """The gradient has strides of its own."""
     logits, target, _ = example((2, classes), torch.float32, device, ignored=0)
@@ -475,7 +477,7 @@ def test_target_out_of_range_on_the_closed_form() -> None:
             fused.cross_entropy(logits[None].mT, torch.tensor([[0, 1, -1] + [0] * 6]))
 
 
-@pytest.mark.parametrize("outside", [27, 31, -1, 2**40, -(2**40)])
+@pytest.mark.parametrize("outside", [27, -1, 2**40, -(2**40)])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("options", [{"logit_scale": 0.5}, {"label_smoothing": 0.1}], ids=str)
 def test_target_out_of_range_on_the_kernels(outside, options, weighted, device) -> None:
