@@ -80,7 +80,8 @@ TILES = [
 
 @pytest.mark.parametrize("shape, columns, align, block, values, warps", TILES, ids=str)
 def test_tiles(shape, columns, align, block, values, warps) -> None:
-    plan = tuning.batch_norm(*shape, columns, align, BF16, 1)
+    n, c, length = shape
+    plan = tuning.batch_norm(n, c, length, columns, align, BF16, 1)
     assert (plan.BLOCK_C if columns else plan.BLOCK_L) == block
     assert plan.BLOCK_N * plan.BLOCK_L * plan.BLOCK_C == values
     assert plan.num_warps == warps
