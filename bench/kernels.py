@@ -45,20 +45,24 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, Any]
 
-    def compile(self, target: GPUTarget) -> Any:
-        """As Triton's launcher would on a device of that kind; into its cache, too.
+    def specialised(self, target: GPUTarget) -> tuple[ASTSource, dict[str, Any]]:
+        """What Triton's launcher would compile on a device of that kind, and its options.
 
-        Its own code specialises: None and 1 are constants, and of pointers and whole numbers it is
+        Its own code decides: None and 1 are constants, and of pointers and whole numbers it is
         known whether 16 divides them; on AMD, whether a tensor has less than 2 GB.
         """
         backend = make_backend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
-        bound, specialised, options = bind(**self.arguments, **self.options)
+        bound, kinds, options = bind(**self.arguments, **self.options)
         options, signature, constants, attributes = self.kernel._pack_args(
-            backend, self.options, bound, specialised, options
+            backend, self.options, bound, kinds, options
         )
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=options.__dict__)
+        return ASTSource(self.kernel, signature, constants, attributes), options.__dict__
+
+    def compile(self, target: GPUTarget) -> Any:
+        """Into Triton's cache, too."""
+        source, options = self.specialised(target)
+        return triton.compile(source, target=target, options=options)
 
 
 @dataclass(frozen=True)
