@@ -281,7 +281,7 @@ def test_small_calls_with_an_option_are_ours(option, monkeypatch) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_small_calls_that_torchs_own_does_not_serve(monkeypatch) -> None:
-    """Other class indices; where the kernels are asked for; a graph, which they may replay."""
+    """Other dtypes; where the kernels are asked for; a graph, which they may replay."""
     monkeypatch.undo()
     logits, target, _ = example((9, 27), torch.float32, "cpu")
     with fused.backend.use("eager"):
@@ -289,6 +289,8 @@ def test_small_calls_that_torchs_own_does_not_serve(monkeypatch) -> None:
             others = target.clamp(min=0).to(dtype), target.clamp(min=0)
             same = (fused.cross_entropy(logits, t, ignore_index=0) for t in others)
             torch.testing.assert_close(*same)
+        wide = logits.double(), target
+        torch.testing.assert_close(fused.cross_entropy(*wide), F.cross_entropy(*wide))
         with pytest.raises(RuntimeError, match="index 31 is out of bounds"):  # as of torch
             torch.func.vmap(fused.cross_entropy)(logits.unsqueeze(0), target.unsqueeze(0) * 0 + 31)
     if not torch.cuda.is_available():
