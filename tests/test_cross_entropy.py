@@ -329,7 +329,7 @@ def test_gradients_of_what_requires_one(wants, implementation, device) -> None:
     found = []
     for function in (fused.cross_entropy, F.cross_entropy):
         leaves = [t.clone().requires_grad_(want) for t, want in zip(tensors, wants, strict=True)]
-        function(*leaves, label_smoothing=0.1).backward()
+        function(leaves[0], leaves[1], leaves[2], label_smoothing=0.1).backward()
         found.append([t.grad for t in leaves])
     for ours, theirs, want in zip(*found, wants, strict=True):
         assert (ours is not None) == want

@@ -80,9 +80,10 @@ def test_wall_time_is_per_unit_and_leaves_preparation_out() -> None:
 @pytest.fixture
 def clock(monkeypatch) -> SimpleNamespace:
     """The time that benchmarks look at: a test lets it pass."""
-    clock = SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
-    monkeypatch.setattr(measure, "time", clock)
-    return clock
+    time = SimpleNamespace(now=0.0)
+    time.perf_counter = lambda: time.now
+    monkeypatch.setattr(measure, "time", time)
+    return time
 
 
 @pytest.mark.parametrize("seconds, rounds", [(0.0, 5), (19.5, 10), (1e9, 100)])
@@ -113,13 +114,14 @@ def test_wall_time_is_of_calls_that_are_built_and_done(most, calls, clock, monke
 
 def test_peak_memory_of_a_gpu_is_above_what_was_held(monkeypatch) -> None:
     asked: list[str] = []
-    for name, value in (
-        ("synchronize", None), ("memory_allocated", 100), ("reset_peak_memory_stats", None),
-        ("max_memory_allocated", 350),
-    ):  # fmt: skip
-        monkeypatch.setattr(
-            torch.cuda, name, lambda device, name=name, value=value: asked.append(name) or value
-        )
+    bytes_of = {"memory_allocated": 100, "max_memory_allocated": 350}
+    for name in ("synchronize", "reset_peak_memory_stats", *bytes_of):
+
+        def answer(device: object, name: str = name) -> int:
+            asked.append(name)
+            return bytes_of.get(name, 0)
+
+        monkeypatch.setattr(torch.cuda, name, answer)
     phase = Phase(asked.append, lambda: "run")
     assert peak_bytes(phase, torch.device("cuda")) == 250
     inside = asked[asked.index("reset_peak_memory_stats") : asked.index("max_memory_allocated")]
@@ -233,6 +235,12 @@ def quick(monkeypatch) -> Callable[[Any], dict[str, Any]]:
 
     samples = {"torch": [4.0, 2.0, 10.0], "fused": [1.0, 1.0, 4.0]}
     monkeypatch.setattr(runner.machine, "copy_bandwidth", lambda device: 1.0)
+
+    def weighed(phase: Phase, device: torch.device) -> int:
+        phase.run(phase.prepare())
+        return 100
+
+    monkeypatch.setattr(runner, "peak_bytes", weighed)
     monkeypatch.setattr(
         runner, "interleave", lambda s, seconds: {n: samples.get(n, [1.0] * 3) for n in s}
     )
@@ -255,7 +263,7 @@ def test_a_row_says_what_was_measured(quick, monkeypatch) -> None:
     assert [row["asked"] for row in rows] == ["64x8-f32", "2048x8-f32"]
     row = rows[1]
     assert (row["case"], row["shape"]) == ("128x8-f32", (128, 8))
-    assert (row["tensor_bytes"], row["least_bytes"]) == (4096, 8192)
+    assert (row["tensor_bytes"], row["least_bytes"], row["peak_bytes"]) == (4096, 8192, 100)
     assert row["times"]["wall"]["median"] == 1.0 and row["ratio_to_torch"]["wall"] == 0.4
 
 
