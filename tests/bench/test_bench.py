@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as bench_main
-from bench import assembly, measure, report, runner, tables
+from bench import assembly, machine, measure, report, runner, tables
 from bench.cases import Case, Contender, Phase, compiled, differentiable, forget_compiled
 from bench.measure import Times, interleave, on_device, peak_bytes, wall
 from tests.test_package import ROOT
@@ -126,6 +126,42 @@ def test_peak_memory_of_a_gpu_is_above_what_was_held(monkeypatch) -> None:
     assert peak_bytes(phase, torch.device("cuda")) == 250
     inside = asked[asked.index("reset_peak_memory_stats") : asked.index("max_memory_allocated")]
     assert inside == ["reset_peak_memory_stats", "run", "synchronize"]
+
+
+def test_a_copy_reads_and_writes(clock, monkeypatch) -> None:
+    """Both count, of the fastest of several."""
+    seconds = iter([2.0, 0.5, *[1.0] * 8])
+
+    def copy(goal: Tensor, source: Tensor) -> None:
+        clock.now += next(seconds)
+
+    monkeypatch.setattr(machine, "time", clock)
+    monkeypatch.setattr(Tensor, "copy_", copy)
+    assert machine.copy_bandwidth(CPU) == 2 * 2**28 / 0.5
+
+
+def test_memory_that_pytorch_holds_may_be_taken(monkeypatch) -> None:
+    for name, value in (
+        ("memory_reserved", 30),
+        ("memory_allocated", 10),
+        ("mem_get_info", (5, 99)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert machine.memory_bytes(torch.device("cuda")) == 5 + 30 - 10
+
+
+def test_phases_and_upstream_gradients() -> None:
+    """`fwd` leaves no graph; of the case `scaled` the upstream gradient is not 1."""
+    (op,) = runner.operations(["cross_entropy"]).values()
+    found = []
+    for variant in ("", "scaled"):
+        case = Case("cross_entropy", (4, 27), torch.float32, variant)
+        contender = op.contenders(case, CPU)["torch"]()
+        assert not contender.phases["fwd"].run(None).requires_grad
+        (dinput,) = contender.phases["fwd_bwd"].run(None)
+        torch.testing.assert_close(dinput, contender.outputs()["dinput"])
+        found.append(dinput)
+    assert not torch.allclose(*found)
 
 
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events")  # torch 2.11
