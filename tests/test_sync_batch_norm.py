@@ -183,6 +183,47 @@ def test_evaluation_and_mistakes_among_several_processes(monkeypatch) -> None:
     assert not turns.sent
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "no parameters": {"affine": False},
+    "half precision": {"dtype": torch.bfloat16},
+    "no buffers": {"track_running_stats": False},
+    "infinity": {"skip_nonfinite": True},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_among_several_processes(case, monkeypatch) -> None:
+    """The other process has the same rows."""
+    options = OPTIONS[case]
+    x = torch.randn(4, 3, dtype=options.get("dtype"))
+    if case == "infinity":
+        x[1, 2] = torch.inf
+    whole = fused.BatchNorm1d(3, **options)
+    expected = whole(torch.cat((x, x)))
+    turns = OneAfterTheOther(2)
+    monkeypatch.setattr(sync_batch_norm, "dist", turns)
+    ours = fused.SyncBatchNorm(3, process_group=GROUP, **options)
+    leaf = x.clone().requires_grad_()
+    y = ours(leaf)
+    torch.testing.assert_close(y, expected[:4], equal_nan=True)
+    for a, b in zip(ours.buffers(), whole.buffers(), strict=True):
+        assert b.isfinite().all()
+        torch.testing.assert_close(a, b)
+    y.float().square().sum().backward()
+    if whole.affine:
+        expected.float().square().sum().backward()
+    assert leaf.grad.dtype == x.dtype
+    for p, q in zip(ours.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(2 * p.grad, q.grad, equal_nan=True)  # each its own share
+
+
+def test_alone_nothing_is_sent(monkeypatch) -> None:
+    turns = OneAfterTheOther(1)
+    monkeypatch.setattr(sync_batch_norm, "dist", turns)
+    fused.SyncBatchNorm(3, process_group=GROUP)(torch.randn(4, 3))
+    assert not turns.sent
+
+
 def test_alone_it_is_batch_norm(implementation, device) -> None:
     ours, theirs = fused.SyncBatchNorm(3, device=device), nn.BatchNorm2d(3, device=device)
     assert isinstance(ours, nn.modules.batchnorm._BatchNorm)
