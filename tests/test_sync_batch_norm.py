@@ -214,7 +214,9 @@ def test_options_among_several_processes(case, monkeypatch) -> None:
         expected.float().square().sum().backward()
     assert leaf.grad.dtype == x.dtype
     for p, q in zip(ours.parameters(), whole.parameters(), strict=True):
-        torch.testing.assert_close(2 * p.grad, q.grad, equal_nan=True)  # each its own share
+        own, both = p.grad, q.grad
+        assert own is not None
+        torch.testing.assert_close(2 * own, both, equal_nan=True)  # each its own share
 
 
 def test_alone_nothing_is_sent(monkeypatch) -> None:
