@@ -258,6 +258,16 @@ def test_every_engine_stops_where_the_loss_is_no_number(engine, tmp_path, capsys
     assert list((tmp_path / "r").iterdir()) == []
 
 
+def test_the_step_whose_loss_is_no_number(tmp_path, capsys, monkeypatch) -> None:
+    def losses(x, y, index, lr):
+        return torch.zeros(len(index)).index_fill_(0, torch.tensor(2), torch.nan)
+
+    engine = SimpleNamespace(run=losses)
+    monkeypatch.setattr(training.engines, "start", lambda *_: engine)
+    status, _, err = run(capsys, "train", *FAST, "--steps", "8", "--out", str(tmp_path / "r"))
+    assert status == 2 and "no longer a finite number at step 2;" in err
+
+
 def test_numbers_that_the_last_step_loses(tmp_path, capsys) -> None:
     """No loss shows them: there is no checkpoint of them, and none is sorted by them."""
     options = [*tiny("manual", tmp_path), "--steps", "1"]
