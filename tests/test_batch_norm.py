@@ -231,8 +231,10 @@ MODULES: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.3},
     "cumulative": {"momentum": None},
     "negative momentum": {"momentum": -0.1},
+    "frozen": {"momentum": 0.0, "eps": 0.5},
     "no affine": {"affine": False},
     "no statistics": {"track_running_stats": False},
+    "cumulative, of none": {"momentum": None, "track_running_stats": False},
 }
 TWINS = {
     "1d": (fused.BatchNorm1d, nn.BatchNorm1d, (9, 5)),
@@ -260,6 +262,17 @@ def test_module_is_torchs_twin(twin, kind, implementation, device) -> None:
     for name, buffer in theirs.named_buffers():
         torch.testing.assert_close(ours.get_buffer(name), buffer)
     ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_module_whose_tracking_is_switched_off(implementation, device) -> None:
+    """Its statistics stay as they are, and still serve evaluation."""
+    ours, theirs = fused.BatchNorm1d(5, device=device), nn.BatchNorm1d(5, device=device)
+    x = torch.randn(9, 5, device=device)
+    for norm in (ours, theirs):
+        norm.track_running_stats = False
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert ours.num_batches_tracked == 0 and not ours.running_mean.any()
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
