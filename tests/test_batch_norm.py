@@ -287,6 +287,12 @@ def test_module_options(implementation, device) -> None:
     torch.testing.assert_close(module(x, residual), expected)
     with pytest.raises(ValueError, match="expected 4D input"):
         module(x[0])
+    careful = fused.BatchNorm1d(5, skip_nonfinite=True, device=device)
+    assert repr(careful).endswith("track_running_stats=True, skip_nonfinite=True)")
+    x = x[:, :, 0, 0].clone()
+    x[1, 2] = torch.inf
+    careful(x)
+    assert careful.running_mean.isfinite().all() and careful.running_mean[2] == 0
 
 
 X, C = torch.zeros(4, 3), torch.ones(3)
