@@ -409,6 +409,14 @@ def test_refuses_a_residual_that_does_not_fit() -> None:
             fused.batch_norm(X, C, C, residual=residual)
 
 
+def test_refuses_our_options_where_there_are_no_channels() -> None:
+    for options in ({"activation": "relu"}, {"residual": C}):
+        with pytest.raises(
+            RuntimeError, match=r"expected input of shape \(N, C, ...\), got \(3,\)"
+        ):
+            fused.batch_norm(C, None, None, training=True, **options)
+
+
 @st.composite
 def calls(draw) -> tuple[dict[str, Any], dict[str, Any]]:
     """Shapes, strides, dtypes and options of a call that torch accepts."""
