@@ -409,6 +409,13 @@ def test_refuses_a_residual_that_does_not_fit() -> None:
             fused.batch_norm(X, C, C, residual=residual)
 
 
+def test_no_channels_have_no_variance_to_lack(implementation, device) -> None:
+    assert fused.batch_norm(torch.zeros(5, 0, device=device), None, None, training=True).shape == (
+        5,
+        0,
+    )
+
+
 def test_refuses_our_options_where_there_are_no_channels() -> None:
     for options in ({"activation": "relu"}, {"residual": C}):
         with pytest.raises(
