@@ -100,7 +100,10 @@ COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
     "mean": ("indices", {}),
     "mean, in the backward": ("indices", {"grad_in_forward": False}),
     "none": ("indices", {"reduction": "none", "ignore_index": 3}),
-    "everything": ("probabilities", {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}),
+    "everything": (
+        "probabilities",
+        {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0, "reduction": "sum"},
+    ),
 }
 
 
