@@ -54,14 +54,12 @@ def convert(model: nn.Module, activations: bool = True) -> list[str]:
     if activations:
         for name, sequence in list(model.named_modules()):
             if type(sequence) is nn.Sequential:
-                changes |= _absorb_activations(model, name, sequence, changes)
+                changes |= _absorb_activations(model, name, sequence)
     return list(changes.values())
 
 
-def _absorb_activations(
-    model: nn.Module, name: str, sequence: nn.Sequential, changes: dict[str, str]
-) -> dict[str, str]:
-    """Moves the activations of one sequence into its batch norms; returns the new lines."""
+def _absorb_activations(model: nn.Module, name: str, sequence: nn.Sequential) -> dict[str, str]:
+    """Moves the activations of one sequence into its batch norms; returns their lines."""
     prefix = f"{name}." if name else ""
     found = {}
     children = list(sequence.named_children())
@@ -73,12 +71,12 @@ def _absorb_activations(
             continue
         if activation._forward_pre_hooks or _hooked(activation) or _hooked(norm):
             continue
-        if _occurrences(model, norm) > 1 or _occurrences(model, sequence) > 1:
+        if _occurrences(model, norm) > 1:  # so has a norm of a sequence that has several
             continue
         norm.activation = kind
         setattr(sequence, second, nn.Identity())
-        line = changes.get(prefix + first, f"{prefix}{first}: {type(norm).__name__}")
-        found[prefix + first] = f"{line} with {kind} from {prefix}{second}"
+        line = f"{prefix}{first}: {type(norm).__name__} with {kind} from {prefix}{second}"
+        found[prefix + first] = line
     return found
 
 

@@ -163,12 +163,12 @@ def _check_weight(weight: Tensor, classes: int, input: Tensor, target: Tensor) -
 
 
 def check_inplace(input: Tensor) -> None:
-    base = input if input._base is None else input._base
-    if base.is_leaf and base.requires_grad:
-        raise RuntimeError(
-            "cross_entropy: expected inplace=False for a leaf that requires grad, or a view of "
-            "one: its gradient would take its own memory"
-        )
+    for tensor in (input, input._base):
+        if tensor is not None and tensor.is_leaf and tensor.requires_grad:
+            raise RuntimeError(
+                "cross_entropy: expected inplace=False for a leaf that requires grad, or a view of "
+                "one: its gradient would take its own memory"
+            )
     reach = 0
     for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
         if size > 1 and stride <= reach:

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +32,13 @@ def test_cpu_takes_the_closed_forms_by_default() -> None:
 @pytest.mark.cuda
 def test_cuda_takes_the_kernels_by_default() -> None:
     assert backend.name_for(torch.zeros(1, device="cuda")) == "triton"
+
+
+def test_a_gpu_without_triton_takes_the_closed_forms(monkeypatch) -> None:
+    on_a_gpu: Any = SimpleNamespace(is_cuda=True)
+    for installed, name in ((True, "triton"), (False, "eager")):
+        monkeypatch.setattr(backend, "_triton_installed", lambda installed=installed: installed)
+        assert backend.name_for(on_a_gpu) == name
 
 
 def test_use_overrides_and_restores(device) -> None:

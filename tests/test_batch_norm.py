@@ -244,8 +244,10 @@ MODULES: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.3},
     "cumulative": {"momentum": None},
     "negative momentum": {"momentum": -0.1},
+    "frozen": {"momentum": 0.0, "eps": 0.5},
     "no affine": {"affine": False},
     "no statistics": {"track_running_stats": False},
+    "cumulative, of none": {"momentum": None, "track_running_stats": False},
 }
 TWINS = {
     "1d": (fused.BatchNorm1d, nn.BatchNorm1d, (9, 5)),
@@ -276,6 +278,17 @@ def test_module_is_torchs_twin(twin, kind, implementation, device) -> None:
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
+def test_module_whose_tracking_is_switched_off(implementation, device) -> None:
+    """Its statistics stay as they are, and still serve evaluation."""
+    ours, theirs = fused.BatchNorm1d(5, device=device), nn.BatchNorm1d(5, device=device)
+    x = torch.randn(9, 5, device=device)
+    for norm in (ours, theirs):
+        norm.track_running_stats = False
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert ours.num_batches_tracked == 0 and not ours.running_mean.any()
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
 def test_module_options(implementation, device) -> None:
     module = fused.BatchNorm2d(5, correction=1, activation="relu", device=device)
     assert "correction=1, activation='relu'" in repr(module)
@@ -287,6 +300,12 @@ def test_module_options(implementation, device) -> None:
     torch.testing.assert_close(module(x, residual), expected)
     with pytest.raises(ValueError, match="expected 4D input"):
         module(x[0])
+    careful = fused.BatchNorm1d(5, skip_nonfinite=True, device=device)
+    assert repr(careful).endswith("track_running_stats=True, skip_nonfinite=True)")
+    x = x[:, :, 0, 0].clone()
+    x[1, 2] = torch.inf
+    careful(x)
+    assert careful.running_mean.isfinite().all() and careful.running_mean[2] == 0
 
 
 X, C = torch.zeros(4, 3), torch.ones(3)
@@ -401,6 +420,21 @@ def test_refuses_a_residual_that_does_not_fit() -> None:
     for residual in (X[:2], X.double()):
         with pytest.raises(RuntimeError, match=r"residual of input's shape \(4, 3\)"):
             fused.batch_norm(X, C, C, residual=residual)
+
+
+def test_no_channels_have_no_variance_to_lack(implementation, device) -> None:
+    assert fused.batch_norm(torch.zeros(5, 0, device=device), None, None, training=True).shape == (
+        5,
+        0,
+    )
+
+
+def test_refuses_our_options_where_there_are_no_channels() -> None:
+    for options in ({"activation": "relu"}, {"residual": C}):
+        with pytest.raises(
+            RuntimeError, match=r"expected input of shape \(N, C, ...\), got \(3,\)"
+        ):
+            fused.batch_norm(C, None, None, training=True, **options)
 
 
 @st.composite

@@ -7,6 +7,8 @@ import fused
 
 pytest.importorskip("triton")
 
+from bench.cases import Case
+from bench.runner import operations
 from bench.traffic import Counter
 from fused.kernels import tuning
 from tests.test_batch_norm_plans import small_plans as small_plans
@@ -98,6 +100,42 @@ def test_batch_norm(shape, training, evaluation, small_plans) -> None:
             y = fused.batch_norm(x, mean, var, weight, bias, mode, activation="tanh")
             y.backward(torch.ones_like(y))
         assert counted(counter, size) == expected
+
+
+# Where a program holds its rows or channels.
+LEAST = [
+    ("cross_entropy", (34, 64), ""),
+    ("cross_entropy", (34, 64), "none"),
+    ("cross_entropy", (2, 2048), "slice"),
+    ("batch_norm", (64, 16), "tanh"),
+    ("batch_norm", (4, 3, 8, 8), "relu-residual"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("operation, shape, variant", LEAST, ids=str)
+def test_the_benchmarks_least_bytes_are_moved(
+    operation, shape, variant, dtype, monkeypatch
+) -> None:
+    """Bandwidths are quoted of them."""
+    empty = torch.empty
+
+    @torch.no_grad()
+    def zeroed(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.zero_()
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: zeroed(empty(*a, **k)))
+    op, case = operations([operation])[operation], Case(operation, shape, dtype, variant)
+    with fused.backend.use("triton"), Counter() as counter:
+        op.launch(case, torch.device("cpu"))
+    moved = [(read + written) / case.bytes for _, read, written in counter.launches]
+    moved = [round(cases) for cases in moved if cases > 0.5]  # the others' are of rows
+    least = {phase: round(n / case.bytes) for phase, n in op.least_bytes(case).items()}
+    assert sum(moved) == least["fwd_bwd"]
+    if variant not in ("", "slice"):  # whose gradient is formed in the forward
+        assert moved == [least["fwd"], least["bwd"]]
+    if variant == "":
+        assert (least["fwd"], least["bwd"]) == (1, 2)
 
 
 class Order(Counter):

@@ -23,10 +23,11 @@ def test_exact_approximate_and_different() -> None:
 
 
 def test_prints_aligned() -> None:
-    lines = str(compare({"h": T, "logprobs": T}, {"h": T, "logprobs": T + 1})).splitlines()
+    """In the order of the first."""
+    lines = str(compare({"logprobs": T, "h": T}, {"h": T, "logprobs": T + 1})).splitlines()
     assert lines == [
-        "h        | exact: True  | approximate: True  | maxdiff: 0",
         "logprobs | exact: False | approximate: False | maxdiff: 1",
+        "h        | exact: True  | approximate: True  | maxdiff: 0",
     ]
 
 
@@ -37,6 +38,11 @@ def test_nan_is_neither_exact_nor_approximate() -> None:
 
 def test_tolerances() -> None:
     (row,) = compare({"x": T + 0.1}, {"x": T}, rtol=0, atol=0.2)
+    assert row.approximate
+    for ours, approximate in ((1.5, False), (0.75, True)):  # rtol is of the reference
+        (row,) = compare({"x": T * ours}, {"x": T}, rtol=0.3, atol=0)
+        assert row.approximate == approximate
+    (row,) = compare({"x": T}, {"x": T * 1.4}, rtol=0.3, atol=0)
     assert row.approximate
 
 
@@ -49,6 +55,10 @@ def test_empty_tensors_and_tables() -> None:
 def test_refuses_other_names_and_shapes() -> None:
     with pytest.raises(ValueError, match="only one side has a, b"):
         compare({"a": T}, {"b": T})
+    with pytest.raises(ValueError, match="only one side has b"):
+        compare({"a": T}, {"a": T, "b": T})
+    with pytest.raises(ValueError, match=r"expected a of shape \(1, 2\), got \(2,\)"):
+        compare({"a": T}, {"a": T.unsqueeze(0)})
     with pytest.raises(ValueError, match=r"expected a of shape \(2,\), got \(1,\)"):
         compare({"a": T[:1]}, {"a": T})
 

@@ -94,6 +94,16 @@ def test_says_what_changed() -> None:
     assert fused.convert(model) == []
 
 
+def test_every_kind_of_module() -> None:
+    kinds: list[Any] = [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm]
+    model = nn.Sequential(*(kind(4) for kind in kinds), nn.CrossEntropyLoss())
+    found = [line.split(": ")[1] for line in fused.convert(model)]
+    assert found == [type(module).__name__ for module in model]
+    assert all(type(module).__module__.startswith("fused.") for module in model)
+    pair = nn.Sequential(nn.SyncBatchNorm(4), nn.SiLU())
+    assert fused.convert(pair) == ["0: SyncBatchNorm with silu from 1"]
+
+
 def test_without_activations() -> None:
     model = nn.Sequential(nn.BatchNorm1d(4), nn.Tanh())
     assert fused.convert(model, activations=False) == ["0: BatchNorm1d"]
@@ -127,13 +137,18 @@ def test_leaves_alone_what_it_does_not_know() -> None:
     shared = nn.BatchNorm1d(4)
     hooked = nn.Tanh()
     hooked.register_forward_hook(lambda *_: None)
-    watched = nn.BatchNorm1d(4)
+    before = nn.Tanh()
+    before.register_forward_pre_hook(lambda *_: None)
+    watched, watched_too = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
     watched.register_full_backward_pre_hook(lambda *_: None)
+    watched_too.register_full_backward_hook(lambda *_: None)
     cases = {
         "a subclass": (OwnNorm(4), nn.Tanh()),
         "approximate gelu": (nn.BatchNorm1d(4), nn.GELU(approximate="tanh")),
         "a hook": (nn.BatchNorm1d(4), hooked),
+        "a hook before": (nn.BatchNorm1d(4), before),
         "a hook of the gradient": (watched, nn.Tanh()),
+        "another hook of the gradient": (watched_too, nn.Tanh()),
         "another activation": (nn.BatchNorm1d(4), nn.ELU()),
     }
     for name, (norm, activation) in cases.items():
@@ -141,9 +156,16 @@ def test_leaves_alone_what_it_does_not_know() -> None:
         fused.convert(model)
         assert model[1] is activation, name
         assert getattr(norm, "activation", None) is None, name
-    twice = nn.Sequential(nn.Sequential(shared, nn.ReLU()), nn.Sequential(shared, nn.Tanh()))
-    fused.convert(twice)
-    assert type(shared) is fused.BatchNorm1d and shared.activation is None
+    two = nn.Sequential(fused.BatchNorm1d(4, activation="relu"), nn.Tanh())
+    assert fused.convert(two) == [] and two[0].activation == "relu"
+    branch = nn.Sequential(nn.BatchNorm1d(4), nn.ReLU())
+    for twice in (
+        nn.Sequential(nn.Sequential(shared, nn.ReLU()), nn.Sequential(shared, nn.Tanh())),
+        nn.Sequential(branch, nn.Linear(4, 4), branch),
+    ):
+        norm = twice[0][0]
+        fused.convert(twice)
+        assert type(norm) is fused.BatchNorm1d and norm.activation is None
     own = OwnSequence(nn.BatchNorm1d(4), nn.ReLU())
     fused.convert(own)
     assert type(own[0]) is fused.BatchNorm1d and type(own[1]) is nn.ReLU
@@ -154,7 +176,8 @@ def test_converted_modules_compute_what_they_did() -> None:
     for activation in (nn.Tanh(), nn.ReLU(), nn.GELU(), nn.SiLU()):
         theirs = nn.Sequential(nn.BatchNorm1d(4), activation)
         ours = copy.deepcopy(theirs)
-        fused.convert(ours)
+        kind = type(activation).__name__.lower()
+        assert fused.convert(ours) == [f"0: BatchNorm1d with {kind} from 1"]
         x = torch.randn(9, 4)
         torch.testing.assert_close(ours(x), theirs(x))
         torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))

@@ -249,6 +249,9 @@ def test_no_memory_but_the_gradients(dtype, inplace, monkeypatch, device) -> Non
         )
         (gradient,) = torch.autograd.grad(loss, logits)
     assert large.seen - {logits.data_ptr()} == (set() if inplace else {gradient.data_ptr()})
+    with fused.backend.use("eager"), LargeResults(leaf.numel() // 2) as large, torch.no_grad():
+        fused.cross_entropy(leaf, target, weight, label_smoothing=0.1, softcap=9.0)
+    assert not large.seen
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -258,15 +261,58 @@ def test_small_calls_on_a_cpu_are_torchs(shape, reduction, dtype, monkeypatch) -
     """In float32, so that nothing is rounded before the end."""
     monkeypatch.undo()
     logits, target, _ = example(shape, dtype, "cpu")
+    target, options = target.clamp(min=0), {"reduction": reduction, "ignore_index": 0}
     ours, theirs = logits.clone().requires_grad_(), logits.float().requires_grad_()
     with fused.backend.use("eager"):
-        loss = fused.cross_entropy(ours, target, reduction=reduction)
-    expected = F.cross_entropy(theirs, target, reduction=reduction)
+        loss = fused.cross_entropy(ours, target, **options)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert fused.cross_entropy(ours, target, **options).dtype == torch.float32
+    expected = F.cross_entropy(theirs, target, **options)
     assert type(loss.grad_fn).__name__ != "CrossEntropyFunctionBackward"
     torch.testing.assert_close(loss, expected.to(dtype), rtol=0, atol=0, equal_nan=True)
     loss.backward(torch.ones_like(loss))
     expected.backward(torch.ones_like(expected))
     torch.testing.assert_close(ours.grad, theirs.grad.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "option", [{"label_smoothing": 0.1}, {"z_loss": 0.1}, {"softcap": 3.0}, {"logit_scale": 0.5}]
+)
+def test_small_calls_with_an_option_are_ours(option, monkeypatch) -> None:
+    monkeypatch.undo()
+    logits, target, _ = example((9, 27), torch.float32, "cpu")
+    with fused.backend.use("eager"):
+        loss = fused.cross_entropy(logits, target, **option)
+    torch.testing.assert_close(loss, torchs(logits, target, **option))
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_small_calls_that_torchs_own_does_not_serve(monkeypatch) -> None:
+    """Other dtypes; where the kernels are asked for; a graph, which they may replay."""
+    monkeypatch.undo()
+    logits, target, _ = example((9, 27), torch.float32, "cpu")
+    with fused.backend.use("eager"):
+        for dtype in (torch.int32, torch.uint8):
+            others = target.clamp(min=0).to(dtype), target.clamp(min=0)
+            same = (fused.cross_entropy(logits, t, ignore_index=0) for t in others)
+            torch.testing.assert_close(*same)
+        wide = logits.double(), target
+        both = fused.cross_entropy(*wide), F.cross_entropy(*wide)
+        torch.testing.assert_close(*both, rtol=1e-12, atol=0)
+        with pytest.raises(RuntimeError, match="index 31 is out of bounds"):  # as of torch
+            torch.func.vmap(fused.cross_entropy)(logits.unsqueeze(0), target.unsqueeze(0) * 0 + 31)
+    if not torch.cuda.is_available():
+        with fused.backend.use("triton"):
+            loss = fused.cross_entropy(logits.clone().requires_grad_(), target)
+        assert type(loss.grad_fn).__name__ == "CrossEntropyFunctionBackward"
+    graphs: list[str] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph.code)
+        return graph.forward
+
+    torch.compile(fused.cross_entropy, fullgraph=True, backend=backend)(logits, target)
+    assert "torch.ops.fused.cross_entropy_fwd" in graphs[0]
 
 
 OPTIONS = list(itertools.product(["indices", "probabilities"], [False, True], [0.0, 0.1, 1.0]))
@@ -282,6 +328,21 @@ def test_all_options_together(
     check_against_torch(
         *tensors, implementation, reduction=reduction, label_smoothing=label_smoothing
     )
+
+
+@pytest.mark.parametrize("wants", [*itertools.product([False, True], repeat=3)][1:], ids=str)
+def test_gradients_of_what_requires_one(wants, implementation, device) -> None:
+    """Of logits, probabilities and class weights, in every combination."""
+    tensors = example((9, 27), torch.float32, device, "probabilities", weighted=True)
+    found = []
+    for function in (fused.cross_entropy, F.cross_entropy):
+        leaves = [t.clone().requires_grad_(want) for t, want in zip(tensors, wants, strict=True)]
+        function(leaves[0], leaves[1], leaves[2], label_smoothing=0.1).backward()
+        found.append([t.grad for t in leaves])
+    for ours, theirs, want in zip(*found, wants, strict=True):
+        assert (ours is not None) == want
+        if want:
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -365,6 +426,8 @@ def test_module(implementation, device) -> None:
     assert isinstance(ours, torch.nn.CrossEntropyLoss)
     torch.testing.assert_close(ours(logits, target), theirs(logits, target))
     ours.load_state_dict(theirs.state_dict())
+    with pytest.warns(UserWarning, match="deprecated"):
+        assert fused.CrossEntropyLoss(size_average=False).reduction == "sum"
     capped = fused.CrossEntropyLoss(softcap=3.0, z_loss=0.1, logit_scale=0.5, grad_in_forward=False)
     assert not capped.grad_in_forward and ours.grad_in_forward
     expected = fused.cross_entropy(logits, target, softcap=3.0, z_loss=0.1, logit_scale=0.5)

@@ -59,7 +59,11 @@ def test_autocast_computes_in_float32(implementation, device) -> None:
     with torch.autocast(device.type, dtype=torch.bfloat16):
         ours = fused.cross_entropy(logits, target, weight.float())
         theirs = F.cross_entropy(logits, target, weight.float())
-    assert ours.dtype == torch.float32
+        for function in (fused.cross_entropy, F.cross_entropy):
+            with pytest.raises(RuntimeError, match="expected (weight of dtype|scalar type)"):
+                function(logits, target, weight.double())
+        wide = fused.cross_entropy(logits.double(), target)
+    assert ours.dtype == torch.float32 and wide.dtype == torch.float64
     torch.testing.assert_close(ours, theirs)
     (gradient,) = torch.autograd.grad(ours, logits)
     assert gradient.dtype == torch.bfloat16
@@ -92,7 +96,7 @@ REFUSED = {
     "whole numbers": (RuntimeError, {"input": X, "target": P.long()}, "holds probabilities"),
     "ignored probabilities": (
         RuntimeError,
-        {"input": X, "target": P, "ignore_index": 2},
+        {"input": X, "target": P, "ignore_index": 0},
         "no ignore_index",
     ),
     "weight": (RuntimeError, {"input": X, "target": Y, "weight": W[:5]}, r"\(27,\).* got \(5,\)"),
@@ -108,6 +112,11 @@ REFUSED = {
     ),
     "smoothing": (RuntimeError, {"input": X, "target": Y, "label_smoothing": 1.1}, "got 1.1"),
     "device": (RuntimeError, {"input": X, "target": Y.to("meta")}, "on cpu.* got meta"),
+    "weight device": (
+        RuntimeError,
+        {"input": X, "target": Y, "weight": W.to("meta")},
+        "expected weight on cpu.* got meta",
+    ),
 }
 
 
@@ -129,6 +138,12 @@ def test_refuses_a_target_of_one_row_that_has_neither_shape_nor_dtype() -> None:
         fused.cross_entropy(X[0], P[0, :2])
     with pytest.raises((RuntimeError, ValueError)):
         F.cross_entropy(X[0], P[0, :2])
+
+
+def test_a_weight_with_a_gradient_where_none_is_formed() -> None:
+    arguments = X, Y, W.clone().requires_grad_()
+    with torch.no_grad():
+        torch.testing.assert_close(fused.cross_entropy(*arguments), F.cross_entropy(*arguments))
 
 
 def test_refuses_a_negative_cap() -> None:

@@ -1,6 +1,7 @@
 """Cross-entropy whose gradient takes the logits' memory."""
 
 import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -46,6 +47,35 @@ def test_no_warp_overwrites_what_another_has_not_read(shape, early, monkeypatch)
     torch.testing.assert_close(leaf.grad, *expected)
 
 
+WAYS: dict[str, Callable[..., Tensor]] = {
+    "function": fused.cross_entropy,
+    "with stats": lambda *a, **options: fused.cross_entropy_with_stats(*a, **options).loss,
+    "module": lambda x, y, **options: fused.CrossEntropyLoss(**options)(x, y),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_by_the_forward_or_by_the_backward(way, implementation, device) -> None:
+    leaf, target, _ = example((9, 27), torch.float32, device)
+    for early in (True, False):
+        logits = leaf.requires_grad_() * 1.0
+        before = logits.detach().clone()
+        loss = WAYS[way](logits, target, inplace=True, grad_in_forward=early)
+        assert torch.equal(logits, before) == (not early)
+        (gradient,) = torch.autograd.grad(loss, logits)
+        assert gradient.data_ptr() == logits.data_ptr()
+
+
+def test_the_other_gradients_are_formed_before_the_logits_are_lost(implementation, device) -> None:
+    leaves = example((9, 27), torch.float32, device, "probabilities", weighted=True)
+    gradients = []
+    for options in ({"inplace": True}, {}):
+        x, target, weight = (t.detach().clone().requires_grad_() for t in leaves)
+        loss = fused.cross_entropy(x * 1.0, target, weight, label_smoothing=0.1, **options)
+        gradients.append(torch.autograd.grad(loss, (x, target, weight)))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("upstream", [1.0, 3.0])
 def test_inplace_in_a_padded_vocabulary(upstream, implementation, device) -> None:
     """Logits that are a slice: what is beside them stays as it is."""
@@ -63,22 +93,26 @@ def test_inplace_misuse_raises(implementation, device) -> None:
     leaf, target, _ = example((9, 27), torch.float32, device)
     leaf.requires_grad_()
     before = leaf.detach().clone()
-    for logits, y in ((leaf, target), (leaf.view(9, 27), target), (leaf[0], target[0])):
+    view = torch.zeros(9, 54, device=device)[:, :27].requires_grad_()  # a leaf itself
+    views = ((leaf.view(9, 27), target), (leaf[0], target[0]), (view, target))
+    for logits, y in ((leaf, target), *views):
         with pytest.raises(RuntimeError, match="inplace=False for a leaf that requires grad"):
             fused.cross_entropy(logits, y, inplace=True)
     row = torch.zeros(27, device=device, requires_grad=True)  # is given a batch dimension
     with pytest.raises(RuntimeError, match="inplace=False for a leaf that requires grad"):
         fused.cross_entropy(row, target[0], inplace=True)
     assert torch.equal(leaf, before) and not row.any()
-    for sharing in ((leaf * 1.0)[:1].expand(9, 27), (leaf * 1.0).as_strided((9, 27), (2, 1))):
+    for shape, strides in (((9, 27), (0, 1)), ((9, 27), (2, 1)), ((2, 3, 3), (7, 3, 1))):
+        sharing, y = (leaf * 1.0).as_strided(shape, strides), target.new_zeros(shape[0], *shape[2:])
         with pytest.raises(RuntimeError, match="inplace=False for an input whose elements share"):
-            fused.cross_entropy(sharing, target, inplace=True)
+            fused.cross_entropy(sharing, y, inplace=True)
 
-    logits = leaf * 1.0  # a second backward finds the gradient where the logits were
-    loss = fused.cross_entropy(logits, target, inplace=True)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
+    for early in (True, False):  # a second backward finds the gradient where the logits were
+        logits = leaf * 1.0
+        loss = fused.cross_entropy(logits, target, inplace=True, grad_in_forward=early)
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
 
     loss = fused.cross_entropy(leaf * 1.0, target, inplace=True)
     with pytest.raises(RuntimeError, match="inplace=False for create_graph=True"):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused
+from fused.cross_entropy_arguments import loss_dtype_of
 from tests.test_cross_entropy import DTYPES, REDUCTIONS, check_against_torch, example, small_chunks  # noqa: F401
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -99,7 +100,10 @@ COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
     "mean": ("indices", {}),
     "mean, in the backward": ("indices", {"grad_in_forward": False}),
     "none": ("indices", {"reduction": "none", "ignore_index": 3}),
-    "everything": ("probabilities", {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}),
+    "everything": (
+        "probabilities",
+        {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0, "reduction": "sum"},
+    ),
 }
 
 
@@ -148,15 +152,20 @@ def test_compiled_by_inductor_with_dynamic_shapes(compiler, implementation, devi
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_opcheck(kind, reduction, want_extras, implementation, device) -> None:
-    logits, target, weight = example((3, 5, 2), torch.float32, device, kind, weighted=True)
+    """With extras, whose dtypes depend on the others', of two dtypes or of half precision."""
+    soft = kind == "probabilities"
+    dtype = torch.bfloat16 if want_extras and not soft else torch.float32
+    logits, target, weight = example((3, 5, 2), dtype, device, kind, weighted=True)
     logits = logits.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+    if want_extras and soft:
+        target = target.double()
     numbers = (-100, reduction, 0.1, 0.1, 3.0, 0.7)
-    arguments = (logits, target, weight, *numbers, torch.float32, want_extras)
+    loss_dtype = loss_dtype_of(logits, target, weight)
+    arguments = (logits, target, weight, *numbers, loss_dtype, want_extras)
     torch.library.opcheck(torch.ops.fused.cross_entropy_fwd, arguments)
     with torch.no_grad():
         loss, stats, scale, *_ = torch.ops.fused.cross_entropy_fwd(*arguments)
     logits = logits.detach()
-    soft = kind == "probabilities"
     backward = (loss, logits, target, weight, stats, scale, *numbers, True, soft, soft)
     torch.library.opcheck(torch.ops.fused.cross_entropy_bwd, backward)
 

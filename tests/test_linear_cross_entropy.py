@@ -167,20 +167,27 @@ def test_pitfalls_of_cross_entropy(pitfall, implementation, device, monkeypatch)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("budget", [None, 3 * 27 * 4])
 def test_stats_are_those_of_cross_entropy(budget, reduction, implementation, device) -> None:
-    x, w, _, target = example(8, (27,), torch.float32, device)
-    options = {"reduction": reduction, "z_loss": 0.1}
+    x, w, b, target = example(8, (27,), torch.float32, device)
+    target[::2] = F.linear(x, w, b)[::2].argmax(1)  # some are right, in every chunk
+    weight = torch.linspace(0.5, 1.5, 27, device=device)
+    options = {"reduction": reduction, "weight": weight, "label_smoothing": 0.1, **EXTRAS}
     ours = fused.linear_cross_entropy_with_stats(
-        x, w, target, memory_budget_bytes=budget, **options
+        x, w.requires_grad_(), target, linear_bias=b, memory_budget_bytes=budget, **options
     )
-    expected = fused.cross_entropy_with_stats(F.linear(x, w), target, **options)
+    expected = fused.cross_entropy_with_stats(F.linear(x, w, b), target, **options)
     torch.testing.assert_close(tuple(ours), tuple(expected))
+    assert [t.requires_grad for t in ours] == [True, False, False, False]
 
 
-def test_without_a_batch(implementation, device) -> None:
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_without_a_batch(reduction, implementation, device) -> None:
     x, w, b, _ = example(1, (27,), torch.float32, device)
-    loss = fused.linear_cross_entropy(x[0], w, torch.tensor(3, device=device), linear_bias=b)
-    expected = fused.linear_cross_entropy(x, w, torch.tensor([3], device=device), linear_bias=b)
-    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    options = {"linear_bias": b, "reduction": reduction}
+    one = torch.tensor(3, device=device)
+    ours = fused.linear_cross_entropy_with_stats(x[0], w, one, **options)
+    expected = fused.linear_cross_entropy_with_stats(x, w, one.unsqueeze(0), **options)
+    for a, b in zip(ours, expected, strict=True):
+        torch.testing.assert_close(a, b.squeeze(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -208,6 +215,14 @@ def test_all_rows_ignored(reduction, dtype, implementation, device) -> None:
         torch.testing.assert_close(loss, expected, equal_nan=True, rtol=0, atol=0)
         for gradient in torch.autograd.grad(loss, leaves, torch.ones_like(loss)):
             assert not gradient.any()
+
+
+def test_targets_of_few_bits(device) -> None:
+    """As a uint8, -100 would be 156, which is a class here."""
+    x, w, b, target = example(8, (200,), torch.float32, "cpu", ignored=0)
+    target[::2] = 156
+    ours = fused.linear_cross_entropy(x, w, target.byte(), linear_bias=b, reduction="none")
+    torch.testing.assert_close(ours, unfused(x, w, b, target, reduction="none"))
 
 
 def test_nan_in_ignored_rows_does_not_matter(device) -> None:
@@ -255,9 +270,30 @@ def test_only_what_requires_a_gradient_is_computed(wants, implementation, device
         loss = fused.linear_cross_entropy(x, w, target, linear_bias=b)
         assert loss.requires_grad == any(wants)
         if any(wants):
-            loss.backward()
+            loss.backward(retain_graph=True)
     assert products.count == 1 + wants[0] + wants[1]
     assert [t.grad is not None for t in (x, w, b)] == list(wants)
+    if any(wants):
+        with Products() as again:
+            loss.backward()
+        assert again.count == products.count
+
+
+@pytest.mark.parametrize("wants", [(True, False), (False, True)], ids=str)
+def test_gradients_of_probabilities_and_class_weights(wants, implementation, device) -> None:
+    x, w, b, target = example(8, (27,), torch.float32, device, "probabilities")
+    weight = torch.linspace(0.5, 1.5, 27, device=device)
+    leaves = [t.requires_grad_(w) for t, w in zip((target, weight), wants, strict=True)]
+    budget = {"memory_budget_bytes": three_rows(w)}
+    loss = fused.linear_cross_entropy(x, w, target, linear_bias=b, weight=weight, **budget)
+    expected = unfused(x, w, b, target, weight=weight)
+    wanted = [t for t in leaves if t.requires_grad]
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted)
+    )
+    with torch.no_grad(), Products() as products:  # where none is formed: three rows at a time
+        fused.linear_cross_entropy(x, w, target, linear_bias=b, weight=weight, **budget)
+    assert products.count == 3
 
 
 def test_float16_gradients_do_not_flush_to_zero(implementation, device) -> None:
@@ -275,17 +311,29 @@ def test_float16_gradients_do_not_flush_to_zero(implementation, device) -> None:
     assert b.grad[1:].min().item() == pytest.approx(exact, rel=1e-2)
 
 
-def test_weight_gradient_is_summed_in_float32_over_chunks(device) -> None:
+def test_parameter_gradients_are_summed_in_float32_over_chunks(device) -> None:
     """1,024 equal terms in chunks of 1: in bfloat16 the sum would stop at some 2**8 of them."""
     n = 1024
     x = torch.ones(n, 1, dtype=torch.bfloat16, device=device)
     w = torch.zeros(2, 1, dtype=torch.bfloat16, device=device, requires_grad=True)
     target = torch.zeros(n, dtype=torch.int64, device=device)
-    loss = fused.linear_cross_entropy(x, w, target, reduction="sum", memory_budget_bytes=4)
+    b = torch.zeros(2, dtype=torch.bfloat16, device=device, requires_grad=True)
+    loss = fused.linear_cross_entropy(
+        x, w, target, linear_bias=b, reduction="sum", memory_budget_bytes=4
+    )
     # With so small a weight one chunk would save memory: ask for the chunks' arithmetic itself.
     assert chunk_rows(n, 4, 4, 0) == 1
-    (dw,) = torch.autograd.grad(loss, w)
-    assert dw.flatten().tolist() == [-n / 2, n / 2]
+    for gradient in torch.autograd.grad(loss, (w, b)):
+        assert gradient.flatten().tolist() == [-n / 2, n / 2]
+
+
+def test_a_mean_of_float16_whose_sum_it_cannot_hold(implementation, device) -> None:
+    x = torch.ones(6, 1, dtype=torch.float16, device=device)
+    w = torch.tensor([[0.0], [-30000.0]], dtype=torch.float16, device=device)
+    target = torch.ones(6, dtype=torch.int64, device=device)
+    for budget in (None, three_rows(w)):
+        loss = fused.linear_cross_entropy(x, w, target, memory_budget_bytes=budget)
+        assert loss.item() == pytest.approx(30000, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -301,6 +349,26 @@ def test_weight_gradient_is_summed_in_float32_over_chunks(device) -> None:
 )
 def test_chunks(n, row_bytes, budget, saved, rows) -> None:
     assert chunk_rows(n, row_bytes, budget, saved) == rows
+
+
+@pytest.mark.parametrize(
+    "dtype, trained, chunks",
+    [
+        (torch.float32, False, 16),
+        (torch.bfloat16, False, 8),
+        (torch.bfloat16, True, 1),  # which saves the sum in float32
+        (torch.float32, True, 16),  # which has none
+    ],
+    ids=str,
+)
+def test_chunks_by_default(dtype, trained, chunks) -> None:
+    """Of 32 MB; on the meta device, so that nothing is computed."""
+    x = torch.empty(4096, 2048, dtype=dtype, device="meta")
+    w = torch.empty(32000, 2048, dtype=dtype, device="meta", requires_grad=trained)
+    target = torch.empty(4096, dtype=torch.int64, device="meta")
+    with Products() as products:
+        fused.linear_cross_entropy(x, w, target)
+    assert products.count == chunks * (1 + trained)
 
 
 def test_no_value_is_looked_at() -> None:
@@ -367,7 +435,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "target": ({"target": torch.zeros(7).long()}, ValueError, r"target of shape \(8,\)"),
     "reduction": ({"reduction": "max"}, ValueError, "reduction to be one of"),
-    "budget": ({"memory_budget_bytes": 0}, ValueError, "memory_budget_bytes above 0"),
+    "budget": ({"memory_budget_bytes": -1}, ValueError, "memory_budget_bytes above 0"),
+    "device": ({"linear_weight": torch.ones(27, D, device="meta")}, RuntimeError, "on cpu, where"),
+    "bias device": ({"linear_bias": torch.ones(27, device="meta")}, RuntimeError, "on cpu, where"),
 }
 
 
@@ -400,6 +470,21 @@ def test_module_is_torchs(implementation, device) -> None:
     assert fused.convert(theirs) == ["the model itself: LinearCrossEntropyLoss"]
     assert type(theirs) is fused.LinearCrossEntropyLoss
     torch.testing.assert_close(ours(x, target), theirs(x, target), rtol=0, atol=0)
+
+
+def test_module_passes_its_options(implementation, device) -> None:
+    options = {"label_smoothing": 1.0, "ignore_index": 3, **EXTRAS}
+    where = {"device": device, "dtype": torch.float64}
+    weight = torch.linspace(0.5, 1.5, 27, device=device, dtype=torch.float64)
+    module = fused.LinearCrossEntropyLoss(D, 27, bias=True, weight=weight, **where, **options)
+    x, _, _, target = example(8, (27,), torch.float64, device, ignored=0)
+    target[2] = 3
+    expected = fused.linear_cross_entropy(
+        x, module.linear.weight, target, linear_bias=module.linear.bias, weight=weight, **options
+    )
+    torch.testing.assert_close(module(x, target), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="memory_budget_bytes above 0"):
+        fused.LinearCrossEntropyLoss(D, 27, memory_budget_bytes=0, **where)(x, target)
 
 
 def test_module_mistakes() -> None:

@@ -96,7 +96,9 @@ def test_opcheck(reduction, dtype, implementation, device) -> None:
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_autocast_is_that_of_the_pair(reduction, implementation, device) -> None:
+    """Of the pair on activations of half precision."""
     x, w, b, target = example(8, (27,), torch.float32, device)
+    x = x.bfloat16()
     leaves = [t.requires_grad_() for t in (x, w, b)]
     results = []
     for function in (fused.linear_cross_entropy, None):
@@ -107,8 +109,11 @@ def test_autocast_is_that_of_the_pair(reduction, implementation, device) -> None
                 loss = function(x, w, target, linear_bias=b, reduction=reduction)
         gradients = torch.autograd.grad(loss, leaves, torch.ones_like(loss))
         results.append((loss, *gradients))
+    with torch.autocast(device.type, dtype=torch.bfloat16):  # which leaves float64 alone
+        wide = fused.linear_cross_entropy(x.double(), w.double(), target, reduction=reduction)
+    assert (results[0][0].dtype, wide.dtype) == (torch.float32, torch.float64)
     for ours, theirs in zip(*results, strict=True):
-        assert ours.dtype == theirs.dtype == torch.float32
+        assert ours.dtype == theirs.dtype
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2 * theirs.abs().max().item())
 
 

@@ -104,6 +104,9 @@ def test_equals_one_process_with_the_whole_batch(case, tmp_path) -> None:
     check_equal_to_the_whole_batch(results, data, options)
 
 
+GROUP = "some processes"
+
+
 class OneAfterTheOther:
     """torch.distributed for processes that run in turn: what the others send, they sent before."""
 
@@ -118,18 +121,20 @@ class OneAfterTheOther:
         return True
 
     def get_world_size(self, group: Any) -> int:
+        assert group == GROUP
         return self.size
 
-    def _everyones(self, what: str, own: Tensor) -> list[Tensor]:
+    def _everyones(self, what: str, own: Tensor, group: Any) -> list[Tensor]:
+        assert group == GROUP
         self.sent[what, self.rank] = own.clone()
         return [self.sent.get((what, rank), own) for rank in range(self.size)]
 
     def all_gather(self, everyone: list[Tensor], own: Tensor, group: Any) -> None:
-        for tensor, sent in zip(everyone, self._everyones("gather", own), strict=True):
+        for tensor, sent in zip(everyone, self._everyones("gather", own, group), strict=True):
             tensor.copy_(sent)
 
     def all_reduce(self, own: Tensor, group: Any) -> None:
-        own.copy_(torch.stack(self._everyones("reduce", own)).sum(0))
+        own.copy_(torch.stack(self._everyones("reduce", own, group)).sum(0))
 
 
 # As above, and with more rows than a program of the kernels has.
@@ -153,7 +158,7 @@ def test_equals_the_whole_batch_in_turn(case, implementation, monkeypatch, devic
             patch.setattr(sync_batch_norm, "dist", turns)
             for turns.rank, size in enumerate(sizes):
                 begin = sum(sizes[: turns.rank])
-                norm = fused.SyncBatchNorm(shape[1], **own)
+                norm = fused.SyncBatchNorm(shape[1], process_group=GROUP, **own)
                 rows = slice(begin, begin + size)
                 results.append(step(norm, data, rows, options.get("residual", False)))
     check_equal_to_the_whole_batch(results, data, options)
@@ -183,6 +188,68 @@ def test_moments_and_sums_of_a_part_of_wider_memory(shape, implementation, devic
     torch.testing.assert_close(*results)
 
 
+def test_evaluation_and_mistakes_among_several_processes(monkeypatch) -> None:
+    """Evaluation is each process's own; what is refused, is before anything is sent."""
+    turns, x = OneAfterTheOther(2), torch.randn(4, 3)
+    monkeypatch.setattr(sync_batch_norm, "dist", turns)
+    ours, theirs = fused.SyncBatchNorm(3, process_group=GROUP), nn.BatchNorm1d(3)
+    for norm in (ours, theirs):
+        norm.running_mean.fill_(0.5)
+        torch.testing.assert_close(norm.eval()(x), (x - 0.5) / (1 + 1e-5) ** 0.5)
+    ours.train()
+    with pytest.raises(ValueError, match=r"expected input of shape \(N, C, ...\), got \(3,\)"):
+        ours(x[0])
+    with pytest.raises(RuntimeError, match="all of dtype torch.float64"):
+        ours(x.double())
+    ours.eps = 0.0
+    with pytest.raises(ValueError, match="eps must be positive"):
+        ours(x)
+    assert not turns.sent
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "no parameters": {"affine": False},
+    "half precision": {"dtype": torch.bfloat16},
+    "no buffers": {"track_running_stats": False},
+    "infinity": {"skip_nonfinite": True},
+}
+
+
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options_among_several_processes(case, monkeypatch) -> None:
+    """The other process has the same rows."""
+    options = OPTIONS[case]
+    x = torch.randn(4, 3, dtype=options.get("dtype"))
+    if case == "infinity":
+        x[1, 2] = torch.inf
+    whole = fused.BatchNorm1d(3, **options)
+    expected = whole(torch.cat((x, x)))
+    turns = OneAfterTheOther(2)
+    monkeypatch.setattr(sync_batch_norm, "dist", turns)
+    ours = fused.SyncBatchNorm(3, process_group=GROUP, **options)
+    leaf = x.clone().requires_grad_()
+    y = ours(leaf)
+    torch.testing.assert_close(y, expected[:4], equal_nan=True)
+    for a, b in zip(ours.buffers(), whole.buffers(), strict=True):
+        assert b.isfinite().all()
+        torch.testing.assert_close(a, b)
+    y.float().square().sum().backward()
+    if whole.affine:
+        expected.float().square().sum().backward()
+    assert leaf.grad.dtype == x.dtype
+    for p, q in zip(ours.parameters(), whole.parameters(), strict=True):
+        own, both = p.grad, q.grad
+        assert own is not None
+        torch.testing.assert_close(2 * own, both, equal_nan=True)  # each its own share
+
+
+def test_alone_nothing_is_sent(monkeypatch) -> None:
+    turns = OneAfterTheOther(1)
+    monkeypatch.setattr(sync_batch_norm, "dist", turns)
+    fused.SyncBatchNorm(3, process_group=GROUP)(torch.randn(4, 3))
+    assert not turns.sent
+
+
 def test_alone_it_is_batch_norm(implementation, device) -> None:
     ours, theirs = fused.SyncBatchNorm(3, device=device), nn.BatchNorm2d(3, device=device)
     assert isinstance(ours, nn.modules.batchnorm._BatchNorm)
@@ -203,6 +270,8 @@ def test_convert_sync_batchnorm() -> None:
     assert converted is model
     assert type(model[0]) is fused.SyncBatchNorm and type(model[1][0]) is fused.SyncBatchNorm
     assert model[0].process_group is None and model[1][0].activation == "relu"
+    fused.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(model, other := nn.BatchNorm1d(3)), 7)
+    assert model[0].process_group is None and other.process_group == 7  # only what it converts
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert type(fused.SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm3d(2))) is (
         fused.SyncBatchNorm

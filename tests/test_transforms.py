@@ -155,6 +155,15 @@ def test_batch_norm_recorded_without_gradients_has_them(record, implementation, 
     torch.testing.assert_close(differentiated(graph, x), differentiated(lambda x: norm(x, x), x))
 
 
+def test_linear_cross_entropy_exported_without_gradients_has_them(implementation, device) -> None:
+    module = fused.LinearCrossEntropyLoss(5, 3, device=device)
+    x, y = torch.randn(4, 5, device=device), torch.randint(3, (4,), device=device)
+    with torch.no_grad():
+        graph = torch.export.export(module, (x, y)).module()
+    gradients = [torch.autograd.grad(m(x, y), [*m.parameters()]) for m in (graph, module)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_tensors_made_of_others(case, implementation) -> None:
     """As DTensor is; they see torch's operations, and have no memory that a kernel could read."""
     ours, _, x = case
@@ -204,6 +213,20 @@ def test_symbolic_trace(device) -> None:
 def test_scripts_are_refused_in_words(module) -> None:
     with pytest.raises(NotImplementedError, match=f"fused.{type(module).__name__} cannot be"):
         torch.jit.script(nn.Sequential(nn.Linear(3, 3), module))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_stats_of_fake_tensors_have_no_gradient(linear, implementation) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        x, w = torch.randn(4, 5, requires_grad=True), torch.randn(3, 5)
+        target = torch.zeros(4, dtype=torch.int64)
+        if linear:
+            stats = fused.linear_cross_entropy_with_stats(x, w, target)
+        else:
+            stats = fused.cross_entropy_with_stats(x @ w.T, target)
+    assert [t.requires_grad for t in stats] == [True, False, False, False]
 
 
 def test_fake_tensors(case, implementation) -> None:

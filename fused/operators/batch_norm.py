@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused import backend
-from fused.operators import laid_out_as, library
+from fused.operators import library
 
 _TENSORS = "Tensor input, Tensor? weight, Tensor? bias, Tensor? residual"
 library.define(
@@ -81,7 +81,7 @@ def _fwd_operator(
     new = [mean.new_empty(0) if t is None else t for t in new]
     *_, activation, _, keep = arguments
     signs = _signs(input, residual, activation, keep, kept)
-    return laid_out_as(y, input), mean, rstd, signs, *new
+    return _laid_out_as(y, input), mean, rstd, signs, *new
 
 
 def _fwd_fake(
@@ -108,7 +108,7 @@ def _eval_operator(
     y, mean, rstd, kept = kernels.batch_norm_eval(input, weight, bias, residual, *rest)
     *_, activation, keep = rest
     signs = _signs(input, residual, activation, keep, kept)
-    return laid_out_as(y, input), mean, rstd, signs
+    return _laid_out_as(y, input), mean, rstd, signs
 
 
 def _eval_fake(
@@ -157,14 +157,20 @@ def _bwd_operator(
         kept = _layout().unpack_signs(kept, input)
     dx, dgamma, dbeta, dresidual = kernels.batch_norm_bwd(dy, input, weight, bias, kept, *arguments)
     if dresidual is None:
-        return laid_out_as(dx, input), dgamma, dbeta, dgamma.new_empty(0)
-    return laid_out_as(dx, input), dgamma, dbeta, laid_out_as(dresidual, input)
+        return _laid_out_as(dx, input), dgamma, dbeta, dgamma.new_empty(0)
+    return _laid_out_as(dx, input), dgamma, dbeta, _laid_out_as(dresidual, input)
 
 
 def _bwd_fake(dy: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     vector, want_dresidual = _channels(input), arguments[-1]
     dresidual = torch.empty_like(input) if want_dresidual else vector.new_empty(0)
     return torch.empty_like(input), vector, torch.empty_like(vector), dresidual
+
+
+def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor` with the strides of torch.empty_like(like), as the fake implementations promise."""
+    promised = torch.empty_like(like)
+    return tensor if tensor.stride() == promised.stride() else promised.copy_(tensor)
 
 
 def _channels(input: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused import backend
-from fused.operators import laid_out_as, library
+from fused.operators import library
 
 library.define(
     "vocab_parallel_cross_entropy_fwd(Tensor input, Tensor target, str group, int n_shards, "
@@ -110,10 +110,10 @@ def _bwd_operator(
 ) -> Tensor:
     kernels = backend.implementation("vocab_parallel_cross_entropy", input)
     factor = scale if scale.dim() == 0 else None
-    dx = kernels.shard_bwd(
+    dx: Tensor = kernels.shard_bwd(
         dloss, input, target, (first, n_all), stats, factor, *numbers, inplace=False
     )
-    return laid_out_as(dx, input)
+    return dx
 
 
 def _bwd_fake(dloss: Tensor, input: Tensor, *_: Any) -> Tensor:

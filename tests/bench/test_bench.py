@@ -37,7 +37,7 @@ def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_times_are_the_median_and_the_outer_tenths() -> None:
-    assert Times.of([float(i) for i in range(101)]) == Times(50.0, 10.0, 90.0, 101)
+    assert Times.of([float(i * i) for i in range(101)]) == Times(2500.0, 100.0, 8100.0, 101)
     assert Times.of([3.0]) == Times(3.0, 3.0, 3.0, 1)
 
 
@@ -316,13 +316,14 @@ def test_compare_says_what_changed(tmp_path) -> None:
             "copy_bytes_per_second": 1e9,
         }
 
-    for name, median in (("a", 1e-3), ("b", 2e-3), ("c", 1.1e-3)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(result(median)))
-    paths = [str(tmp_path / f"{name}.json") for name in "abc"]
-    slower = bench("compare", paths[0], paths[1])
+    a, b, c = (result(median) for median in (1e-3, 2e-3, 1.1e-3))
+    for name, content in (("a", a), ("b", b)):
+        (tmp_path / name).write_text(json.dumps(content))
+    slower = bench("compare", str(tmp_path / "a"), str(tmp_path / "b"))
     assert slower.returncode == 0, slower.stderr
     assert "2.00 | changed" in slower.stdout
-    assert "changed" not in bench("compare", paths[0], paths[2]).stdout
+    assert "0.50 | changed" in tables.compare(b, a)
+    assert "1.10 |" in tables.compare(a, c) and "changed" not in tables.compare(a, c)
 
 
 @pytest.mark.parametrize(

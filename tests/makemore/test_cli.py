@@ -17,11 +17,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from fused.makemore import checkpoint, training
+from fused.makemore import checkpoint, data, model, plots, training
 from fused.makemore.cli import main
 from fused.makemore.engines import ENGINES
 
+CPU = torch.device("cpu")
 FAST = ["--hidden", "20", "--device", "cpu"]
 
 
@@ -69,9 +71,11 @@ def test_check_fails_where_a_gradient_is_wrong(capsys, monkeypatch) -> None:
 def test_train_leaves_a_whole_run(trained) -> None:
     folder, out = trained
     metrics = json.loads((folder / "metrics.json").read_text())
-    for name in ("train_loss", "val_loss", "test_loss"):
-        assert 2.0 < metrics[name] < 4.0
-        assert f"{metrics[name]:.4f}" in out
+    trained_model, dataset = checkpoint.load(folder, CPU).model, data.load(None, 3, CPU)
+    for name in ("train", "val", "test"):
+        loss = metrics[f"{name}_loss"]
+        assert 2.0 < loss < 4.0 and loss == trained_model.loss(getattr(dataset, name))
+        assert f"{loss:.4f}" in out
     assert metrics["steps"] == 60 and metrics["steps_per_second"] > 0
     assert metrics["engine"] in ("numba", "manual") and metrics["device"] == "cpu"
     assert f"engine {metrics['engine']}, device cpu" in out
@@ -101,6 +105,81 @@ def test_sample(trained, capsys) -> None:
     _, other, _ = run(capsys, "sample", str(folder), "--num", "5", "--seed", "1")
     _, again, _ = run(capsys, "sample", str(folder / "checkpoint.pt"), "--num", "5", "--seed", "1")
     assert other == again != five
+    _, zero, _ = run(capsys, "sample", str(folder), "--num", "5", "--seed", "0", "--device", "cpu")
+    assert zero not in (five, other)
+
+
+def test_settings_may_be_0(tmp_path, capsys) -> None:
+    """Such a run can be resumed: its checkpoint is no damaged one."""
+    folder = tmp_path / "run"
+    options = ["--steps", "3", "--seed", "0", "--lr", "0", "--final-lr", "0", "--engine", "manual"]
+    assert run(capsys, "train", *FAST, *options, "--out", str(folder))[0] == 0
+    saved = checkpoint.load(folder, CPU)
+    assert (saved.settings.seed, saved.settings.lr, saved.settings.final_lr) == (0, 0.0, 0.0)
+    start, _ = model.initial_parameters(saved.settings, len(saved.vocabulary), CPU)
+    for ours, theirs in zip(saved.model.parameters, start, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_the_picture_is_the_gradient_of_the_first_minibatch(tmp_path, capsys, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plots, "logits_gradient", lambda *arguments: drawn.append(arguments[:2]))
+    options = ["--steps", "3", "--batch", "8", "--engine", "manual", "--out", str(tmp_path / "run")]
+    assert run(capsys, "train", *FAST, *options)[0] == 0
+    ((dlogits, targets),) = drawn
+    split = data.load(None, 3, CPU).train
+    logits = checkpoint.load(tmp_path / "run", CPU).model.logits(split.x[:8]).requires_grad_()
+    F.cross_entropy(logits, split.y[:8]).backward()
+    torch.testing.assert_close(dlogits, logits.grad)
+    assert targets.tolist() == split.y[:8].tolist()
+
+
+@pytest.mark.parametrize("error, status", [(MemoryError(), 2), (KeyboardInterrupt(), 130)])
+def test_how_it_ends_before_training(error, status, tmp_path, capsys, monkeypatch) -> None:
+    def end(*_):
+        raise error
+
+    monkeypatch.setattr(model, "initial_parameters", end)
+    found = run(capsys, "train", *FAST, "--out", str(tmp_path / "run"))
+    assert found[0] == status and ("not enough memory" in found[2]) == (status == 2)
+
+
+def test_checkpoints_are_saved_now_and_then(tmp_path, capsys, monkeypatch) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint.Checkpoint, "save", lambda run, folder: steps.append(run.step))
+    options = ["--steps", "40", "--engine", "manual", "--out", str(tmp_path / "run")]
+    assert run(capsys, "train", *FAST, *options)[0] == 0
+    assert steps[0] == 10 and steps[-1] == 40 and len(steps) > 2
+
+
+def test_the_first_interruption_is_an_event_and_the_second_interrupts() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        with training._interruption() as event:
+            assert not event.is_set()
+            os.kill(os.getpid(), signal.SIGINT)
+            assert event.is_set()
+            os.kill(os.getpid(), signal.SIGINT)
+    with training._interruption():
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_blocks_of_steps(monkeypatch, capsys) -> None:
+    """None across the change of the rate, none larger than memory is for, from any step on."""
+    monkeypatch.setattr(training, "_BLOCK_NUMBERS", 32 * 4 * 100)
+    settings = model.Settings(steps=1000)
+    for first, half in ((0, 500), (600, 1000)):
+        blocks: list[int] = []
+
+        def take(steps: int, blocks: list[int] = blocks) -> torch.Tensor:
+            blocks.append(steps)
+            return torch.zeros(steps)
+
+        assert not training.take_blocks(take, first, settings, 1, torch.empty(0))
+        assert sum(blocks) == 1000 - first and max(blocks) == 100
+        assert half - first in torch.tensor(blocks).cumsum(0)
 
 
 def wait_for_step(process: subprocess.Popen, folder) -> None:
@@ -179,6 +258,16 @@ def test_every_engine_stops_where_the_loss_is_no_number(engine, tmp_path, capsys
     assert list((tmp_path / "r").iterdir()) == []
 
 
+def test_the_step_whose_loss_is_no_number(tmp_path, capsys, monkeypatch) -> None:
+    def losses(x, y, index, lr):
+        return torch.zeros(len(index)).index_fill_(0, torch.tensor(2), torch.nan)
+
+    engine = SimpleNamespace(run=losses)
+    monkeypatch.setattr(training.engines, "start", lambda *_: engine)
+    status, _, err = run(capsys, "train", *FAST, "--steps", "8", "--out", str(tmp_path / "r"))
+    assert status == 2 and "no longer a finite number at step 2;" in err
+
+
 def test_numbers_that_the_last_step_loses(tmp_path, capsys) -> None:
     """No loss shows them: there is no checkpoint of them, and none is sorted by them."""
     options = [*tiny("manual", tmp_path), "--steps", "1"]
@@ -223,6 +312,8 @@ def test_sweep(tmp_path, capsys) -> None:
     status, out, _ = run(capsys, "sweep", *common, *arguments)
     assert status == 0 and "6 networks (3 learning rates x 2 seeds), engine " in out
     content = json.loads((folder / "sweep.json").read_text())
+    (rate,) = re.findall(r"6 networks x (\d+) steps/s", out)
+    assert content["models_steps_per_second"] == pytest.approx(6 * int(rate), abs=3.1)
     results = content["results"]
     assert [(r["lr"], r["seed"]) for r in results[4:]] == [(1e30, 3), (1e30, 4)]
     assert all(r["val_loss"] is None and r["diverged_at"] >= 1 for r in results[4:])
@@ -339,7 +430,8 @@ def test_a_run_interrupted_after_its_last_step_is_resumed(trained, capsys) -> No
     """Ctrl-C during the evaluation: metrics.json is written last."""
     folder, out = trained
     (folder / "metrics.json").unlink()
-    status, again, _ = run(capsys, "train", "--resume", str(folder), "--device", "cpu")
+    path = str(folder / "checkpoint.pt")
+    status, again, _ = run(capsys, "train", "--resume", path, "--engine", "auto", "--device", "cpu")
     assert status == 0 and again.split("steps/s\n")[1] == out.split("steps/s\n")[1]
     assert json.loads((folder / "metrics.json").read_text())["steps"] == 60
 

@@ -1,5 +1,8 @@
 """From a text file to examples, and what is said of files that are none."""
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -37,8 +40,10 @@ def test_contexts_slide_over_each_word(tmp_path) -> None:
 
 def test_any_alphabet_line_ending_and_byte_order_mark(tmp_path) -> None:
     text = "\ufeff" + "\r\n".join(["æøå", " два ", "", "三"] * 5)
-    dataset = data.load(write(tmp_path, text), 2, CPU)
+    path = write(tmp_path, text)
+    dataset = data.load(path, 2, CPU)
     assert dataset.words == 15
+    assert dataset.sha256 == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert dataset.vocabulary == "." + "".join(sorted("æøåдва三"))
 
 

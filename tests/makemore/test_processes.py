@@ -25,6 +25,13 @@ def swept(dataset: data.Dataset) -> sweep.Models:
     return models
 
 
+def test_the_last_loss_is_the_mean_of_1000_steps(dataset) -> None:
+    models = sweep.start(SETTINGS, [0.1], [3], dataset)
+    models.losses = torch.arange(2000.0).unsqueeze(0)
+    (result,) = models.results(dataset)
+    assert result.last_loss == 1499.5 and result.diverged_at is None
+
+
 def test_divided_as_undivided(dataset, monkeypatch) -> None:
     """To the last bit, with one network that diverges, and Ctrl-C reaching the processes."""
     undivided, started = swept(dataset), []

@@ -1,0 +1,100 @@
+"""What a time, a bandwidth and a peak are of, on clocks and devices that a test sets."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import machine, measure, runner
+from bench.cases import Case, Phase
+from bench.measure import interleave, peak_bytes, wall
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The time that benchmarks look at: a test lets it pass."""
+    time = SimpleNamespace(now=0.0)
+    time.perf_counter = lambda: time.now
+    monkeypatch.setattr(measure, "time", time)
+    return time
+
+
+@pytest.mark.parametrize("seconds, rounds", [(0.0, 5), (19.5, 10), (1e9, 100)])
+def test_rounds_go_on_for_their_seconds(seconds, rounds, clock) -> None:
+    def sample() -> float:
+        clock.now += 1.0
+        return clock.now
+
+    found = interleave({"a": sample, "b": sample}, seconds)
+    assert [len(samples) for samples in found.values()] == [rounds, rounds]
+
+
+@pytest.mark.parametrize("most, calls", [(100, 27), (3, 3)])
+def test_wall_time_is_of_calls_that_are_built_and_done(most, calls, clock, monkeypatch) -> None:
+    """The first call, which builds, counts for nothing; the device is done before and after."""
+    asked: list[str] = []
+
+    def run(_: object) -> None:
+        asked.append("run")
+        clock.now += 2.0**-17 if clock.now else 1.0
+
+    monkeypatch.setattr(measure, "synchronise", lambda device: asked.append("wait"))
+    sampler = wall(Phase(run, lambda: asked.append("prepare")), CPU, most)
+    asked.clear()
+    assert sampler() == 2.0**-17
+    assert asked == ["prepare"] * calls + ["wait"] + ["run"] * calls + ["wait"]
+
+
+def test_peak_memory_of_a_gpu_is_above_what_was_held(monkeypatch) -> None:
+    asked: list[str] = []
+    bytes_of = {"memory_allocated": 100, "max_memory_allocated": 350}
+    for name in ("synchronize", "reset_peak_memory_stats", *bytes_of):
+
+        def answer(device: object, name: str = name) -> int:
+            asked.append(name)
+            return bytes_of.get(name, 0)
+
+        monkeypatch.setattr(torch.cuda, name, answer)
+    phase = Phase(asked.append, lambda: "run")
+    assert peak_bytes(phase, torch.device("cuda")) == 250
+    inside = asked[asked.index("reset_peak_memory_stats") : asked.index("max_memory_allocated")]
+    assert inside == ["reset_peak_memory_stats", "run", "synchronize"]
+
+
+def test_a_copy_reads_and_writes(clock, monkeypatch) -> None:
+    """Both count, of the fastest of several."""
+    seconds = iter([2.0, 0.5, *[1.0] * 8])
+
+    def copy(goal: Tensor, source: Tensor) -> None:
+        clock.now += next(seconds)
+
+    monkeypatch.setattr(machine, "time", clock)
+    monkeypatch.setattr(Tensor, "copy_", copy)
+    assert machine.copy_bandwidth(CPU) == 2 * 2**28 / 0.5
+
+
+def test_memory_that_pytorch_holds_may_be_taken(monkeypatch) -> None:
+    for name, value in (
+        ("memory_reserved", 30),
+        ("memory_allocated", 10),
+        ("mem_get_info", (5, 99)),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert machine.memory_bytes(torch.device("cuda")) == 5 + 30 - 10
+
+
+def test_phases_and_upstream_gradients() -> None:
+    """`fwd` leaves no graph; of the case `scaled` the upstream gradient is not 1."""
+    (op,) = runner.operations(["cross_entropy"]).values()
+    found = []
+    for variant in ("", "scaled"):
+        case = Case("cross_entropy", (4, 27), torch.float32, variant)
+        contender = op.contenders(case, CPU)["torch"]()
+        assert not contender.phases["fwd"].run(None).requires_grad
+        (dinput,) = contender.phases["fwd_bwd"].run(None)
+        torch.testing.assert_close(dinput, contender.outputs()["dinput"])
+        found.append(dinput)
+    assert not torch.allclose(*found)
