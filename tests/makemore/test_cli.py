@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -153,7 +154,15 @@ def test_checkpoints_are_saved_now_and_then(tmp_path, capsys, monkeypatch) -> No
     assert steps[0] == 10 and steps[-1] == 40 and len(steps) > 2
 
 
-def test_the_first_interruption_is_an_event_and_the_second_interrupts() -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As on a terminal: what a shell runs in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_interruption_is_an_event_and_the_second_interrupts(interruptible) -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
         with training._interruption() as event:
