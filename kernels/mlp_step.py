@@ -364,23 +364,23 @@ class Steps:
         _mlp_hidden_kernel[(p.hidden_blocks, n_models)](
             C, W1, gain, bias, x, self.xhat, self.h, self.rstd, n_streams, x.stride(0), self.eps,
             T=T, E=E, H=H, V=V, B=B, BLOCK_B=p.BLOCK_B, BLOCK_H=p.BLOCK_H, BLOCK_K=p.BLOCK_K,
-            PRECISION=tuning.MLP_TRAIN_PRECISION, num_warps=p.num_warps, enable_fp_fusion=True,
+            PRECISION=tuning.MLP_TRAIN_PRECISION, num_warps=p.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
         _mlp_logits_kernel[(triton.cdiv(B, p.LOGITS_B), n_models)](
             W2, b2, self.h, y, loss, self.dz, n_streams, y.stride(0), loss.stride(0),
             H=H, V=V, B=B, BLOCK_B=p.LOGITS_B, BLOCK_V=p.BLOCK_V, BLOCK_K=p.LOGITS_K,
-            PRECISION=tuning.MLP_TRAIN_PRECISION, num_warps=p.num_warps, enable_fp_fusion=True,
+            PRECISION=tuning.MLP_TRAIN_PRECISION, num_warps=p.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
         _mlp_backward_kernel[(p.hidden_blocks, n_models)](
             C, W1, W2, gain, bias, x, self.xhat, self.h, self.rstd, self.dz, self.dy, self.demb,
             self.lr, n_streams, x.stride(0), T=T, E=E, H=H, V=V, B=B, BLOCK_B=p.BLOCK_B,
             BLOCK_H=p.BLOCK_H, BLOCK_K=p.BLOCK_K, PRECISION=tuning.MLP_TRAIN_PRECISION,
-            num_warps=p.num_warps, enable_fp_fusion=True, **options,
+            num_warps=p.num_warps, enable_fp_fusion=False, **options,
         )  # fmt: skip
         _mlp_table_kernel[(V, n_models, triton.cdiv(E, p.BLOCK_E))](
             C, b2, x, self.dz, self.demb, self.lr, p.hidden_blocks, n_streams, x.stride(0),
             T=T, E=E, V=V, B=B, BLOCK_P=p.BLOCK_P, BLOCK_R=p.BLOCK_R, BLOCK_E=p.BLOCK_E,
-            BLOCK_B=128, num_warps=p.num_warps, enable_fp_fusion=True,
+            BLOCK_B=128, num_warps=p.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
     def take_all(self, steps: int) -> None:
