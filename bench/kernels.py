@@ -225,9 +225,9 @@ def build(todo: list[tuple[Operation, Case]], processes: int) -> None:
     The few kernels that only a forward without gradients launches are left to it.
     """
     target = triton.runtime.driver.active.get_current_target()
-    names = [(op.OPERATION, case) for op, case in todo if op.kernel_cases()]
+    cases = [(op.OPERATION, case) for op, case in todo if op.kernel_cases()]
     with _in_order(processes) as each:
-        for _ in each(_built, *zip(*names, strict=True), [target] * len(names)):
+        for _ in each(_built, *zip(*cases, strict=True), [target] * len(cases)):
             pass
 
 

@@ -358,9 +358,6 @@ class Steps:
         n_streams, _, B, T = self.x.shape
         H, p = W1.shape[2], self.plan
         x, y, loss = self.x[:, i], self.y[:, i], self.losses[:, i]
-        # On AMD matrix instructions of 16 x 16 alone: fewer than with those of 32 x 32 among them.
-        hip = torch.version.hip
-        options = {"matrix_instr_nonkdim": 16} if hip else {"maxnreg": p.max_registers}
         _mlp_hidden_kernel[(p.hidden_blocks, n_models)](
             C, W1, gain, bias, x, self.xhat, self.h, self.rstd, n_streams, x.stride(0), self.eps,
             T=T, E=E, H=H, V=V, B=B, BLOCK_B=p.BLOCK_B, BLOCK_H=p.BLOCK_H, BLOCK_K=p.BLOCK_K,
@@ -375,7 +372,7 @@ class Steps:
             C, W1, W2, gain, bias, x, self.xhat, self.h, self.rstd, self.dz, self.dy, self.demb,
             self.lr, n_streams, x.stride(0), T=T, E=E, H=H, V=V, B=B, BLOCK_B=p.BLOCK_B,
             BLOCK_H=p.BLOCK_H, BLOCK_K=p.BLOCK_K, PRECISION=tuning.MLP_TRAIN_PRECISION,
-            num_warps=p.num_warps, enable_fp_fusion=False, **options,
+            num_warps=p.num_warps, enable_fp_fusion=False, **p.options,
         )  # fmt: skip
         _mlp_table_kernel[(V, n_models, triton.cdiv(E, p.BLOCK_E))](
             C, b2, x, self.dz, self.demb, self.lr, p.hidden_blocks, n_streams, x.stride(0),

@@ -429,7 +429,7 @@ class MLPStepPlan:
     BLOCK_R: int
     BLOCK_E: int
     num_warps: int
-    max_registers: int | None  # of a thread of the backward kernel; None leaves it to the assembler
+    options: dict[str, int]  # the compiler's, of the backward kernel
 
 
 def mlp_step(
@@ -447,6 +447,11 @@ def mlp_step(
             "a step takes up to 65535 networks, whose tensors have fewer than 2147483648 numbers "
             f"each; got {models} networks with a tensor of {largest}; use fewer or smaller ones"
         )
+    options = {}
+    if torch.version.hip:  # else some would be of 32 x 32, and the instructions more
+        options = {"matrix_instr_nonkdim": 16}
+    elif batch > 32:  # it would rather spill some bytes than have one program fewer resident
+        options = {"maxnreg": 255}
     blocks = (hidden + 15) // 16
     block_e = min(256, next_power_of_2(embedding))
     # Parts of demb x rows x numbers: 32 loads a thread in flight.
@@ -463,6 +468,5 @@ def mlp_step(
         BLOCK_R=max(1, min(4096 // (block_p * block_e), next_power_of_2(batch * context))),
         BLOCK_E=block_e,
         num_warps=4,
-        # From 33 examples on it would rather spill some bytes than have one program fewer resident.
-        max_registers=255 if batch > 32 else None,
+        options=options,
     )

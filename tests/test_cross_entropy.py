@@ -155,8 +155,14 @@ def test_matches_torch(shape, dtype, reduction, implementation, device) -> None:
     check_against_torch(*example(shape, dtype, device), implementation, reduction=reduction)
 
 
+def test_more_rows_than_each_program_counts(implementation, device) -> None:
+    check_against_torch(*example((4097, 8), torch.float32, device, weighted=True), implementation)
+
+
 @pytest.mark.parametrize("weighted", [False, True])
-def test_more_rows_than_each_program_counts(weighted, implementation, monkeypatch, device) -> None:
+def test_many_more_rows_than_each_program_counts(
+    weighted, implementation, monkeypatch, device
+) -> None:
     """Two programs count them, and three add up; who adds up their sums takes two at a time."""
     monkeypatch.setattr(tuning, "INTERPRETED_PROGRAMS", 3)
     monkeypatch.setattr(tuning, "scan", lambda n: 2)

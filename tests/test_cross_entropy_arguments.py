@@ -96,6 +96,11 @@ REFUSED = {
     "whole numbers": (RuntimeError, {"input": X, "target": P.long()}, "holds probabilities"),
     "ignored probabilities": (
         RuntimeError,
+        {"input": X, "target": P, "ignore_index": 2},
+        "no ignore_index",
+    ),
+    "0 among probabilities": (
+        RuntimeError,
         {"input": X, "target": P, "ignore_index": 0},
         "no ignore_index",
     ),

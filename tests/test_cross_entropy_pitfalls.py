@@ -478,7 +478,7 @@ def test_target_out_of_range_on_the_closed_form() -> None:
             fused.cross_entropy(logits[None].mT, torch.tensor([[0, 1, -1] + [0] * 6]))
 
 
-@pytest.mark.parametrize("outside", [27, -1, 2**40, -(2**40)])
+@pytest.mark.parametrize("outside", [27, 31, -1, 2**40, -(2**40)])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("options", [{"logit_scale": 0.5}, {"label_smoothing": 0.1}], ids=str)
 def test_target_out_of_range_on_the_kernels(outside, options, weighted, device) -> None:

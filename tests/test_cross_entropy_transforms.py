@@ -100,10 +100,8 @@ COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
     "mean": ("indices", {}),
     "mean, in the backward": ("indices", {"grad_in_forward": False}),
     "none": ("indices", {"reduction": "none", "ignore_index": 3}),
-    "everything": (
-        "probabilities",
-        {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0, "reduction": "sum"},
-    ),
+    "everything": ("probabilities", {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}),
+    "sum": ("probabilities", {"label_smoothing": 0.1, "reduction": "sum"}),
 }
 
 
@@ -148,16 +146,16 @@ def test_compiled_by_inductor_with_dynamic_shapes(compiler, implementation, devi
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-@pytest.mark.parametrize("want_extras", [False, True])
+@pytest.mark.parametrize("want_extras, other", [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
-def test_opcheck(kind, reduction, want_extras, implementation, device) -> None:
-    """With extras, whose dtypes depend on the others', of two dtypes or of half precision."""
+def test_opcheck(kind, reduction, want_extras, other, implementation, device) -> None:
+    """Also with other dtypes, on which those of the extras depend: two, or half precision."""
     soft = kind == "probabilities"
-    dtype = torch.bfloat16 if want_extras and not soft else torch.float32
+    dtype = torch.bfloat16 if other and not soft else torch.float32
     logits, target, weight = example((3, 5, 2), dtype, device, kind, weighted=True)
     logits = logits.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
-    if want_extras and soft:
+    if other and soft:
         target = target.double()
     numbers = (-100, reduction, 0.1, 0.1, 3.0, 0.7)
     loss_dtype = loss_dtype_of(logits, target, weight)

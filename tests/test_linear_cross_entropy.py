@@ -435,6 +435,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "target": ({"target": torch.zeros(7).long()}, ValueError, r"target of shape \(8,\)"),
     "reduction": ({"reduction": "max"}, ValueError, "reduction to be one of"),
+    "no budget": ({"memory_budget_bytes": 0}, ValueError, "memory_budget_bytes above 0"),
     "budget": ({"memory_budget_bytes": -1}, ValueError, "memory_budget_bytes above 0"),
     "device": ({"linear_weight": torch.ones(27, D, device="meta")}, RuntimeError, "on cpu, where"),
     "bias device": ({"linear_bias": torch.ones(27, device="meta")}, RuntimeError, "on cpu, where"),

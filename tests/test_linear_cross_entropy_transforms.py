@@ -95,10 +95,11 @@ def test_opcheck(reduction, dtype, implementation, device) -> None:
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_autocast_is_that_of_the_pair(reduction, implementation, device) -> None:
-    """Of the pair on activations of half precision."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_is_that_of_the_pair(dtype, reduction, implementation, device) -> None:
+    """Also of activations that came in half precision."""
     x, w, b, target = example(8, (27,), torch.float32, device)
-    x = x.bfloat16()
+    x = x.to(dtype)
     leaves = [t.requires_grad_() for t in (x, w, b)]
     results = []
     for function in (fused.linear_cross_entropy, None):
