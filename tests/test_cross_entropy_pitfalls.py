@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused
+from fused.eager import cross_entropy_rows
 from tests.exactness import free_memory, same_bits
 from tests.graphs import check_replay
-from tests.test_cross_entropy import REDUCTIONS, check_against_torch, example, small_chunks  # noqa: F401
+from tests.test_cross_entropy import DTYPES, REDUCTIONS, check_against_torch, example, small_chunks  # noqa: F401
 
 INF = float("inf")
 
@@ -170,6 +171,40 @@ def test_half_precision_far_from_0(shift, dtype, reduction) -> None:
         check_against_torch(logits, target, None, "eager", reduction=reduction)
 
 
+# A cap's derivative vanishes far from 0, and with it the digits that a difference leaves.
+OPTIONS_FAR = [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"probabilities": True}]
+NEAR, FAR = [-16.0, -9.0, 9.0, 13.0, 16.0], [-3e4, -88.0, 50.0, 57.0, 3e4]
+
+
+@pytest.mark.parametrize(
+    "shift, options",
+    [
+        *itertools.product(NEAR, [*OPTIONS_FAR, {"softcap": 20.0}]),
+        *itertools.product(FAR, OPTIONS_FAR),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_all_logits_far_from_0(shift, dtype, options, monkeypatch) -> None:
+    """Where none is subtracted their rounding counts: of uncertain rows, and of confident ones."""
+    monkeypatch.setattr(cross_entropy_rows, "CHUNK", 128)
+    logits, target, weight = example((16, 27), dtype, "cpu", weighted=True, ignored=0)
+    logits[8:].scatter_(1, target[8:, None], 12.0)
+    logits += shift
+    options = dict(options)
+    if "z_loss" in options and dtype == torch.float64 and shift in FAR:
+        pytest.skip("exp(z - lse) in float64 is no measure of itself: its rounding is |z| * 2^-53")
+    if options.pop("probabilities", False):
+        target = F.one_hot(target, 27).to(dtype)
+    with fused.backend.use("eager"):
+        for rows in (slice(8), slice(8, 16)):
+            for w in (None, weight):
+                for reduction in ("sum", "none"):
+                    check_against_torch(
+                        logits[rows], target[rows], w, "eager", reduction=reduction, **options
+                    )
+
+
 @pytest.mark.parametrize("classes", [27, 668, 1128, 50257, 32003, 128256, 151936])
 def test_classes_that_are_no_multiple_of_a_block(classes, implementation, device) -> None:
     """Behind the cap a masked -inf would be -cap, and count: negative logits would show it."""
@@ -177,13 +212,14 @@ def test_classes_that_are_no_multiple_of_a_block(classes, implementation, device
     check_against_torch(logits - 20, target, None, implementation, softcap=5.0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_ignored_rows_have_loss_and_gradient_0(
-    reduction, label_smoothing, implementation, device
+    reduction, label_smoothing, dtype, implementation, device
 ) -> None:
     """Written as 0: memory that torch.empty leaves is NaN in these tests."""
-    logits, target, _ = example((9, 27), torch.float32, device, ignored=0)
+    logits, target, _ = example((9, 27), dtype, device, ignored=0)
     target[::2] = -100
     logits[::4] = float("nan")  # nor does what is in them matter
     ours, theirs = both(logits)
@@ -193,7 +229,9 @@ def test_ignored_rows_have_loss_and_gradient_0(
         loss, F.cross_entropy(torch.nan_to_num(theirs), target, **options).detach()
     )
     loss.backward(torch.ones_like(loss))
-    torch.testing.assert_close(ours.grad[::2], torch.zeros(5, 27, device=device), rtol=0, atol=0)
+    torch.testing.assert_close(
+        ours.grad[::2], torch.zeros(5, 27, dtype=dtype, device=device), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])

@@ -1,29 +1,51 @@
 """Softmax cross-entropy in plain PyTorch, with the functions of fused.kernels.cross_entropy.
 
-The mathematics is written there. Here lse - z_c is -log_softmax(z)_c and p is softmax(z), which are
-native and take one pass, or 2^z over its sum; nothing but the arguments is kept between forward and
-backward. Rows come in chunks: fused.eager.cross_entropy_rows.
+The mathematics is written there. Losses and gradients come from powers of two and their sum over a
+row; nothing but the arguments is kept between forward and backward. Rows come in chunks:
+fused.eager.cross_entropy_rows.
 """
 
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fused.eager.cross_entropy_rows import Rows, Scratch, Softmax, computed_in, scores
+from fused.eager.cross_entropy_rows import (
+    Dense,
+    Powers,
+    Rows,
+    Scratch,
+    computed_in,
+    per_class,
+    scores,
+)
 
 # Up to so many elements torch's several passes stay in the cache as well, and take fewer calls.
 SMALL = 2**19
-# Below this the probability of a target has lost digits, or everything, to underflow.
-_TINY = 1e-30
-_LOG_TINY = math.log(_TINY)
+_LN_2 = math.log(2)
+# Above this -log p_y is taken from p_y, below it from the exponent.
+_LEAST_P = 2.0**-10
 
 # Of each row the loss and, if wanted, the lse, and whether its prediction is right.
 _RowLosses = tuple[Tensor, Tensor | None, Tensor | None]
+
+
+class _Parts(NamedTuple):
+    """What the losses are made of, each (n, 1, *S), of the rows of a chunk or of all.
+
+    b is the target, or the weights of the classes where class indices are smoothed.
+    """
+
+    sums: Tensor  # of the powers
+    t_y: Any  # the exponent at the class; None for probabilities
+    b_sum: Any  # sum_c b_c; None for class indices, for which it is one number
+    b_t: Any  # sum_c b_c * t_c; None for class indices that are not smoothed
+    lse: Any  # None where it is not wanted
 
 
 def cross_entropy_fwd(
@@ -112,16 +134,17 @@ def cross_entropy_bwd(
     factor = factor.unsqueeze(1) if factor.dim() else factor
     dx = None if not want_dx else x if inplace else torch.empty_like(x)
     dtarget = torch.empty_like(target) if want_dtarget else None
-    scratch = Scratch()
+    scratch = Scratch(rows)
     for chunk, f, f_dx, own_dx, own_dtarget in rows.chunks(
         factor, rows.factors(factor), dx, dtarget
     ):
         z = scratch.scores(chunk)
         if own_dtarget is not None:
-            dt = scratch.log_softmax(z).mul_((label_smoothing - 1) * f)
-            own_dtarget.copy_(dt if weight is None else dt.mul_(_per_class(weight, z)))
+            dt = torch.log_softmax(z, dim=1).mul_((label_smoothing - 1) * f)
+            own_dtarget.copy_(dt if weight is None else dt.mul_(per_class(weight, z)))
         if own_dx is not None:
-            _gradient_from(scratch.softmax(z, chunk, own_dx), None, z, chunk, f_dx, own_dx)
+            powers, _ = scratch.powers(z, chunk, own_dx, lambda t: None)
+            _gradient(powers, z, chunk, scratch.dense(chunk), f_dx, own_dx)
     return dx, dtarget
 
 
@@ -158,133 +181,133 @@ def _scale(rows: Rows, reduction: str) -> Tensor | None:
 
 def _forward(rows: Rows, scale: Tensor | None, dx: Tensor | None, want_extras: bool) -> _RowLosses:
     """Of each row the loss and what is wanted besides; the gradient, times `scale`, in dx."""
-    # The loss is taken from the softmax, which the gradient needs anyway. Not where more is asked,
-    # nor where nobody may look whether a probability has underflowed.
-    plain = rows.of_class_alone and rows.x.is_cpu and not want_extras
     factors = None if scale is None else rows.factors(scale)
-    scratch = Scratch()
-    outputs: list[_RowLosses] = []
+    want_lse = bool(rows.z_loss) or want_extras
+    scratch = Scratch(rows)
+    parts, hits = [], []
     for chunk, factor, own_dx in rows.chunks(factors, dx):
         z = scratch.scores(chunk)
-        p = own = None
-        if plain:
-            p = scratch.softmax(z, chunk, own_dx)
-            own = p.e.gather(1, chunk.labels.classes)
-            p_y = own if p.sums is None else own / p.sums
-            outputs.append((_log_p(p_y, chunk) if dx is rows.x else p_y, None, None))
-        else:
-            outputs.append(_losses(scratch.log_softmax(z), z, chunk, want_extras))
+        if want_extras:  # before z is gone
+            hits.append(_hits(z, chunk))
+        dense = scratch.dense(chunk)
+        powers, terms = scratch.powers(z, chunk, own_dx, partial(_terms, scratch, chunk, dense))
+        parts.append(_Parts(powers.sums, *terms, powers.lse if want_lse else None))
         if own_dx is not None:
-            p = p or scratch.softmax(z, chunk, own_dx)
-            _gradient_from(p, own, z, chunk, factor, own_dx)
-    losses, lses, hits = (_joined(parts) for parts in zip(*outputs, strict=True))
-    assert losses is not None
-    if plain:
-        # Once for all rows, unless their logits are overwritten: an operation on a chunk's rows
-        # takes longer than its arithmetic.
-        logp = losses if dx is rows.x else _log_p(losses, rows)
-        losses = _weighted(logp.squeeze(1).neg_(), rows)
-    return losses, lses, hits
+            _gradient(powers, z, chunk, dense, factor, own_dx)
+    # Once for all rows: an operation on a chunk's rows takes longer than its arithmetic.
+    of_all = _Parts(*map(_joined, zip(*parts, strict=True)))
+    losses = _losses(of_all, rows).squeeze(1)
+    if not want_extras:
+        return losses, None, None
+    lse = of_all.lse.squeeze(1)
+    if rows.labels is not None and rows.labels.ignored is not None:
+        lse = lse.masked_fill_(rows.labels.ignored, 0.0)
+    return losses, lse, torch.cat(hits)
 
 
-def _joined(parts: tuple[Any, ...]) -> Tensor | None:
+def _joined(parts: tuple[Any, ...]) -> Any:
     return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
 
 
-def _losses(logp: Tensor, z: Tensor, rows: Rows, want_extras: bool) -> _RowLosses:
-    """Loss and, if wanted, lse of each row (N, *S), and whether its prediction is right."""
-    x, target, labels, weight, label_smoothing, z_loss = rows[:6]
-    if labels is None:
-        loss = -(_dense_target(target, z, weight, label_smoothing) * logp).sum(1)
-    else:
-        loss = _pick(logp, labels.classes).neg_()
-        if labels.outside is not None:
-            loss.masked_fill_(labels.outside, float("nan"))
-        if weight is not None:
-            loss *= _pick(_per_class(weight, z), labels.classes)
-        if label_smoothing > 0:
-            share = -label_smoothing / x.shape[1]
-            dense = logp if weight is None else logp * _per_class(weight, z)
-            loss = (1 - label_smoothing) * loss + share * dense.sum(1)
-    lse = torch.logsumexp(z, 1) if z_loss or want_extras else None
-    if z_loss and lse is not None:
-        loss = loss + z_loss * lse.square()
-    ignored = None if labels is None else labels.ignored
-    if ignored is not None:
-        loss = loss.masked_fill_(ignored, 0.0)
-    if not want_extras or lse is None:
-        return loss, None, None
-    hit = z.argmax(1) == (target.argmax(1) if labels is None else target)
-    if ignored is not None:
-        hit, lse = hit.logical_and_(~ignored), lse.masked_fill_(ignored, 0.0)
-    return loss, lse, hit
-
-
-def _log_p(p: Tensor, rows: Rows) -> Tensor:
-    """log p (n, 1, *S) of p of each row's class, on the CPU."""
-    logp = p.log()
-    if logp.numel() and not logp.amin() >= _LOG_TINY:  # it may be NaN
-        labels, lost = rows.labels, (p < _TINY).squeeze(1)
-        assert labels is not None
-        x, y = rows.x.movedim(1, -1)[lost], labels.classes.movedim(1, -1)[lost]
-        z = scores(x, rows.target, rows.softcap, rows.logit_scale)
-        logp.squeeze(1)[lost] = _pick(torch.log_softmax(z, dim=1), y)
-    return logp
-
-
-def _weighted(losses: Tensor, rows: Rows) -> Tensor:
-    """Losses of class indices times their classes' weights, 0 where they are ignored."""
-    labels = rows.labels
+def _terms(
+    scratch: Scratch, rows: Rows, dense: Dense | None, t: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(t_y, b_sum, b_t) of a chunk's exponents: see _Parts."""
+    labels, weight = rows.labels, rows.weight
+    if dense is not None:
+        return None, dense.sums, scratch.dot(dense.b, t)
     assert labels is not None
-    if rows.weight is not None:
-        losses *= rows.weight.to(losses.dtype)[labels.classes.squeeze(1)]
-    return losses if labels.ignored is None else losses.masked_fill_(labels.ignored, 0.0)
+    t_y = t.gather(1, labels.classes)
+    if not rows.label_smoothing:
+        return t_y, None, None
+    if weight is None:
+        return t_y, None, t.sum(1, keepdim=True)
+    return t_y, None, scratch.dot(per_class(weight, t), t)
 
 
-def _gradient_from(
-    p: Softmax, own: Tensor | None, z: Tensor, rows: Rows, factor: Tensor, out: Tensor
+def _hits(z: Tensor, rows: Rows) -> Tensor:
+    """Which rows (n, *S) of a chunk have their largest score at their target."""
+    labels = rows.labels
+    hit = z.argmax(1) == (rows.target.argmax(1) if labels is None else rows.target)
+    return hit if labels is None or labels.ignored is None else hit.logical_and_(~labels.ignored)
+
+
+def _losses(parts: _Parts, rows: Rows) -> Tensor:
+    """The losses of all rows, (N, 1, *S)."""
+    labels, weight, label_smoothing = rows.labels, rows.weight, rows.label_smoothing
+    log_sums = parts.sums.log()
+    if labels is None:
+        loss = log_sums * parts.b_sum - _LN_2 * parts.b_t
+    else:
+        # Near 1 p_y is the more exact, and it vanishes where the difference is large.
+        p_y = parts.t_y.exp2().div_(parts.sums)
+        loss = torch.where(p_y > _LEAST_P, p_y.log().neg_(), log_sums - _LN_2 * parts.t_y)
+        w = None if weight is None else weight.to(loss.dtype)
+        if w is not None:
+            loss *= w[labels.classes]
+        if label_smoothing:
+            share = label_smoothing / rows.x.shape[1]
+            total = rows.x.shape[1] if w is None else w.sum()
+            loss = (1 - label_smoothing) * loss + share * (log_sums * total - _LN_2 * parts.b_t)
+    if rows.z_loss:
+        loss = loss + rows.z_loss * parts.lse.square()
+    if labels is None:
+        return loss
+    if labels.outside is not None:
+        loss = loss.masked_fill_(labels.outside.unsqueeze(1), float("nan"))
+    return loss if labels.ignored is None else loss.masked_fill_(labels.ignored.unsqueeze(1), 0.0)
+
+
+def _gradient(
+    powers: Powers, z: Tensor, rows: Rows, dense: Dense | None, factor: Tensor, out: Tensor
 ) -> None:
-    """out = (a * p - b) * dz/dx, of p = softmax(z), whose memory is used, times rows.factors.
+    """out = (a * p - b) * dz/dx, over the powers, times rows.factors.
 
     Of class indices alone it is p - onehot: one pass for e - sums * onehot, at few places, and one
-    for its factor; own is e at these places, if it is known.
+    for its factor.
     """
-    e, sums = p
+    e, sums, shift = powers
     labels = rows.labels
     if labels is not None and rows.of_class_alone:
-        own = e.gather(1, labels.classes) if own is None else own
-        e.scatter_(1, labels.classes, own - (1.0 if sums is None else sums))
-        factor = factor if sums is None else factor / sums
+        own = e.gather(1, labels.classes)
+        e.scatter_(1, labels.classes, own.sub_(sums))
+        factor = factor / sums
     else:
-        _subtract(p, z, rows)
+        _subtract(powers, rows, dense)
     if rows.softcap:
-        e.mul_(1 - (z / rows.softcap).square())
+        # 1 - (z / cap)^2, over z, which is not needed any more
+        e.mul_(z.div_(rows.softcap).square_().neg_().add_(1))
+    gradient = torch.mul(e, factor, out=out if out.dtype == e.dtype else e)
+    # A row that is ignored has the factor 0, which is enough where everything is finite.
     if labels is not None and labels.ignored is not None:
-        _clear(e, labels.ignored)
-    if out.dtype == e.dtype:
-        torch.mul(e, factor, out=out)
-    else:
-        out.copy_(e.mul_(factor))
+        if shift is not None or not rows.of_class_alone:
+            _clear(gradient, labels.ignored)
+    if gradient is not out:
+        out.copy_(gradient)
 
 
-def _subtract(p: Softmax, z: Tensor, rows: Rows) -> None:
+def _subtract(powers: Powers, rows: Rows, dense: Dense | None) -> None:
     """e = a * p - b of a p = e / sums"""
-    e, sums = p
-    x, target, labels, weight, label_smoothing, z_loss = rows[:6]
-    if labels is None:
-        b = _dense_target(target, z, weight, label_smoothing)
-        a = b.sum(1, keepdim=True)
+    e, sums, _ = powers
+    labels, weight, label_smoothing = rows.labels, rows.weight, rows.label_smoothing
+    b = b_y = None
+    if dense is not None:
+        b, a = dense
     else:
+        assert labels is not None
         a = b_y = e.new_full((1,), 1 - label_smoothing)
         if weight is not None:
-            a = b_y = b_y * _pick(_per_class(weight, e), labels.classes).unsqueeze(1)
-        b = torch.full_like(e[:1], label_smoothing / x.shape[1])
-        b = b if weight is None else b * _per_class(weight, e)
-        a = a + b.sum(1, keepdim=True)
-    if z_loss:
-        a = a + 2 * z_loss * torch.logsumexp(z, 1, keepdim=True)
-    e.mul_(a if sums is None else a / sums).sub_(b)
-    if labels is not None:
+            a = b_y = b_y * _pick(per_class(weight, e), labels.classes).unsqueeze(1)
+        if label_smoothing:
+            b = torch.full_like(e[:1], label_smoothing / e.shape[1])
+            b = b if weight is None else b * per_class(weight, e)
+            a = a + b.sum(1, keepdim=True)
+    if rows.z_loss:
+        a = a + 2 * rows.z_loss * powers.lse
+    e.mul_(a / sums)
+    if b is not None:
+        e.sub_(b)
+    if labels is not None and b_y is not None:
         e.scatter_add_(1, labels.classes, (-b_y).expand_as(labels.classes))
 
 
@@ -334,7 +357,8 @@ def cross_entropy_dweight(
     if reduction == "mean":
         factor = factor * (x.shape[1] / x.numel())
     z = scores(x, target, softcap, logit_scale)
-    terms = _dense_target(target, z, None, label_smoothing) * torch.log_softmax(z, dim=1)
+    t = target.to(z.dtype) * (1 - label_smoothing) + label_smoothing / x.shape[1]
+    terms = t * torch.log_softmax(z, dim=1)
     return -(terms * factor).transpose(0, 1).flatten(1).sum(1).to(weight.dtype)
 
 
@@ -378,19 +402,6 @@ def cross_entropy_composed(
     hit = counted & (z.argmax(1) == (index.argmax(1) if soft else index))
     row_loss = rows.to(loss_dtype) if reduction == "none" else rows
     return loss, row_loss.detach(), torch.where(counted, lse, 0.0).detach(), hit.sum()
-
-
-def _dense_target(target: Tensor, z: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
-    """b_c = w_c * ((1 - e) * t_c + e / C)"""
-    b = target.to(z.dtype)
-    if smoothing > 0:
-        b = b * (1 - smoothing) + smoothing / z.shape[1]
-    return b if weight is None else b * _per_class(weight, z)
-
-
-def _per_class(weight: Tensor, z: Tensor) -> Tensor:
-    """weight (C,) in z's dtype and in the shape (1, C, 1, ...) that broadcasts over it."""
-    return weight.to(z.dtype).view(1, -1, *[1] * (z.dim() - 2))
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:

@@ -9,21 +9,19 @@ without Triton) everything is one chunk.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from fused.eager.activation import tanh_
+from fused.eager.activation import tanh_, tanh_by_sigmoid_
 
 # Elements of a chunk: 4 MB of float32. Of 0.25 to 8 MB, 4 were fastest or nearly so: a chunk takes
 # some 50 us of calls, and a larger one leaves the cache.
 CHUNK = 2**20
 _LOG2_E = math.log2(math.e)
-# Where a row's sum of exponentials is between these, none overflowed, and what vanished was below
-# 1e-30 of the sum.
-_LEAST_SUM, _LARGEST_SUM = 2.0**-20, 2.0**80
+_Terms = TypeVar("_Terms")
 
 
 class Labels(NamedTuple):
@@ -114,70 +112,111 @@ class Rows(NamedTuple):
         return factor
 
 
-class Softmax(NamedTuple):
-    """p = e / sums."""
+class Dense(NamedTuple):
+    """b_c = w_c * ((1 - e) * t_c + e / C) of probabilities t, and its sum over the classes."""
+
+    b: Tensor  # (n, C, *S)
+    sums: Tensor  # (n, 1, *S)
+
+
+class Powers(NamedTuple):
+    """p = e / sums and lse = shift + ln(sums), of e = exp(z - shift)."""
 
     e: Tensor  # (n, C, *S)
-    sums: Tensor | None  # (n, 1, *S); None for 1
+    sums: Tensor  # (n, 1, *S)
+    shift: Tensor | None  # (n, 1, *S); None for 0
+
+    @property
+    def lse(self) -> Tensor:
+        lse = self.sums.log()
+        return lse if self.shift is None else lse.add_(self.shift)
 
 
 class Scratch:
     """Memory of a chunk's size, taken once a call: fresh pages cost more than what is done here."""
 
-    def __init__(self) -> None:
-        self._z: Tensor | None = None
-        self._p: Tensor | None = None
-        self._shifts = False
+    def __init__(self, rows: Rows) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        # Elsewhere nobody may look whether a shift is needed. The loss of probabilities is a
+        # difference of exponents, which may be small.
+        self._shifts = not rows.x.is_cpu or rows.labels is None
+        half = rows.x.dtype.itemsize == 2
+        self._least_sum, self._largest_sum = (2.0**-20, 2.0**80) if half else (2.0**-10, 2.0**24)
 
     def scores(self, rows: Rows) -> Tensor:
         """`scores` of a chunk: its own logits where there is nothing to compute."""
         x, dtype = rows.x, rows.computed_in
         if x.dtype == dtype and rows.softcap == 0 and rows.logit_scale == 1:
             return x
-        if self._z is None:
-            self._z = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-        z = _first(self._z, x.shape[0]).copy_(x)
+        z = self._buffer("z", x, dtype).copy_(x)
         if rows.logit_scale != 1:
             z.mul_(rows.logit_scale)
-        return z if rows.softcap == 0 else tanh_(z.div_(rows.softcap)).mul_(rows.softcap)
+        if rows.softcap == 0:
+            return z
+        tanh = tanh_by_sigmoid_ if x.dtype.itemsize == 2 else tanh_
+        return tanh(z.div_(rows.softcap)).mul_(rows.softcap)
 
-    def log_softmax(self, z: Tensor) -> Tensor:
-        return torch.log_softmax(z, dim=1, out=self._like(z))
+    def powers(
+        self,
+        z: Tensor,
+        rows: Rows,
+        out: Tensor | None,
+        of_exponents: Callable[[Tensor], _Terms],
+    ) -> tuple[Powers, _Terms]:
+        """2^t of t = (z - shift) * log2(e), and `of_exponents(t)`, after which t is gone.
 
-    def softmax(self, z: Tensor, rows: Rows, out: Tensor | None = None) -> Softmax:
-        """Of z, never over the logits: in `out` if it fits, else over z if that is free."""
-        z_is_free = z.data_ptr() != rows.x.data_ptr() and not (rows.softcap or rows.z_loss)
-        if z_is_free and rows.x.dtype.itemsize == 2:
-            return self._powers_of_2(z, rows)
+        They are in `out` if that fits, never over the logits, over z if that is free. 2^z takes
+        torch a fraction of the time of e^z, and its error is about that of subtracting the largest
+        logit, as a softmax does. That is looked for, and subtracted, only where the sums show that
+        it must be: logits are seldom far from 0. Without it t is exact to |z| * 2^-24 in float32,
+        for which the sums are held closer to 1 than for half precision: there it is only to be
+        smaller than its rounding, nothing may overflow, and what vanishes is below 1e-30 of the
+        sum.
+        """
+        e = self._room(z, rows, out)
+        if not self._shifts:
+            terms = of_exponents(torch.mul(z, _LOG2_E, out=e))
+            sums = e.exp2_().sum(1, keepdim=True)
+            if torch.equal(sums, sums.clamp(self._least_sum, self._largest_sum)):
+                return Powers(e, sums, None), terms
+            self._shifts = True
+            z = self.scores(rows)  # e may lie over it
+        shift = z.amax(1, keepdim=True)
+        terms = of_exponents(torch.sub(z, shift, out=e).mul_(_LOG2_E))
+        return Powers(e, e.exp2_().sum(1, keepdim=True), shift), terms
+
+    def _room(self, z: Tensor, rows: Rows, out: Tensor | None) -> Tensor:
+        z_is_logits = z.data_ptr() == rows.x.data_ptr()
+        if not z_is_logits and rows.softcap == 0:
+            return z
         if out is not None and (
             z.dtype == out.dtype and out.is_contiguous() and z.data_ptr() != out.data_ptr()
         ):
-            p = out
-        else:
-            p = z if z_is_free else self._like(z)
-        return Softmax(torch.softmax(z, dim=1, out=p), None)
+            return out
+        return self._buffer("e", z, z.dtype)
 
-    def _powers_of_2(self, z: Tensor, rows: Rows) -> Softmax:
-        """2^(z * log2(e)) over z.
+    def dense(self, rows: Rows) -> Dense | None:
+        """Of probabilities; None for class indices."""
+        if rows.labels is not None:
+            return None
+        b, dtype, weight = rows.target, rows.computed_in, rows.weight
+        if b.dtype != dtype or rows.label_smoothing or weight is not None:
+            b = self._buffer("b", b, dtype).copy_(b)
+        if rows.label_smoothing:
+            b.mul_(1 - rows.label_smoothing).add_(rows.label_smoothing / b.shape[1])
+        if weight is not None:
+            b.mul_(per_class(weight, b))
+        return Dense(b, b.sum(1, keepdim=True))
 
-        Exact to about 1e-7 times the exponent, which is nothing to half precision; 2^z takes torch
-        a third of the time of e^z. The largest logit is looked for, and subtracted, only where the
-        sums show that it must be: logits are seldom far from 0.
-        """
-        if z.is_cpu and not self._shifts:  # elsewhere nobody may look at the sums
-            sums = z.mul_(_LOG2_E).exp2_().sum(1, keepdim=True)
-            if torch.equal(sums, sums.clamp(_LEAST_SUM, _LARGEST_SUM)):
-                return Softmax(z, sums)
-            self._shifts = True
-            self.scores(rows)
-        largest = z.amax(1, keepdim=True)
-        sums = z.sub_(largest).mul_(_LOG2_E).exp2_().sum(1, keepdim=True)
-        return Softmax(z, sums)
+    def dot(self, b: Tensor, t: Tensor) -> Tensor:
+        """sum_c b_c * t_c, (n, 1, *S)"""
+        return torch.mul(b, t, out=self._buffer("product", t, t.dtype)).sum(1, keepdim=True)
 
-    def _like(self, z: Tensor) -> Tensor:
-        if self._p is None:
-            self._p = torch.empty_like(z, memory_format=torch.contiguous_format)
-        return _first(self._p, z.shape[0])
+    def _buffer(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Contiguous memory of a chunk's shape."""
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(like.shape, dtype=dtype, device=like.device)
+        return _first(self._buffers[name], like.shape[0])
 
 
 def _split(t: Tensor | None, n: int) -> Iterable[Tensor | None]:
@@ -200,3 +239,8 @@ def scores(x: Tensor, target: Tensor, softcap: float, logit_scale: float) -> Ten
     if logit_scale != 1:
         z = z * logit_scale
     return z if softcap == 0 else (z / softcap).tanh() * softcap
+
+
+def per_class(weight: Tensor, z: Tensor) -> Tensor:
+    """weight (C,) in z's dtype and in the shape (1, C, 1, ...) that broadcasts over it."""
+    return weight.to(z.dtype).view(1, -1, *[1] * (z.dim() - 2))
