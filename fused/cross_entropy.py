@@ -16,6 +16,12 @@ from fused.cross_entropy_arguments import (
     options_of,
 )
 from fused.eager import cross_entropy as eager
+from fused.eager.cross_entropy_small import (
+    REDUCTIONS,
+    TORCH_LOSS,
+    cross_entropy_small,
+    is_small,
+)
 from fused.operators import cross_entropy as operators
 from fused.second_order import differentiable_gradients
 from fused.transforms import (
@@ -26,11 +32,6 @@ from fused.transforms import (
     is_transformed,
     refuse_script,
 )
-
-# What F.cross_entropy calls: its Python takes a fifteenth of a small call's time.
-_TORCH_LOSS: Any = torch._C._nn.cross_entropy_loss  # its stub has the reduction as a str
-_REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-_SMALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # computed in float32
 
 
 class CrossEntropyOutput(NamedTuple):
@@ -200,7 +201,8 @@ def cross_entropy(
             in the backward, as for "none": the logits are read twice, whatever comes from upstream.
             Better where that is known not to be 1: a loss scale, or a weighted sum of losses. So
             done in any case for float16, in which gradients would underflow before a loss scale
-            arrives, where target or weight wants a gradient too, and under torch.compile.
+            arrives, and where target or weight wants a gradient too. Under torch.compile either
+            forms it in the backward, and rounds as without.
 
     Returns:
         The loss: a 0-d tensor, or for "none" the shape of class indices. Its dtype is input's, and
@@ -218,12 +220,15 @@ def cross_entropy(
     The formulas are derived in docs/derivations.md. The z-loss is that of PaLM (Chowdhery et al.,
     2022), the cap that of Gemma 2 (2024).
     """
-    if weight is None and not (label_smoothing or z_loss or softcap or inplace or logit_scale != 1):
+    plain = weight is None and not (
+        label_smoothing or z_loss or softcap or inplace or logit_scale != 1
+    )
+    if plain:
         loss = _small(input, target, ignore_index, reduction)
         if loss is not None:
             return loss
     options = options_of(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
-    return _run(input, target, weight, options, inplace, grad_in_forward, False)[0]
+    return _run(input, target, weight, options, inplace, grad_in_forward, False, plain)[0]
 
 
 def cross_entropy_with_stats(
@@ -247,7 +252,8 @@ def cross_entropy_with_stats(
     of several largest logits the first counts. For probabilities the target's largest counts.
     """
     options = options_of(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
-    return CrossEntropyOutput(*_run(input, target, weight, options, inplace, grad_in_forward, True))
+    outputs = _run(input, target, weight, options, inplace, grad_in_forward, True, False)
+    return CrossEntropyOutput(*outputs)
 
 
 class CrossEntropyLoss(nn.CrossEntropyLoss):
@@ -310,8 +316,12 @@ def _run(
     inplace: bool,
     grad_in_forward: bool,
     want_extras: bool,
+    plain: bool,
 ) -> tuple[Tensor, ...]:
-    """Checks, chooses, computes: (loss,), or (loss, row_loss, lse, correct)."""
+    """Checks, chooses, computes: (loss,), or (loss, row_loss, lse, correct).
+
+    `plain` says that `_small` may serve the call.
+    """
     check(input, target, weight, options)
     loss_dtype = loss_dtype_of(input, target, weight)
     no_batch = input.dim() == 1
@@ -324,24 +334,27 @@ def _run(
         outputs = eager.cross_entropy_composed(
             input, target, weight, *options, loss_dtype, want_extras
         )
-    elif is_recorded():
-        outputs = operators.call(input, target, weight, *options, loss_dtype, want_extras)
     else:
-        wants_gradient = input.requires_grad and torch.is_grad_enabled()
-        inplace = inplace and wants_gradient
-        if inplace:
-            check_inplace(input)
         early = (
             grad_in_forward
-            and wants_gradient
             and options.reduction != "none"
             and input.dtype != torch.float16
             and not target.requires_grad
             and not (weight is not None and weight.requires_grad)
         )
-        outputs = CrossEntropyFunction.apply(
-            input, target, weight, options, loss_dtype, want_extras, inplace, early
-        )
+        if is_recorded():
+            outputs = operators.call(
+                input, target, weight, *options, loss_dtype, want_extras, early, plain
+            )
+        else:
+            wants_gradient = input.requires_grad and torch.is_grad_enabled()
+            inplace = inplace and wants_gradient
+            if inplace:
+                check_inplace(input)
+            early = early and wants_gradient
+            outputs = CrossEntropyFunction.apply(
+                input, target, weight, options, loss_dtype, want_extras, inplace, early
+            )
     if no_batch:
         outputs = tuple(t.squeeze(0) if t.dim() else t for t in outputs)
     return outputs
@@ -359,8 +372,8 @@ def _of_no_classes(
     soft = target.is_floating_point()
 
     def loss(reduction: str) -> Tensor:
-        out: Tensor = _TORCH_LOSS(
-            input, target if soft else target.long(), weight, _REDUCTIONS[reduction],
+        out: Tensor = TORCH_LOSS(
+            input, target if soft else target.long(), weight, REDUCTIONS[reduction],
             options.ignore_index, options.label_smoothing,
         )  # fmt: skip
         return out.to(loss_dtype)
@@ -378,22 +391,20 @@ def _small(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
     None for a call that it would not serve, or not sooner: it is for few logits on the CPU, of
     which every line here takes a hundredth of the time.
     """
-    dtype = input.dtype
-    if not (
-        input.is_cpu
-        and input.numel() <= eager.SMALL
-        and target.dtype == torch.int64
-        and dtype in _SMALL_DTYPES
-        and not torch.compiler.is_compiling()
-        and backend.name_for(input) == "eager"
+    if (
+        torch.compiler.is_compiling()
+        or not is_small(input, target)
+        or backend.name_for(input) != "eager"
     ):
         return None
-    logits = input if dtype == torch.float32 else input.float()
     try:
-        loss: Tensor = _TORCH_LOSS(logits, target, None, _REDUCTIONS[reduction], ignore_index, 0.0)
+        loss = cross_entropy_small(input, target, ignore_index, reduction)
     except Exception:  # torch refuses the same; this says it better
         check(input, target, None, options_of(ignore_index, reduction, 0.0, 0.0, None, 1.0))
         if not is_transformed(input):  # then nobody may look
             eager.raise_if_outside(target, input.shape[min(1, input.dim() - 1)], ignore_index)
         raise
-    return loss if logits is input or torch.is_autocast_enabled("cpu") else loss.to(dtype)
+    dtype = input.dtype
+    if dtype == torch.float32 or torch.is_autocast_enabled("cpu"):
+        return loss
+    return loss.to(dtype)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
 from fused.eager import cross_entropy as eager
-from fused.eager import cross_entropy_rows
+from fused.eager import cross_entropy_rows, cross_entropy_small
 from fused.kernels import tuning
 from tests.exactness import assert_as_exact_as, ulps_for
 
@@ -34,7 +34,7 @@ EXTRAS = ("z_loss", "softcap", "logit_scale")
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The closed form itself, in several chunks, in shapes that one or torch's own would serve."""
-    monkeypatch.setattr(eager, "SMALL", 0)
+    monkeypatch.setattr(cross_entropy_small, "SMALL", 0)
     monkeypatch.setattr(cross_entropy_rows, "CHUNK", 128)
 
 
@@ -279,6 +279,26 @@ def test_small_calls_on_a_cpu_are_torchs(shape, reduction, dtype, monkeypatch) -
     loss.backward(torch.ones_like(loss))
     expected.backward(torch.ones_like(expected))
     torch.testing.assert_close(ours.grad, theirs.grad.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(1, 27), (33, 27), (2, 27, 3), (2, 9, 3, 2), (2, 3, 2, 1, 3)])
+def test_gradient_of_small_calls_without_autograd(shape, reduction, dtype, monkeypatch) -> None:
+    """To the last bit what autograd finds; also where every row is ignored."""
+    monkeypatch.undo()
+    for ignore_index in (0, -100):
+        logits, target, _ = example(shape, dtype, "cpu", ignored=0)
+        target = target.clamp(min=0) if ignore_index == 0 else torch.full_like(target, -100)
+        leaf = logits.clone().requires_grad_()
+        with fused.backend.use("eager"):
+            loss = fused.cross_entropy(leaf, target, None, ignore_index, reduction)
+        upstream = torch.randn_like(loss)
+        (expected,) = torch.autograd.grad(loss, leaf, upstream)
+        found = cross_entropy_small.cross_entropy_small_bwd(
+            upstream, logits, target, ignore_index, reduction
+        )
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize(

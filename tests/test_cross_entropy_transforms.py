@@ -106,15 +106,19 @@ COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("upstream", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("small", [False, True], ids=["large", "small"])
 @pytest.mark.parametrize("case", COMPILED)
 def test_compiled_without_a_break_and_with_the_bits_of_eager(
-    case, compiler, implementation, device
+    case, small, dtype, upstream, compiler, monkeypatch, implementation, device
 ) -> None:
+    """Also of a gradient that eager mode forms in the forward, and of a call it leaves to torch."""
+    if small:
+        monkeypatch.undo()
     kind, options = COMPILED[case]
     weighted = kind == "probabilities"
-    tensors = example((9, 1000), torch.float32, device, kind, weighted, ignored=0)
-    # Of a gradient formed in the forward, which the compiled graph never has, only 1 is exact.
-    upstream = 1.0 if case == "mean" else 0.3
+    tensors = example((9, 1000), dtype, device, kind, weighted, ignored=0)
     leaves = [t.requires_grad_() for t in tensors if t is not None and t.is_floating_point()]
 
     def step(logits: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
@@ -159,13 +163,35 @@ def test_opcheck(kind, reduction, want_extras, other, implementation, device) ->
         target = target.double()
     numbers = (-100, reduction, 0.1, 0.1, 3.0, 0.7)
     loss_dtype = loss_dtype_of(logits, target, weight)
-    arguments = (logits, target, weight, *numbers, loss_dtype, want_extras)
+    arguments = (logits, target, weight, *numbers, loss_dtype, want_extras, False, False)
     torch.library.opcheck(torch.ops.fused.cross_entropy_fwd, arguments)
     with torch.no_grad():
         loss, stats, scale, *_ = torch.ops.fused.cross_entropy_fwd(*arguments)
     logits = logits.detach()
-    backward = (loss, logits, target, weight, stats, scale, *numbers, True, soft, soft)
-    torch.library.opcheck(torch.ops.fused.cross_entropy_bwd, backward)
+    backward = (loss, logits, target, weight, stats, scale, *numbers)
+    torch.library.opcheck(
+        torch.ops.fused.cross_entropy_bwd, (*backward, False, False, True, soft, soft)
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("early, plain", [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck_of_what_eager_mode_does_otherwise(
+    reduction, early, plain, monkeypatch, implementation, device
+) -> None:
+    """A gradient in the forward; a call left to torch, also of logits that are not contiguous."""
+    monkeypatch.undo()
+    early = early and reduction != "none"
+    logits, target, _ = example((3, 5, 2), torch.bfloat16, device)
+    logits = logits.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
+    options = (-100, reduction, 0.0, 0.0, 0.0, 1.0)
+    arguments = (logits, target, None, *options, torch.bfloat16, False, early, plain)
+    torch.library.opcheck(torch.ops.fused.cross_entropy_fwd, arguments)
+    with torch.no_grad():
+        loss, stats, scale, *_ = torch.ops.fused.cross_entropy_fwd(*arguments)
+    backward = (loss, logits.detach(), target, None, stats, scale, *options, early, plain)
+    torch.library.opcheck(torch.ops.fused.cross_entropy_bwd, (*backward, True, False, False))
 
 
 def samples_of_torch(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Any, ...]]:

@@ -25,8 +25,6 @@ from fused.eager.cross_entropy_rows import (
     scores,
 )
 
-# Up to so many elements torch's several passes stay in the cache as well, and take fewer calls.
-SMALL = 2**19
 _LN_2 = math.log(2)
 # Above this -log p_y is taken from p_y, below it from the exponent.
 _LEAST_P = 2.0**-10
@@ -71,7 +69,7 @@ def cross_entropy_fwd(
     IndexError on the CPU; elsewhere, where looking would stall the device, its loss is NaN.
     """
     rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    with _index_errors(target, x.shape[1], ignore_index):
+    with index_errors(target, x.shape[1], ignore_index):
         scale = _scale(rows, reduction)
         losses = _forward(rows, None, None, want_extras)
     loss, extras = _reduced(losses, reduction, scale, loss_dtype)
@@ -98,7 +96,7 @@ def cross_entropy_fwd_bwd(
     """
     rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     dx = x if inplace else torch.empty_like(x)
-    with _index_errors(target, x.shape[1], ignore_index):
+    with index_errors(target, x.shape[1], ignore_index):
         scale = _scale(rows, reduction)
         losses = _forward(rows, scale, dx, want_extras)
     loss, extras = _reduced(losses, reduction, scale, loss_dtype)
@@ -410,7 +408,7 @@ def _pick(values: Tensor, index: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _index_errors(target: Tensor, n_classes: int, ignore_index: int) -> Iterator[None]:
+def index_errors(target: Tensor, n_classes: int, ignore_index: int) -> Iterator[None]:
     """Says which class index it was, where something fails because of one."""
     try:
         yield

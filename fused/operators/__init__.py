@@ -1,9 +1,9 @@
 """Registrations with torch.library, one file an operation: what torch.compile calls.
 
 Operators are opaque to the compiler and run whatever implementation serves the tensor, so that a
-compiled graph gives the bits of eager mode (but for small calls on the CPU, which there are torch's
-own operations). The override of `fused.backend.use` is looked at when the graph runs, forward and
-backward each. What an implementation does not return is an empty tensor.
+compiled graph gives the bits of eager mode. The override of `fused.backend.use` is looked at when
+the graph runs, forward and backward each. What an implementation does not return is an empty
+tensor.
 """
 
 import torch

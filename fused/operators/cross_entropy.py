@@ -2,7 +2,9 @@
 
 The gradient is formed in the backward: 2 reads and 1 write of the logits. One formed in the forward
 would have to be multiplied by the upstream gradient into new memory, as an operator may not return
-what it was given: 2 reads and 2 writes, and a third tensor of their size.
+what it was given: 2 reads and 2 writes, and a third tensor of their size. Where eager mode forms it
+in the forward (`early`), the backward does what eager mode does there and then, in that order, for
+the same bits; so it does where eager mode leaves a `plain` call of few logits to PyTorch.
 """
 
 from typing import Any
@@ -12,35 +14,61 @@ from torch import Tensor
 
 from fused import backend
 from fused.eager import cross_entropy as eager
+from fused.eager.cross_entropy_small import (
+    cross_entropy_small,
+    cross_entropy_small_bwd,
+    is_small,
+)
 from fused.operators import library
 
 _OPTIONS = "float label_smoothing, float z_loss, float softcap, float logit_scale"
 library.define(
     "cross_entropy_fwd(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
-    f"str reduction, {_OPTIONS}, ScalarType loss_dtype, bool want_extras) "
+    f"str reduction, {_OPTIONS}, ScalarType loss_dtype, bool want_extras, bool early, bool plain) "
     "-> (Tensor loss, Tensor stats, Tensor scale, Tensor row_loss, Tensor lse, Tensor correct)"
 )
 library.define(
     "cross_entropy_bwd(Tensor dloss, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
-    f"Tensor scale, int ignore_index, str reduction, {_OPTIONS}, bool want_dx, bool want_dtarget, "
-    "bool want_dweight) -> (Tensor dx, Tensor dtarget, Tensor dweight)"
+    f"Tensor scale, int ignore_index, str reduction, {_OPTIONS}, bool early, bool plain, "
+    "bool want_dx, bool want_dtarget, bool want_dweight) "
+    "-> (Tensor dx, Tensor dtarget, Tensor dweight)"
 )
 
 
 def call(*arguments: Any) -> tuple[Tensor, ...]:
     """(loss,), or (loss, row_loss, lse, correct); the arguments are `cross_entropy_fwd`'s."""
     loss, _, _, *extras = torch.ops.fused.cross_entropy_fwd(*arguments)
-    want_extras = arguments[-1]
+    want_extras = arguments[-3]
     return (loss, *(t.detach() for t in extras)) if want_extras else (loss,)
 
 
-def _fwd_operator(input: Tensor, target: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _fwd_operator(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    *numbers, loss_dtype, want_extras, _, plain = arguments
     kernels = backend.implementation("cross_entropy", input)
-    loss, stats, scale, extras = kernels.cross_entropy_fwd(input, target, *arguments)
+    stats = scale = extras = None
+    if _is_torchs(plain, input, target):
+        with eager.index_errors(target, input.shape[1], ignore_index):
+            loss = cross_entropy_small(input, target, ignore_index, reduction).to(loss_dtype)
+        scale = None if reduction == "none" else loss.new_ones(())
+    else:
+        loss, stats, scale, extras = kernels.cross_entropy_fwd(
+            input, target, weight, ignore_index, reduction, *numbers, loss_dtype, want_extras
+        )
     if stats is None:  # eager has none; of infinities a kernel's backward would make NaN, not lies
-        stats = _stats_like(input, target, arguments[-1]).fill_(float("inf"))
-    scale = stats.new_empty(0) if scale is None else scale
+        stats = _stats_like(input, target, want_extras).fill_(float("inf"))
+    scale = stats.new_empty(0) if scale is None else scale.to(stats.dtype)
     return (loss, stats, scale, *(extras or (stats.new_empty(0) for _ in range(3))))
+
+
+def _is_torchs(plain: bool, input: Tensor, target: Tensor) -> bool:
+    return plain and is_small(input, target) and backend.name_for(input) == "eager"
 
 
 def _fwd_fake(
@@ -55,6 +83,8 @@ def _fwd_fake(
     logit_scale: float,
     loss_dtype: torch.dtype,
     want_extras: bool,
+    early: bool,
+    plain: bool,
 ) -> tuple[Tensor, ...]:
     rows = input.shape[:1] + input.shape[2:]
     loss = input.new_empty(rows if reduction == "none" else (), dtype=loss_dtype)
@@ -80,26 +110,37 @@ def _bwd_operator(
     z_loss: float,
     softcap: float,
     logit_scale: float,
+    early: bool,
+    plain: bool,
     want_dx: bool,
     want_dtarget: bool,
     want_dweight: bool,
 ) -> tuple[Tensor, ...]:
     kernels = backend.implementation("cross_entropy", input)
     numbers = (label_smoothing, z_loss, softcap, logit_scale)
-    dx, dtarget = kernels.cross_entropy_bwd(
-        dloss,
-        input,
-        target,
-        weight,
-        None if kernels is eager else stats,
-        scale if scale.dim() == 0 else None,
-        ignore_index,
-        *numbers,
-        want_dx,
-        want_dtarget,
-        inplace=False,
-    )
-    dweight = None
+    dtarget = dweight = None
+    if _is_torchs(plain, input, target):
+        found = cross_entropy_small_bwd(dloss, input, target, ignore_index, reduction)
+        dx = torch.empty_like(input).copy_(found)  # in the strides that were promised
+    elif early:
+        _, _, dx = kernels.cross_entropy_fwd_bwd(
+            input, target, weight, ignore_index, reduction, *numbers, dloss.dtype, False, False
+        )
+        dx = kernels.cross_entropy_scale(dx, dloss)
+    else:
+        dx, dtarget = kernels.cross_entropy_bwd(
+            dloss,
+            input,
+            target,
+            weight,
+            None if kernels is eager else stats,
+            scale if scale.dim() == 0 else None,
+            ignore_index,
+            *numbers,
+            want_dx,
+            want_dtarget,
+            inplace=False,
+        )
     if want_dweight and weight is not None:
         dweight = eager.cross_entropy_dweight(
             dloss, input, target, weight, ignore_index, reduction, *numbers
@@ -129,13 +170,13 @@ def _bwd_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     input, target, weight, *options = inputs
     ctx.save_for_backward(input, target, weight, output[1], output[2])
-    ctx.options = options[:6]
+    ctx.options = (*options[:6], *options[-2:])
 
 
 def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     wants = ctx.needs_input_grad[:3]
     gradients = torch.ops.fused.cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.options, *wants)
-    none = (None,) * 8
+    none = (None,) * 10
     return (*(g if want else None for g, want in zip(gradients, wants, strict=True)), *none)
 
 
