@@ -291,12 +291,12 @@ def run(
         return operators.call(*tensors, running_mean, running_var, tracked, keep, **o._asdict())
     if _is_small(input, o):
         assert o.momentum is not None
-        y = batch_norm_small(
+        small = batch_norm_small(
             *tensors, running_mean, running_var, tracked, o.momentum, o.eps, o.correction,
             o.activation,
         )  # fmt: skip
-        if y is not None:
-            return y
+        if small is not None:
+            return small[0]
     keep = will_differentiate(*tensors)
     return BatchNormFunction.apply(*tensors, running_mean, running_var, tracked, o, keep)
 

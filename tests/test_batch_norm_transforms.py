@@ -133,6 +133,31 @@ def test_compiled_without_a_break_and_with_the_bits_of_eager(
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("affine, residual, correction", [(True, True, 1), (False, False, 0)])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", None])
+def test_compiled_small_steps_have_the_bits_of_eager(
+    activation, affine, residual, correction, compiler, implementation, device
+) -> None:
+    """Eager mode leaves those on the CPU to PyTorch's own operations, where its kernel is exact:
+    not of a mean that is far from 0."""
+    for offset in (0.0, 1e4):
+        results = []
+        for compiled in (False, True):
+            norm = fused.BatchNorm1d(
+                5, affine=affine, activation=activation, correction=correction, device=device
+            )
+            t = example((33, 5), torch.float32, device, residual=True)
+            leaves = [(t["input"] + offset).requires_grad_(), *norm.parameters()]
+            if residual:
+                leaves.append(t["residual"].requires_grad_())
+            step = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiled else norm
+            y = step(leaves[0], leaves[-1] if residual else None)
+            gradients = torch.autograd.grad(y, leaves, torch.cos(t["residual"].detach()))
+            results.append((y, *gradients, *norm.buffers()))
+        torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -205,8 +230,25 @@ def test_opcheck(kind, activation, implementation, device) -> None:
         y, mean, rstd, signs, *_ = operator(*arguments)
     detached = [tensor.detach() for tensor in tensors[:3]]
     kept = signs if activation == "relu" else None
-    options = (1, activation, kind != "evaluation", activation is not None)
-    backward = (y, *detached, kept, mean, rstd, *options)
+    options = (1e-5, 1, activation, kind != "evaluation", kind == "training")
+    backward = (y, *detached, kept, mean, rstd, *options, activation is not None)
+    torch.library.opcheck(torch.ops.fused.batch_norm_bwd, backward)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("activation", ["gelu", None])
+def test_opcheck_of_small_steps(activation, implementation, device) -> None:
+    t = example((33, 5), torch.float32, device, residual=True)
+    names = ("input", "weight", "bias", "residual", "running_mean", "running_var")
+    tensors = [t[name].requires_grad_(not name.startswith("running")) for name in names]
+    arguments = (*tensors, None, 0.1, 1e-5, 1, activation, False, True)
+    torch.library.opcheck(torch.ops.fused.batch_norm_fwd, arguments)
+    with torch.no_grad():
+        y, mean, rstd, *_ = torch.ops.fused.batch_norm_fwd(*arguments)
+    kept = tensors[3].detach() if activation else None
+    detached = [tensor.detach() for tensor in tensors[:3]]
+    options = (1e-5, 1, activation, True, True, activation is not None)
+    backward = (torch.ones_like(y), *detached, kept, mean, rstd, *options)
     torch.library.opcheck(torch.ops.fused.batch_norm_bwd, backward)
 
 

@@ -11,6 +11,13 @@ import torch
 from torch import Tensor
 
 from fused import backend
+from fused.eager import batch_norm as eager
+from fused.eager.batch_norm_small import (
+    batch_norm_small,
+    batch_norm_small_bwd,
+    bessel,
+    is_small,
+)
 from fused.operators import library
 
 _TENSORS = "Tensor input, Tensor? weight, Tensor? bias, Tensor? residual"
@@ -26,8 +33,8 @@ library.define(
 )
 library.define(
     "batch_norm_bwd(Tensor dy, Tensor input, Tensor? weight, Tensor? bias, Tensor? kept, "
-    "Tensor mean, Tensor rstd, int correction, str? activation, bool batch_statistics, "
-    "bool want_dresidual) "
+    "Tensor mean, Tensor rstd, float eps, int correction, str? activation, bool batch_statistics, "
+    "bool may_be_small, bool want_dresidual) "
     "-> (Tensor dx, Tensor dgamma, Tensor dbeta, Tensor dresidual)"
 )
 
@@ -76,10 +83,24 @@ def _fwd_operator(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     kernels = backend.implementation("batch_norm", input)
-    new = [None if t is None else t.clone() for t in (running_mean, running_var)]
-    y, mean, rstd, kept = kernels.batch_norm_fwd(input, weight, bias, residual, *new, *arguments)
-    new = [mean.new_empty(0) if t is None else t for t in new]
-    *_, activation, _, keep = arguments
+    new_mean = None if running_mean is None else running_mean.clone()
+    new_var = None if running_var is None else running_var.clone()
+    tracked, momentum, eps, correction, activation, skip_nonfinite, keep = arguments
+    small = None
+    if _may_be_small(momentum, skip_nonfinite) and is_small(input) and kernels is eager:
+        small = batch_norm_small(
+            input, weight, bias, residual, new_mean, new_var, tracked, momentum, eps, correction,
+            activation,
+        )  # fmt: skip
+    if small is not None:
+        kept, (y, mean, rstd) = small[0], small
+        if correction:
+            rstd = rstd * bessel(input)
+    else:
+        y, mean, rstd, kept = kernels.batch_norm_fwd(
+            input, weight, bias, residual, new_mean, new_var, *arguments
+        )
+    new = (mean.new_empty(0) if t is None else t for t in (new_mean, new_var))
     signs = _signs(input, residual, activation, keep, kept)
     return _laid_out_as(y, input), mean, rstd, signs, *new
 
@@ -137,6 +158,11 @@ def _signs(
     return kept if kept.dtype == torch.uint8 else _layout().pack_signs(kept, input)
 
 
+def _may_be_small(momentum: float | None, skip_nonfinite: bool) -> bool:
+    """Whether eager mode may leave a training step to PyTorch's own operations."""
+    return momentum is not None and not skip_nonfinite
+
+
 def _layout() -> Any:
     """Of signs; imported when it is needed, as all of fused.kernels is."""
     from fused.kernels import batch_norm_layout
@@ -150,12 +176,24 @@ def _takes_signs(residual: Tensor | None, activation: str | None, keep: bool) ->
 
 def _bwd_operator(
     dy: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, kept: Tensor | None,
-    *arguments: Any,
+    mean: Tensor, rstd: Tensor, eps: float, correction: int, activation: str | None,
+    batch_statistics: bool, may_be_small: bool, want_dresidual: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernels = backend.implementation("batch_norm", input)
-    if kept is not None and kept.dtype == torch.uint8 and backend.name_for(input) == "eager":
+    if kept is not None and kept.dtype == torch.uint8 and kernels is eager:
         kept = _layout().unpack_signs(kept, input)
-    dx, dgamma, dbeta, dresidual = kernels.batch_norm_bwd(dy, input, weight, bias, kept, *arguments)
+    dresidual: Tensor | None
+    small = None
+    if may_be_small and is_small(input) and kernels is eager:
+        small = batch_norm_small_bwd(dy, input, weight, bias, kept, eps, correction, activation)
+    if small is not None:
+        dx, dgamma, dbeta, dz = small
+        dresidual = dz if want_dresidual else None
+    else:
+        dx, dgamma, dbeta, dresidual = kernels.batch_norm_bwd(
+            dy, input, weight, bias, kept, mean, rstd, correction, activation, batch_statistics,
+            want_dresidual,
+        )  # fmt: skip
     if dresidual is None:
         return _laid_out_as(dx, input), dgamma, dbeta, dgamma.new_empty(0)
     return _laid_out_as(dx, input), dgamma, dbeta, _laid_out_as(dresidual, input)
@@ -179,19 +217,21 @@ def _channels(input: Tensor) -> Tensor:
 
 
 def _setup_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _setup(ctx, inputs, output, correction=inputs[9], activation=inputs[10])
-    ctx.batch_statistics = True
+    momentum, eps, correction, activation, skip_nonfinite, _ = inputs[7:]
+    _setup(ctx, inputs, output, eps, correction, activation)
+    ctx.batch_statistics, ctx.may_be_small = True, _may_be_small(momentum, skip_nonfinite)
 
 
 def _setup_eval(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _setup(ctx, inputs, output, correction=0, activation=inputs[7])
-    ctx.batch_statistics = False
+    _setup(ctx, inputs, output, eps=0.0, correction=0, activation=inputs[7])
+    ctx.batch_statistics = ctx.may_be_small = False
 
 
 def _setup(
     ctx: Any,
     inputs: tuple[Any, ...],
     output: tuple[Tensor, ...],
+    eps: float,
     correction: int,
     activation: str | None,
 ) -> None:
@@ -202,7 +242,7 @@ def _setup(
         what = "signs"
     kept = {"signs": signs, "output": y, "residual": residual, None: None}[what]
     ctx.save_for_backward(input, weight, bias, kept, mean, rstd)
-    ctx.correction, ctx.activation, ctx.rest = correction, activation, len(rest)
+    ctx.eps, ctx.correction, ctx.activation, ctx.rest = eps, correction, activation, len(rest)
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
@@ -211,8 +251,9 @@ def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     wants = ctx.needs_input_grad[:4]
     want_dz = wants[3] and ctx.activation is not None  # without an activation dz is dy
     dx, dgamma, dbeta, dz = torch.ops.fused.batch_norm_bwd(
-        dy, *tensors, ctx.correction, ctx.activation, ctx.batch_statistics, want_dz
-    )
+        dy, *tensors, ctx.eps, ctx.correction, ctx.activation, ctx.batch_statistics,
+        ctx.may_be_small, want_dz,
+    )  # fmt: skip
     return (
         dx,
         dgamma.to(weight.dtype) if wants[1] else None,
