@@ -236,7 +236,7 @@ def test_sums_of_many_classes_are_exact() -> None:
     with fused.backend.use("eager"):
         fused.cross_entropy(leaf, torch.zeros(64, dtype=torch.int64), reduction="sum").backward()
     error = (leaf.grad - exact)[:, 5].abs().max()
-    assert error < 6e-7, error
+    assert error < 1e-6, error
 
 
 class LargeResults(TorchDispatchMode):
