@@ -66,13 +66,12 @@ def exact_convolutions() -> Iterator[None]:
 
 @pytest.mark.filterwarnings("ignore")  # importing an optimizer imports the compiler
 def test_resnet_trains_the_same_converted(implementation, device, exact_convolutions) -> None:
-    steps = 5 if implementation == "triton" else 20  # the interpreter is slow
     theirs, criterion = resnet().to(device), nn.CrossEntropyLoss()
     ours, our_criterion = copy.deepcopy(theirs), nn.CrossEntropyLoss()
     assert len(fused.convert(ours)) == 8
     assert fused.convert(our_criterion) == ["the model itself: CrossEntropyLoss"]
-    expected = train(theirs, criterion, steps, device)
-    losses = train(ours, our_criterion, steps, device)
+    expected = train(theirs, criterion, 20, device)
+    losses = train(ours, our_criterion, 20, device)
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-4)
     x = torch.randn(4, 3, 8, 8, device=device)
     trained = copy.deepcopy(ours.eval().state_dict())
