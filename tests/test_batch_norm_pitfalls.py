@@ -46,6 +46,24 @@ def test_large_offset(correction, shape, implementation, device) -> None:
     assert errors[0] <= errors[1] + 1e-6
 
 
+@pytest.mark.parametrize("shape, offset", [((2000, 3), 1000.0), ((2**19, 1), 12.0)], ids=str)
+@pytest.mark.parametrize("correction", [0, 1])
+def test_large_offset_in_half_precision(correction, shape, offset, device) -> None:
+    """Sums of float32 lose what is far from 0, or of very many: nothing of it shows on the CPU,
+    where PyTorch's own kernel may serve."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=generator) + offset).to(device, torch.float16)
+    exact_var, exact_mean = torch.var_mean(x.double(), 0)
+    mean, var = torch.zeros(2, shape[1], device=device).unbind()
+    with fused.backend.use("eager"):
+        y = fused.batch_norm(x, mean, var, training=True, momentum=1.0, correction=correction)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=0)
+    std = torch.std(x.double(), 0, correction=correction)
+    expected = ((x.double() - exact_mean) / std).half()
+    torch.testing.assert_close(y, expected, rtol=2**-10, atol=1e-4)
+
+
 def test_constant_channel(implementation, device) -> None:
     x = torch.full((32, 3, 5), 7.0, device=device, requires_grad=True)
     y = fused.batch_norm(x, None, None, training=True)
@@ -237,6 +255,41 @@ def test_any_strides_of_input_and_gradient(
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=2e-5)
     if strides in ("transposed", "channels last in memory"):
         assert ours["output"].stride() == x.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", [None, "relu", "tanh"])
+@pytest.mark.parametrize("shape", [(33, 5), (4, 5, 6), (3, 5, 2, 4), (3, 5, 1, 4), (2, 5, 2, 3, 2)])
+@pytest.mark.parametrize("strides", STRIDES)
+def test_any_strides_in_half_precision(strides, shape, activation, dtype, device) -> None:
+    """On the CPU, where PyTorch's own kernels may serve: of other strides, input's or the
+    gradient's, their backward is wrong."""
+    t = example(shape, dtype, device)
+    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    options = {"training": True, "activation": activation, "correction": 1}
+    exact = {name: value.double().contiguous() for name, value in t.items()}
+    x = STRIDES[strides](t["input"])
+    exact["input"] = x.double().contiguous()
+    with fused.backend.use("eager"):
+        for change in (STRIDES[strides], lambda t: t):
+            dy = change(upstream)
+            ours = run(fused.batch_norm, t | {"input": x}, dy, **options)
+            expected = run(fused.batch_norm, exact, dy.double().contiguous(), **options)
+            for name, value in expected.items():
+                eps = torch.finfo(ours[name].dtype).eps
+                error = (ours[name].double() - value).abs().max() / value.abs().max()
+                assert error < max(4 * eps, 1e-5), f"{name}: {error:.3g}"
+
+
+@pytest.mark.parametrize("activation", [None, "relu"])
+def test_half_precision_takes_pytorchs_kernels(activation) -> None:
+    """Of our passes over float32 chunks they are a third; nothing after them rounds once more."""
+    t = example((2000, 5), torch.bfloat16, "cpu")
+    x = t["input"].requires_grad_()
+    with fused.backend.use("eager"), Operations() as operations:
+        fused.batch_norm(**t, training=True, activation=activation).sum().backward()
+    assert {"native_batch_norm.default", "native_batch_norm_backward.default"} <= operations.names
+    assert x.grad is not None and not {n for n in operations.names if n.startswith("addcmul")}
 
 
 WIDER = {

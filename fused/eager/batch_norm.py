@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fused.eager.activation import IN_PLACE, NEW, activation_backward, tanh_by_sigmoid_
+from fused.eager.batch_norm_native import Native, native_bwd, root_of_bessel, to_biased
 
 _CHUNK = 2**19  # elements: 2 MB of float32. Of 2^15 to 2^21, 2^19 took the least time.
 
@@ -43,6 +44,16 @@ def batch_norm_fwd(
             tracked.add_(1)
         mean, m2 = batch_norm_moments(x)
         return torch.empty_like(x), mean, m2, None
+    native = None
+    if residual is None and _is_native(x, activation):
+        native = Native.of(x, _to_float32(gamma), _to_float32(beta), eps, correction)
+    if native is not None:
+        mean, rstd = native.mean, native.rstd
+        update_running(running_mean, running_var, tracked, momentum, mean, native.var, False)
+        if correction:
+            rstd = rstd * root_of_bessel(n)
+        y = native.y.relu_() if activation else native.y
+        return y, mean, rstd, _kept(activation, y, None, keep)
     form = _Form.of(x)
     exact_mean, m2 = _moments(form.view(x), form)
     mean = exact_mean.to(_compute_dtype(x))
@@ -145,12 +156,21 @@ def batch_norm_bwd(
     is not wanted. `batch_statistics` says whether mean and rstd came from x (training) or were
     frozen. `kept` is the forward's; without an activation, None.
     """
+    n = x.numel() // max(1, x.shape[1])
+    if batch_statistics and n and _is_native(x, activation):
+        dz = _in_format_of(dy, x)
+        if activation is not None:
+            assert kept is not None
+            dz = torch.ops.aten.threshold_backward(dz, kept, 0)
+        bessel = root_of_bessel(n) if correction else 1.0
+        biased = to_biased(_to_float32(gamma), x, n, correction)
+        dx, dgamma, dbeta = native_bwd(dz, x, biased, mean, rstd / bessel, 0.0)
+        return dx, dgamma * bessel, dbeta, dz if want_dresidual else None
     step = _Backward(x, gamma, beta, kept, mean, rstd, activation)
     dz, sums = step.dz_and_sums(dy)
     dresidual = dz.to(x.dtype) if want_dresidual else None
     # dz is not needed again, unless it is the upstream gradient or the residual's.
     out = dz if activation and dresidual is not dz else None
-    n = x.numel() // max(1, x.shape[1])
     dx = step.dx(dz, sums if batch_statistics and n else None, n, correction, out)
     return dx, sums[0], sums[1].clone(), dresidual  # no two of them share memory
 
@@ -159,10 +179,34 @@ def keeps(activation: str | None, x: Tensor, residual: Tensor | None) -> str | N
     """What backward takes besides x: the "output", the "residual", or None."""
     if activation is None:
         return None
-    # Without a residual z comes of x as well, but y spares a tanh.
-    if _from_output(activation, x.dtype) and (residual is not None or x.dtype.itemsize >= 4):
+    if _from_output(activation, x.dtype):
         return "output"
     return None if residual is None else "residual"
+
+
+def _is_native(x: Tensor, activation: str | None) -> bool:
+    """Whether PyTorch's kernels may serve: of half precision they round once, as we do, where
+    nothing but relu follows, and theirs are a third of our passes. In float32 they are less exact.
+    """
+    return (
+        x.is_cpu
+        and x.dtype.itemsize == 2
+        and activation in (None, "relu")
+        and x.stride() == _in_format_of(x, x).stride()
+    )
+
+
+def _in_format_of(t: Tensor, x: Tensor) -> Tensor:
+    """t in the memory format that PyTorch's kernels take x for"""
+    last = x.dim() > 3 and not x.is_contiguous()
+    if not last:
+        return t.contiguous()
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return t.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
+
+
+def _to_float32(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.float()
 
 
 def _kept(activation: str | None, y: Tensor, residual: Tensor | None, keep: bool) -> Tensor | None:

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fused import backend
 from fused.eager import batch_norm as eager
+from fused.eager.batch_norm_native import root_of_bessel
 from fused.eager.batch_norm_small import (
     batch_norm_small,
     batch_norm_small_bwd,
-    bessel,
     is_small,
 )
 from fused.operators import library
@@ -95,7 +95,7 @@ def _fwd_operator(
     if small is not None:
         kept, (y, mean, rstd) = small[0], small
         if correction:
-            rstd = rstd * bessel(input)
+            rstd = rstd * root_of_bessel(input.shape[0])
     else:
         y, mean, rstd, kept = kernels.batch_norm_fwd(
             input, weight, bias, residual, new_mean, new_var, *arguments
