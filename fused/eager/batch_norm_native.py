@@ -42,7 +42,8 @@ class Native(NamedTuple):
             eps *= (n - 1) / n
         y, _, rstd = torch.native_batch_norm(x, gamma, beta, mean, var, True, 1.0, eps)
         largest = min(_LARGEST_MEAN, _LARGEST_SUM / n)
-        if not (mean * rstd).abs_().max() < largest or not rstd.min() > 0.0:
+        low, high = (mean * rstd).aminmax()  # NaN if any is
+        if not (-largest < low.item() and high.item() < largest and rstd.min().item() > 0.0):
             return None
         return Native(y, gamma, mean, var, rstd, eps)
 
