@@ -67,7 +67,8 @@ def cases(suite: str) -> list[Case]:
         for format in ["", "channels_last"] if image else [""]:
             for activation in activations:
                 variant = "-".join(filter(None, (format, activation)))
-                dtypes = [torch.float32] if quick else [torch.float32, torch.bfloat16]
+                few = quick and not headline
+                dtypes = [torch.float32] if few else [torch.float32, torch.bfloat16]
                 first = headline and activation != ""
                 found += [Case(OPERATION, shape, d, variant, first) for d in dtypes]
     return found
