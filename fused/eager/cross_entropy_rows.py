@@ -186,11 +186,11 @@ class Scratch:
         return Powers(e, e.exp2_().sum(1, keepdim=True), shift), terms
 
     def _room(self, z: Tensor, rows: Rows, out: Tensor | None) -> Tensor:
-        z_is_logits = z.data_ptr() == rows.x.data_ptr()
-        if not z_is_logits and rows.softcap == 0:
+        logits = rows.x.data_ptr()
+        if z.data_ptr() != logits and rows.softcap == 0:
             return z
         if out is not None and (
-            z.dtype == out.dtype and out.is_contiguous() and z.data_ptr() != out.data_ptr()
+            z.dtype == out.dtype and out.is_contiguous() and out.data_ptr() != logits
         ):
             return out
         return self._buffer("e", z, z.dtype)
