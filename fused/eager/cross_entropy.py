@@ -6,7 +6,6 @@ fused.eager.cross_entropy_rows.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused.eager.cross_entropy_rows import (
+    LOG2_E,
     Dense,
     Powers,
     Rows,
@@ -25,7 +25,6 @@ from fused.eager.cross_entropy_rows import (
     scores,
 )
 
-_LN_2 = math.log(2)
 # Above this -log p_y is taken from p_y, below it from the exponent.
 _LEAST_P = 2.0**-10
 
@@ -235,18 +234,18 @@ def _losses(parts: _Parts, rows: Rows) -> Tensor:
     labels, weight, label_smoothing = rows.labels, rows.weight, rows.label_smoothing
     log_sums = parts.sums.log()
     if labels is None:
-        loss = log_sums * parts.b_sum - _LN_2 * parts.b_t
+        loss = log_sums * parts.b_sum - parts.b_t
     else:
         # Near 1 p_y is the more exact, and it vanishes where the difference is large.
-        p_y = parts.t_y.exp2().div_(parts.sums)
-        loss = torch.where(p_y > _LEAST_P, p_y.log().neg_(), log_sums - _LN_2 * parts.t_y)
+        p_y = (parts.t_y * LOG2_E).exp2_().div_(parts.sums)
+        loss = torch.where(p_y > _LEAST_P, p_y.log().neg_(), log_sums - parts.t_y)
         w = None if weight is None else weight.to(loss.dtype)
         if w is not None:
             loss *= w[labels.classes]
         if label_smoothing:
             share = label_smoothing / rows.x.shape[1]
             total = rows.x.shape[1] if w is None else w.sum()
-            loss = (1 - label_smoothing) * loss + share * (log_sums * total - _LN_2 * parts.b_t)
+            loss = (1 - label_smoothing) * loss + share * (log_sums * total - parts.b_t)
     if rows.z_loss:
         loss = loss + rows.z_loss * parts.lse.square()
     if labels is None:

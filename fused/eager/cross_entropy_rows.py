@@ -20,7 +20,7 @@ from fused.eager.activation import tanh_, tanh_by_sigmoid_
 # Elements of a chunk: 4 MB of float32. Of 0.25 to 8 MB, 4 were fastest or nearly so: a chunk takes
 # some 50 us of calls, and a larger one leaves the cache.
 CHUNK = 2**20
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
 _Terms = TypeVar("_Terms")
 
 
@@ -163,27 +163,27 @@ class Scratch:
         out: Tensor | None,
         of_exponents: Callable[[Tensor], _Terms],
     ) -> tuple[Powers, _Terms]:
-        """2^t of t = (z - shift) * log2(e), and `of_exponents(t)`, after which t is gone.
+        """e^t = 2^(t * log2(e)) of t = z - shift, and `of_exponents(t)`, after which t is gone.
 
         They are in `out` if that fits, never over the logits, over z if that is free. 2^z takes
         torch a fraction of the time of e^z, and its error is about that of subtracting the largest
         logit, as a softmax does. That is looked for, and subtracted, only where the sums show that
-        it must be: logits are seldom far from 0. Without it t is exact to |z| * 2^-24 in float32,
-        for which the sums are held closer to 1 than for half precision: there it is only to be
-        smaller than its rounding, nothing may overflow, and what vanishes is below 1e-30 of the
-        sum.
+        it must be: logits are seldom far from 0. Without it t * log2(e) is exact to |z| * 2^-24
+        in float32, for which the sums are held closer to 1 than for half precision: there it is
+        only to be smaller than its rounding, nothing may overflow, and what vanishes is below 1e-30
+        of the sum. That product, not t, may be infinite, of logits near the least number.
         """
         e = self._room(z, rows, out)
         if not self._shifts:
-            terms = of_exponents(torch.mul(z, _LOG2_E, out=e))
-            sums = e.exp2_().sum(1, keepdim=True)
+            terms = of_exponents(z)
+            sums = torch.mul(z, LOG2_E, out=e).exp2_().sum(1, keepdim=True)
             if torch.equal(sums, sums.clamp(self._least_sum, self._largest_sum)):
                 return Powers(e, sums, None), terms
             self._shifts = True
             z = self.scores(rows)  # e may lie over it
         shift = z.amax(1, keepdim=True)
-        terms = of_exponents(torch.sub(z, shift, out=e).mul_(_LOG2_E))
-        return Powers(e, e.exp2_().sum(1, keepdim=True), shift), terms
+        terms = of_exponents(torch.sub(z, shift, out=e))
+        return Powers(e, e.mul_(LOG2_E).exp2_().sum(1, keepdim=True), shift), terms
 
     def _room(self, z: Tensor, rows: Rows, out: Tensor | None) -> Tensor:
         logits = rows.x.data_ptr()
