@@ -165,6 +165,18 @@ def test_masked_logits_of_half_precision(masked, reduction) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_log_sum_exp_of_infinities(kind, dtype) -> None:
+    """Torch's: an infinity, not NaN, where the row's largest logit is one."""
+    logits, target, _ = example((9, 27), dtype, "cpu", kind, ignored=0)
+    logits[1, 3], logits[2, 3], logits[4] = INF, -INF, -INF
+    logits[6, 3:5] = INF
+    with fused.backend.use("eager"):
+        lse = fused.cross_entropy_with_stats(logits, target).lse
+    torch.testing.assert_close(lse, logits.to(lse.dtype).logsumexp(1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_the_least_number_where_nothing_counts(kind, dtype, implementation, device) -> None:
     """As torch.finfo(...).min masks classes, whose probabilities, or weights, are 0: times log2(e)
     it is an infinity, and 0 * inf is NaN."""

@@ -129,7 +129,9 @@ class Powers(NamedTuple):
     @property
     def lse(self) -> Tensor:
         lse = self.sums.log()
-        return lse if self.shift is None else lse.add_(self.shift)
+        if self.shift is None:
+            return lse
+        return torch.where(self.shift.isinf(), self.shift, lse + self.shift)
 
 
 class Scratch:
