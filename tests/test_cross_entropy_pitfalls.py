@@ -314,6 +314,18 @@ def test_empty_batch(reduction, kind, shape, implementation, device) -> None:
     assert logits.grad.shape == shape
 
 
+@pytest.mark.parametrize("shape", [(0, 27), (0, 27, 3), (2, 27, 0)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_of_an_empty_batch(reduction, shape, implementation, device) -> None:
+    """Of the probabilities, and of the weights: 0."""
+    leaves = example(shape, torch.float32, device, "probabilities", weighted=True)
+    logits, target, weight = (t.requires_grad_() for t in leaves if t is not None)
+    loss = fused.cross_entropy(logits, target, weight, reduction=reduction, label_smoothing=0.1)
+    found = torch.autograd.grad(loss, (logits, target, weight), torch.ones_like(loss))
+    for gradient, like in zip(found, (logits, target, weight), strict=True):
+        torch.testing.assert_close(gradient, torch.zeros_like(like), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("shape", [(4, 0), (0, 0), (2, 0, 0), (0,)], ids=str)
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
 def test_no_classes(kind, shape, implementation, device) -> None:

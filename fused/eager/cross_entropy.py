@@ -352,7 +352,7 @@ def cross_entropy_dweight(
     """
     factor = dloss.unsqueeze(1) if dloss.dim() else dloss
     if reduction == "mean":
-        factor = factor * (x.shape[1] / x.numel())
+        factor = factor * (x.shape[1] / max(1, x.numel()))
     z = scores(x, target, softcap, logit_scale)
     t = target.to(z.dtype) * (1 - label_smoothing) + label_smoothing / x.shape[1]
     terms = t * torch.log_softmax(z, dim=1)
