@@ -70,7 +70,7 @@ def cross_entropy_fwd(
     rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     with index_errors(target, x.shape[1], ignore_index):
         scale = _scale(rows, reduction)
-        losses = _forward(rows, None, None, want_extras)
+        losses = _forward(rows, None, None, loss_dtype, want_extras)
     loss, extras = _reduced(losses, reduction, scale, loss_dtype)
     return loss, None, scale, extras
 
@@ -97,7 +97,7 @@ def cross_entropy_fwd_bwd(
     dx = x if inplace else torch.empty_like(x)
     with index_errors(target, x.shape[1], ignore_index):
         scale = _scale(rows, reduction)
-        losses = _forward(rows, scale, dx, want_extras)
+        losses = _forward(rows, scale, dx, loss_dtype, want_extras)
     loss, extras = _reduced(losses, reduction, scale, loss_dtype)
     return loss, extras, dx
 
@@ -131,7 +131,7 @@ def cross_entropy_bwd(
     factor = factor.unsqueeze(1) if factor.dim() else factor
     dx = None if not want_dx else x if inplace else torch.empty_like(x)
     dtarget = torch.empty_like(target) if want_dtarget else None
-    scratch = Scratch(rows)
+    scratch = Scratch(rows, *([] if dtarget is None else [dtarget.dtype]))
     for chunk, f, f_dx, own_dx, own_dtarget in rows.chunks(
         factor, rows.factors(factor), dx, dtarget
     ):
@@ -176,11 +176,17 @@ def _scale(rows: Rows, reduction: str) -> Tensor | None:
     return labels.ignored.logical_not().sum().to(dtype).reciprocal()
 
 
-def _forward(rows: Rows, scale: Tensor | None, dx: Tensor | None, want_extras: bool) -> _RowLosses:
+def _forward(
+    rows: Rows,
+    scale: Tensor | None,
+    dx: Tensor | None,
+    loss_dtype: torch.dtype,
+    want_extras: bool,
+) -> _RowLosses:
     """Of each row the loss and what is wanted besides; the gradient, times `scale`, in dx."""
     factors = None if scale is None else rows.factors(scale)
     want_lse = bool(rows.z_loss) or want_extras
-    scratch = Scratch(rows)
+    scratch = Scratch(rows, loss_dtype)
     parts, hits = [], []
     for chunk, factor, own_dx in rows.chunks(factors, dx):
         z = scratch.scores(chunk)

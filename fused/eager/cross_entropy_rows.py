@@ -21,6 +21,8 @@ from fused.eager.activation import tanh_, tanh_by_sigmoid_
 # some 50 us of calls, and a larger one leaves the cache.
 CHUNK = 2**20
 LOG2_E = math.log2(math.e)
+# A cap times the error of tanh_by_sigmoid_, 2e-7, is to be far below what half precision shows.
+_LARGEST_CAP = 32.0
 _Terms = TypeVar("_Terms")
 
 
@@ -135,15 +137,21 @@ class Powers(NamedTuple):
 
 
 class Scratch:
-    """Memory of a chunk's size, taken once a call: fresh pages cost more than what is done here."""
+    """Memory of a chunk's size, taken once a call: fresh pages cost more than what is done here.
 
-    def __init__(self, rows: Rows) -> None:
+    `results` are the dtypes of what a call returns besides dx.
+    """
+
+    def __init__(self, rows: Rows, *results: torch.dtype) -> None:
         self._buffers: dict[str, Tensor] = {}
         # Elsewhere nobody may look whether a shift is needed. The loss of probabilities is a
         # difference of exponents, which may be small.
         self._shifts = not rows.x.is_cpu or rows.labels is None
         half = rows.x.dtype.itemsize == 2
         self._least_sum, self._largest_sum = (2.0**-20, 2.0**80) if half else (2.0**-10, 2.0**24)
+        rounded = half and all(dtype.itemsize == 2 for dtype in results)
+        by_sigmoid = rounded and rows.softcap <= _LARGEST_CAP
+        self._tanh_ = tanh_by_sigmoid_ if by_sigmoid else tanh_
 
     def scores(self, rows: Rows) -> Tensor:
         """`scores` of a chunk: its own logits where there is nothing to compute."""
@@ -155,8 +163,7 @@ class Scratch:
             z.mul_(rows.logit_scale)
         if rows.softcap == 0:
             return z
-        tanh = tanh_by_sigmoid_ if x.dtype.itemsize == 2 else tanh_
-        return tanh(z.div_(rows.softcap)).mul_(rows.softcap)
+        return self._tanh_(z.div_(rows.softcap)).mul_(rows.softcap)
 
     def powers(
         self,
