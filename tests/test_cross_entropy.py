@@ -409,6 +409,35 @@ def test_extras(extra, kind, reduction, implementation, device) -> None:
         check_against_torch(*tensors, implementation, reduction=reduction, **extra)
 
 
+@pytest.mark.parametrize("softcap", [1.0, 30.0, 1e3, 1e6])
+@pytest.mark.parametrize("wide", [torch.float16, torch.float32, torch.float64], ids=str)
+def test_cap_of_half_precision(wide, softcap, implementation, device) -> None:
+    """As exact as results are that may be wider than the logits."""
+    logits, target, _ = example((9, 27), torch.float16, device, "probabilities")
+    target = target.to(wide).requires_grad_()
+    dtype = torch.float32 if wide == torch.float16 else wide
+    found = []
+    for x, t in ((logits, target), (logits.to(dtype), target), (logits.double(), target.double())):
+        function = fused.cross_entropy if x is logits else torchs
+        loss = function(x, t, softcap=softcap).to(wide if t is target else torch.float64)
+        found.append((loss, *torch.autograd.grad(loss, t)))
+    for ours, theirs, exact, what in zip(*found, ("loss", "dtarget"), strict=True):
+        ulps = 2 * ulps_for(wide, implementation)
+        assert_as_exact_as(ours, theirs, exact, ulps=ulps, what=what)
+
+
+def test_cap_of_half_precision_under_autocast(implementation, device) -> None:
+    """Of bfloat16 logits, too, the loss is in float32."""
+    logits, target, _ = example((70, 3), torch.bfloat16, device, ignored=0)
+    options = {"softcap": 30.0, "reduction": "none"}
+    with torch.autocast(device.type, torch.bfloat16):
+        ours = fused.cross_entropy(logits, target, **options)
+    theirs, exact = (torchs(x, target, **options) for x in (logits.float(), logits.double()))
+    assert_as_exact_as(
+        ours, theirs, exact, scale=1.0, ulps=2 * ulps_for(ours.dtype, implementation)
+    )
+
+
 def test_extras_by_their_formulas(implementation, device) -> None:
     logits, target, _ = example((5, 27), torch.float64, device, ignored=0)
     for scale, cap in ((0.7, 3.0), (-0.7, None)):

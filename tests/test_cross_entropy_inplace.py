@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fused
+from tests.exactness import same_bits
 from tests.test_cross_entropy import example
 
 
@@ -27,6 +28,21 @@ def test_inplace_takes_the_logits_memory(shape, kind, options, implementation, d
     (gradient,) = torch.autograd.grad(loss, leaf)
     torch.testing.assert_close(gradient, expected)
     assert received[0].data_ptr() == logits.data_ptr()
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": False}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("largest", [10.0, 25.0, 100.0])
+def test_inplace_behind_a_cap(largest, dtype, options, implementation, device) -> None:
+    """The logits are needed until it is known whether the largest must be subtracted."""
+    leaf, target, _ = example((9, 27), dtype, device)
+    leaf[3:, 5] = largest
+    leaf.requires_grad_()
+    expected = fused.cross_entropy(leaf, target, softcap=40.0, **options)
+    loss = fused.cross_entropy(leaf * 1.0, target, softcap=40.0, inplace=True, **options)
+    torch.testing.assert_close(loss, expected, **same_bits(device))
+    gradients = (torch.autograd.grad(t, leaf) for t in (loss, expected))
+    torch.testing.assert_close(*gradients, **same_bits(device))
 
 
 @pytest.mark.skipif("not config.getoption('--compiled')", reason="of compiled kernels")

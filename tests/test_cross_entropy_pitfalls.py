@@ -105,6 +105,10 @@ def test_logits_changed_after_forward(implementation, device) -> None:
         loss.backward()
 
 
+def least(x: Tensor) -> float:
+    return torch.finfo(x.dtype).min
+
+
 MASKED = {
     "one": lambda x, y: x.index_fill(1, torch.tensor([5]), -INF),
     "first block": lambda x, y: torch.cat((torch.full_like(x[:, :4200], -INF), x[:, 4200:]), 1),
@@ -114,6 +118,8 @@ MASKED = {
     "a whole row": lambda x, y: x.index_fill(0, torch.tensor([1]), -INF),
     "plus infinity": lambda x, y: x.index_fill(1, torch.tensor([7]), INF),
     "nan": lambda x, y: x.index_fill(1, torch.tensor([7]), float("nan")),
+    "least number": lambda x, y: x.scatter(1, torch.tensor([[5]]), least(x)),
+    "least number at a target": lambda x, y: x.scatter(1, y[:1, None], least(x)),
 }
 
 
@@ -155,6 +161,35 @@ def test_masked_logits_of_half_precision(masked, reduction) -> None:
         check_against_torch(
             MASKED[masked](logits, target), target, None, "eager", reduction=reduction
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_log_sum_exp_of_infinities(kind, dtype) -> None:
+    """Torch's: an infinity, not NaN, where the row's largest logit is one."""
+    logits, target, _ = example((9, 27), dtype, "cpu", kind, ignored=0)
+    logits[1, 3], logits[2, 3], logits[4] = INF, -INF, -INF
+    logits[6, 3:5] = INF
+    with fused.backend.use("eager"):
+        lse = fused.cross_entropy_with_stats(logits, target).lse
+    torch.testing.assert_close(lse, logits.to(lse.dtype).logsumexp(1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_the_least_number_where_nothing_counts(kind, dtype, implementation, device) -> None:
+    """As torch.finfo(...).min masks classes, whose probabilities, or weights, are 0: times log2(e)
+    it is an infinity, and 0 * inf is NaN."""
+    logits, target, weight = example((9, 27), dtype, device, kind, weighted=True, ignored=0)
+    assert weight is not None
+    logits[:, ::2] = torch.finfo(dtype).min
+    weight[::2] = 0.0
+    if kind == "indices":
+        target = (target // 2 * 2 - 1).abs()
+    else:
+        target[:, ::2] = 0.0
+        check_against_torch(logits, target, None, implementation)
+    check_against_torch(logits, target, weight, implementation, label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -277,6 +312,18 @@ def test_empty_batch(reduction, kind, shape, implementation, device) -> None:
     torch.testing.assert_close(loss, expected, equal_nan=True, rtol=0, atol=0)
     loss.backward(torch.ones_like(loss))
     assert logits.grad.shape == shape
+
+
+@pytest.mark.parametrize("shape", [(0, 27), (0, 27, 3), (2, 27, 0)], ids=str)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_gradients_of_an_empty_batch(reduction, shape, implementation, device) -> None:
+    """Of the probabilities, and of the weights: 0."""
+    leaves = example(shape, torch.float32, device, "probabilities", weighted=True)
+    logits, target, weight = (t.requires_grad_() for t in leaves if t is not None)
+    loss = fused.cross_entropy(logits, target, weight, reduction=reduction, label_smoothing=0.1)
+    found = torch.autograd.grad(loss, (logits, target, weight), torch.ones_like(loss))
+    for gradient, like in zip(found, (logits, target, weight), strict=True):
+        torch.testing.assert_close(gradient, torch.zeros_like(like), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(4, 0), (0, 0), (2, 0, 0), (0,)], ids=str)

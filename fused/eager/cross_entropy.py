@@ -6,7 +6,6 @@ fused.eager.cross_entropy_rows.
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fused.eager.cross_entropy_rows import (
+    LOG2_E,
     Dense,
     Powers,
     Rows,
@@ -25,7 +25,6 @@ from fused.eager.cross_entropy_rows import (
     scores,
 )
 
-_LN_2 = math.log(2)
 # Above this -log p_y is taken from p_y, below it from the exponent.
 _LEAST_P = 2.0**-10
 
@@ -71,7 +70,7 @@ def cross_entropy_fwd(
     rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     with index_errors(target, x.shape[1], ignore_index):
         scale = _scale(rows, reduction)
-        losses = _forward(rows, None, None, want_extras)
+        losses = _forward(rows, None, None, loss_dtype, want_extras)
     loss, extras = _reduced(losses, reduction, scale, loss_dtype)
     return loss, None, scale, extras
 
@@ -98,7 +97,7 @@ def cross_entropy_fwd_bwd(
     dx = x if inplace else torch.empty_like(x)
     with index_errors(target, x.shape[1], ignore_index):
         scale = _scale(rows, reduction)
-        losses = _forward(rows, scale, dx, want_extras)
+        losses = _forward(rows, scale, dx, loss_dtype, want_extras)
     loss, extras = _reduced(losses, reduction, scale, loss_dtype)
     return loss, extras, dx
 
@@ -132,7 +131,7 @@ def cross_entropy_bwd(
     factor = factor.unsqueeze(1) if factor.dim() else factor
     dx = None if not want_dx else x if inplace else torch.empty_like(x)
     dtarget = torch.empty_like(target) if want_dtarget else None
-    scratch = Scratch(rows)
+    scratch = Scratch(rows, *([] if dtarget is None else [dtarget.dtype]))
     for chunk, f, f_dx, own_dx, own_dtarget in rows.chunks(
         factor, rows.factors(factor), dx, dtarget
     ):
@@ -177,11 +176,17 @@ def _scale(rows: Rows, reduction: str) -> Tensor | None:
     return labels.ignored.logical_not().sum().to(dtype).reciprocal()
 
 
-def _forward(rows: Rows, scale: Tensor | None, dx: Tensor | None, want_extras: bool) -> _RowLosses:
+def _forward(
+    rows: Rows,
+    scale: Tensor | None,
+    dx: Tensor | None,
+    loss_dtype: torch.dtype,
+    want_extras: bool,
+) -> _RowLosses:
     """Of each row the loss and what is wanted besides; the gradient, times `scale`, in dx."""
     factors = None if scale is None else rows.factors(scale)
     want_lse = bool(rows.z_loss) or want_extras
-    scratch = Scratch(rows)
+    scratch = Scratch(rows, loss_dtype)
     parts, hits = [], []
     for chunk, factor, own_dx in rows.chunks(factors, dx):
         z = scratch.scores(chunk)
@@ -235,18 +240,18 @@ def _losses(parts: _Parts, rows: Rows) -> Tensor:
     labels, weight, label_smoothing = rows.labels, rows.weight, rows.label_smoothing
     log_sums = parts.sums.log()
     if labels is None:
-        loss = log_sums * parts.b_sum - _LN_2 * parts.b_t
+        loss = log_sums * parts.b_sum - parts.b_t
     else:
         # Near 1 p_y is the more exact, and it vanishes where the difference is large.
-        p_y = parts.t_y.exp2().div_(parts.sums)
-        loss = torch.where(p_y > _LEAST_P, p_y.log().neg_(), log_sums - _LN_2 * parts.t_y)
+        p_y = (parts.t_y * LOG2_E).exp2_().div_(parts.sums)
+        loss = torch.where(p_y > _LEAST_P, p_y.log().neg_(), log_sums - parts.t_y)
         w = None if weight is None else weight.to(loss.dtype)
         if w is not None:
             loss *= w[labels.classes]
         if label_smoothing:
             share = label_smoothing / rows.x.shape[1]
             total = rows.x.shape[1] if w is None else w.sum()
-            loss = (1 - label_smoothing) * loss + share * (log_sums * total - _LN_2 * parts.b_t)
+            loss = (1 - label_smoothing) * loss + share * (log_sums * total - parts.b_t)
     if rows.z_loss:
         loss = loss + rows.z_loss * parts.lse.square()
     if labels is None:
@@ -353,7 +358,7 @@ def cross_entropy_dweight(
     """
     factor = dloss.unsqueeze(1) if dloss.dim() else dloss
     if reduction == "mean":
-        factor = factor * (x.shape[1] / x.numel())
+        factor = factor * (x.shape[1] / max(1, x.numel()))
     z = scores(x, target, softcap, logit_scale)
     t = target.to(z.dtype) * (1 - label_smoothing) + label_smoothing / x.shape[1]
     terms = t * torch.log_softmax(z, dim=1)

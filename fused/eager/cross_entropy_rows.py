@@ -20,7 +20,9 @@ from fused.eager.activation import tanh_, tanh_by_sigmoid_
 # Elements of a chunk: 4 MB of float32. Of 0.25 to 8 MB, 4 were fastest or nearly so: a chunk takes
 # some 50 us of calls, and a larger one leaves the cache.
 CHUNK = 2**20
-_LOG2_E = math.log2(math.e)
+LOG2_E = math.log2(math.e)
+# A cap times the error of tanh_by_sigmoid_, 2e-7, is to be far below what half precision shows.
+_LARGEST_CAP = 32.0
 _Terms = TypeVar("_Terms")
 
 
@@ -129,19 +131,27 @@ class Powers(NamedTuple):
     @property
     def lse(self) -> Tensor:
         lse = self.sums.log()
-        return lse if self.shift is None else lse.add_(self.shift)
+        if self.shift is None:
+            return lse
+        return torch.where(self.shift.isinf(), self.shift, lse + self.shift)
 
 
 class Scratch:
-    """Memory of a chunk's size, taken once a call: fresh pages cost more than what is done here."""
+    """Memory of a chunk's size, taken once a call: fresh pages cost more than what is done here.
 
-    def __init__(self, rows: Rows) -> None:
+    `results` are the dtypes of what a call returns besides dx.
+    """
+
+    def __init__(self, rows: Rows, *results: torch.dtype) -> None:
         self._buffers: dict[str, Tensor] = {}
         # Elsewhere nobody may look whether a shift is needed. The loss of probabilities is a
         # difference of exponents, which may be small.
         self._shifts = not rows.x.is_cpu or rows.labels is None
         half = rows.x.dtype.itemsize == 2
         self._least_sum, self._largest_sum = (2.0**-20, 2.0**80) if half else (2.0**-10, 2.0**24)
+        rounded = half and all(dtype.itemsize == 2 for dtype in results)
+        by_sigmoid = rounded and rows.softcap <= _LARGEST_CAP
+        self._tanh_ = tanh_by_sigmoid_ if by_sigmoid else tanh_
 
     def scores(self, rows: Rows) -> Tensor:
         """`scores` of a chunk: its own logits where there is nothing to compute."""
@@ -153,8 +163,7 @@ class Scratch:
             z.mul_(rows.logit_scale)
         if rows.softcap == 0:
             return z
-        tanh = tanh_by_sigmoid_ if x.dtype.itemsize == 2 else tanh_
-        return tanh(z.div_(rows.softcap)).mul_(rows.softcap)
+        return self._tanh_(z.div_(rows.softcap)).mul_(rows.softcap)
 
     def powers(
         self,
@@ -163,34 +172,34 @@ class Scratch:
         out: Tensor | None,
         of_exponents: Callable[[Tensor], _Terms],
     ) -> tuple[Powers, _Terms]:
-        """2^t of t = (z - shift) * log2(e), and `of_exponents(t)`, after which t is gone.
+        """e^t = 2^(t * log2(e)) of t = z - shift, and `of_exponents(t)`, after which t is gone.
 
         They are in `out` if that fits, never over the logits, over z if that is free. 2^z takes
         torch a fraction of the time of e^z, and its error is about that of subtracting the largest
         logit, as a softmax does. That is looked for, and subtracted, only where the sums show that
-        it must be: logits are seldom far from 0. Without it t is exact to |z| * 2^-24 in float32,
-        for which the sums are held closer to 1 than for half precision: there it is only to be
-        smaller than its rounding, nothing may overflow, and what vanishes is below 1e-30 of the
-        sum.
+        it must be: logits are seldom far from 0. Without it t * log2(e) is exact to |z| * 2^-24
+        in float32, for which the sums are held closer to 1 than for half precision: there it is
+        only to be smaller than its rounding, nothing may overflow, and what vanishes is below 1e-30
+        of the sum. That product, not t, may be infinite, of logits near the least number.
         """
         e = self._room(z, rows, out)
         if not self._shifts:
-            terms = of_exponents(torch.mul(z, _LOG2_E, out=e))
-            sums = e.exp2_().sum(1, keepdim=True)
+            terms = of_exponents(z)
+            sums = torch.mul(z, LOG2_E, out=e).exp2_().sum(1, keepdim=True)
             if torch.equal(sums, sums.clamp(self._least_sum, self._largest_sum)):
                 return Powers(e, sums, None), terms
             self._shifts = True
             z = self.scores(rows)  # e may lie over it
         shift = z.amax(1, keepdim=True)
-        terms = of_exponents(torch.sub(z, shift, out=e).mul_(_LOG2_E))
-        return Powers(e, e.exp2_().sum(1, keepdim=True), shift), terms
+        terms = of_exponents(torch.sub(z, shift, out=e))
+        return Powers(e, e.mul_(LOG2_E).exp2_().sum(1, keepdim=True), shift), terms
 
     def _room(self, z: Tensor, rows: Rows, out: Tensor | None) -> Tensor:
-        z_is_logits = z.data_ptr() == rows.x.data_ptr()
-        if not z_is_logits and rows.softcap == 0:
+        logits = rows.x.data_ptr()
+        if z.data_ptr() != logits and rows.softcap == 0:
             return z
         if out is not None and (
-            z.dtype == out.dtype and out.is_contiguous() and z.data_ptr() != out.data_ptr()
+            z.dtype == out.dtype and out.is_contiguous() and out.data_ptr() != logits
         ):
             return out
         return self._buffer("e", z, z.dtype)
