@@ -76,6 +76,19 @@ def test_the_other_gradients_are_formed_before_the_logits_are_lost(implementatio
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": False}], ids=str)
+@pytest.mark.parametrize("shift", [-60.0, 60.0])
+def test_inplace_of_logits_far_from_0(shift, options, implementation, device) -> None:
+    """The closed form finds that it must subtract the largest one: they must still be there."""
+    leaf, target, _ = example((9, 27), torch.float32, device)
+    leaf = (leaf + shift).requires_grad_()
+    expected = F.cross_entropy(leaf, target)
+    loss = fused.cross_entropy(leaf * 1.0, target, inplace=True, **options)
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(x, leaf)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("upstream", [1.0, 3.0])
 def test_inplace_in_a_padded_vocabulary(upstream, implementation, device) -> None:
     """Logits that are a slice: what is beside them stays as it is."""

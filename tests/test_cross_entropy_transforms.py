@@ -87,6 +87,27 @@ def test_functional_stats(implementation, device) -> None:
     assert gradient.shape == logits.shape
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_functional_stats_are_those_of_autograd(dtype, kind, reduction, device) -> None:
+    """Their dtypes as well; and of rows that are ignored, though they predict that very class."""
+    logits, target, _ = example((5, 9), dtype, device, kind, ignored=0)
+    options: dict[str, Any] = {"reduction": reduction, "z_loss": 0.1}
+    if kind == "indices":
+        target[:2] = options["ignore_index"] = 3
+        logits[:2, 3] = 20.0
+
+    def stats(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss, *others = fused.cross_entropy_with_stats(x, target, **options)
+        return loss, tuple(others)
+
+    with fused.backend.use("eager"):
+        loss, _, others = torch.func.vjp(stats, logits, has_aux=True)
+        expected = stats(logits)
+    torch.testing.assert_close((loss, others), expected)
+
+
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A compiler without a past, in memory or on disk."""
