@@ -4,6 +4,7 @@ logit, whose memory it writes to, and what it does on devices whose values nobod
 import math
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -162,11 +163,11 @@ def test_where_nobody_may_look(weighted, shift, reduction, numbers) -> None:
     assert (ignored == -100).sum() > 4  # others are, too
 
     def run(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        arguments = (-100, reduction, *numbers, torch.float32, False)
-        loss, _, scale, _ = eager.cross_entropy_fwd(x, y, weight, *arguments)
-        dx, _ = eager.cross_entropy_bwd(
-            torch.ones_like(loss), x, y, weight, None, scale, -100, *numbers, True, False, False
-        )
+        arguments: Any = (x, y, weight, -100, reduction, *numbers, torch.float32, False)
+        loss, _, scale, _ = eager.cross_entropy_fwd(*arguments)
+        wants = (True, False, False)
+        arguments = (torch.ones_like(loss), x, y, weight, None, scale, -100, *numbers, *wants)
+        dx, _ = eager.cross_entropy_bwd(*arguments)
         assert dx is not None
         return loss.as_subclass(Tensor), dx.as_subclass(Tensor)
 

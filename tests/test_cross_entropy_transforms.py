@@ -103,9 +103,9 @@ def test_functional_stats_are_those_of_autograd(dtype, kind, reduction, device) 
         return loss, tuple(others)
 
     with fused.backend.use("eager"):
-        loss, _, others = torch.func.vjp(stats, logits, has_aux=True)
+        found = torch.func.vjp(stats, logits, has_aux=True)
         expected = stats(logits)
-    torch.testing.assert_close((loss, others), expected)
+    torch.testing.assert_close((found[0], found[-1]), expected)
 
 
 @pytest.fixture
