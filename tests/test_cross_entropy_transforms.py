@@ -122,6 +122,7 @@ COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
     "mean, in the backward": ("indices", {"grad_in_forward": False}),
     "none": ("indices", {"reduction": "none", "ignore_index": 3}),
     "everything": ("probabilities", {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}),
+    "smoothing": ("indices", {"label_smoothing": 0.1}),
     "sum": ("probabilities", {"label_smoothing": 0.1, "reduction": "sum"}),
 }
 
@@ -151,6 +152,28 @@ def test_compiled_without_a_break_and_with_the_bits_of_eager(
         gradients = torch.autograd.grad(loss, leaves, torch.full_like(loss, upstream))
         results.append((loss, *gradients))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("small", [False, True], ids=["large", "small"])
+def test_compiled_names_an_index_that_is_no_class(small, compiler, monkeypatch) -> None:
+    if small:
+        monkeypatch.undo()
+    logits, target, _ = example((9, 27), torch.float32, "cpu")
+    target[4] = 31
+    function = torch.compile(fused.cross_entropy, fullgraph=True, backend="aot_eager")
+    with fused.backend.use("eager"), pytest.raises(IndexError, match="got 31 at row 4"):
+        function(logits, target)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("shape", [(0, 27), (0, 27, 3), (2, 27, 0)], ids=str)
+def test_compiled_for_an_empty_batch(shape, compiler, implementation, device) -> None:
+    logits, target, weight = example(shape, torch.float32, device, weighted=True)
+    function = torch.compile(fused.cross_entropy, fullgraph=True, backend="aot_eager")
+    loss = function(logits.requires_grad_(), target, weight)
+    assert loss.isnan()
+    assert torch.autograd.grad(loss, logits)[0].shape == shape
 
 
 @pytest.mark.slow
