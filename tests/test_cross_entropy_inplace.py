@@ -1,6 +1,7 @@
 """Cross-entropy whose gradient takes the logits' memory."""
 
 import functools
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -87,6 +88,19 @@ def test_inplace_of_logits_far_from_0(shift, options, implementation, device) ->
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(x, leaf)[0] for x in (loss, expected)]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"grad_in_forward": False}], ids=str)
+def test_a_loss_that_is_kept_keeps_no_logits(options, implementation, device) -> None:
+    """After the backward: losses are kept to be shown."""
+    leaf, target, _ = example((9, 27), torch.float32, device)
+    logits = leaf.requires_grad_() * 1.0
+    loss = fused.cross_entropy(logits, target, logit_scale=0.5, **options)
+    alive = weakref.ref(logits)
+    del logits
+    assert alive() is not None
+    loss.backward()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("upstream", [1.0, 3.0])
