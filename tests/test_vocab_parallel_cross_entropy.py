@@ -246,9 +246,7 @@ def test_the_closed_form_where_nobody_may_look(outside) -> None:
         expected = run(logits, target)
         found = run(logits.as_subclass(Elsewhere), target.as_subclass(Elsewhere))
         loss, gradient = run(logits.as_subclass(Elsewhere), wrong.as_subclass(Elsewhere))
-        (rows, scratch), *others = closed_form._chunks(
-            logits.as_subclass(Elsewhere), torch.float32
-        )
+        (rows, scratch), *others = closed_form._chunks(logits.as_subclass(Elsewhere), torch.float32)
     torch.testing.assert_close(found, expected)
     row = torch.arange(20) == 7
     assert torch.equal(loss.isnan(), row)
