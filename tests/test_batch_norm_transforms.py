@@ -159,6 +159,27 @@ def test_compiled_small_steps_have_the_bits_of_eager(
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("kind", ["evaluation", "cumulative", "skip_nonfinite"])
+def test_compiled_small_calls_that_eager_mode_does_itself(
+    kind, compiler, implementation, device
+) -> None:
+    """As small as those it leaves to PyTorch; with the bits of its own."""
+    results = []
+    for compiled in (False, True):
+        norm = fused.BatchNorm1d(
+            5, momentum=None if kind == "cumulative" else 0.1, activation="gelu", correction=1,
+            skip_nonfinite=kind == "skip_nonfinite", device=device,
+        ).train(kind != "evaluation")  # fmt: skip
+        t = example((33, 5), torch.float32, device)
+        leaves = [t["input"].requires_grad_(), *norm.parameters()]
+        step = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiled else norm
+        y = step(leaves[0])
+        gradients = torch.autograd.grad(y, leaves, torch.cos(leaves[0].detach()))
+        results.append((y, *gradients, *norm.buffers()))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_small_steps_skip_what_is_not_finite(compiler, implementation, device) -> None:
     results = []
     for compiled in (False, True):
