@@ -1,5 +1,6 @@
 """Derivatives of every kind, torch.compile, and PyTorch's own samples for batch norm."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused
+from fused.eager import batch_norm_small
 from tests.test_batch_norm import (
     ACTIVATIONS,
     DTYPES,
@@ -193,15 +195,16 @@ def test_compiled_small_steps_skip_what_is_not_finite(compiler, implementation, 
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("activation", [None, "tanh", "relu", "gelu"])
 @pytest.mark.parametrize("correction", [0, 1])
 def test_compiled_small_steps_by_one_implementation_and_another(
-    correction, compiler, device
+    correction, activation, compiler, device
 ) -> None:
     """What the forward hands on is the same by either, though PyTorch's own knows one form only."""
     pytest.importorskip("triton")
     t = example((33, 5), torch.float32, device)
     upstream = torch.cos(t["input"])
-    norm = fused.BatchNorm1d(5, correction=correction, device=device)
+    norm = fused.BatchNorm1d(5, correction=correction, activation=activation, device=device)
     function = torch.compile(norm, fullgraph=True, backend="aot_eager")
     results = []
     for backends in (("eager", "eager"), ("eager", "triton"), ("triton", "eager")):
@@ -352,6 +355,25 @@ def test_opcheck_of_small_steps(activation, implementation, device) -> None:
     options = (1e-5, 1, activation, True, True, activation is not None)
     backward = (torch.ones_like(y), *detached, kept, mean, rstd, *options)
     torch.library.opcheck(torch.ops.fused.batch_norm_bwd, backward)
+
+
+def test_what_pytorchs_own_operations_serve() -> None:
+    """Few rows, as their sums are plain ones; and means that are not far from 0, as those are off
+    by R * n**0.5 / 2**24 standard deviations where the mean is R of them."""
+    for shape in ((1024, 256), (2, 2**17)):
+        assert batch_norm_small.is_small(torch.zeros(shape))
+    for shape in ((1025, 2), (1024, 257), (0, 3), (2, 3, 4)):
+        assert not batch_norm_small.is_small(torch.zeros(shape))
+    x = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+    for offset, served in ((15, True), (-15, True), (17, False), (-17, False), (math.inf, False)):
+        mean, var = torch.zeros(2), torch.ones(2)
+        x[:, 1] = torch.tensor([-1.0, 1.0]) + offset
+        result = batch_norm_small.batch_norm_small(
+            x, None, None, None, mean, var, None, 1.0, 1e-5, 0, None
+        )
+        assert (result is not None) == served
+        assert mean.tolist() == [0.0, offset if served else 0.0]
+        assert var.tolist() == ([2.0, 2.0] if served else [1.0, 1.0])
 
 
 def test_autocast_leaves_it_alone(implementation, device) -> None:

@@ -418,6 +418,29 @@ def half_a_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def test_inplace_is_seen_by_autograd(half_a_group, implementation, device) -> None:
+    """The gradient takes the logits' memory: no graph that saved them may run; nor may a leaf's."""
+    logits, target, _ = example((5, 4), torch.float32, device)
+    leaf, function = logits.requires_grad_(), fused.vocab_parallel_cross_entropy
+    with pytest.raises(RuntimeError, match="inplace=False for a leaf that requires grad"):
+        function(leaf, target, inplace=True)
+    with torch.no_grad():
+        function(leaf, target, inplace=True)
+    own = leaf * 1
+    squares = own.square().sum()
+    function(own, target, inplace=True).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
+
+
+def test_alone_it_takes_the_logits_memory(implementation, device) -> None:
+    logits, target, _ = example((5, 4), torch.float32, device)
+    own = logits.requires_grad_() * 1
+    loss = fused.vocab_parallel_cross_entropy(own, target, inplace=True)
+    (gradient,) = torch.autograd.grad(loss, own)
+    assert gradient.data_ptr() == own.data_ptr()
+
+
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("reduction, options", [("mean", {}), ("none", ALL)], ids=["mean", "none"])
 def test_compiled_without_a_break_and_with_the_bits_of_eager(
