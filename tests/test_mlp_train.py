@@ -384,6 +384,30 @@ def test_threads_are_given_back() -> None:
     assert torch.get_num_threads() == before
 
 
+def test_one_thread_for_small_products() -> None:
+    """And as many as there were for others, and afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for products, expected in ((2**22 - 1, 1), (2**22, 3)):
+            with eager._few_threads(products):
+                assert torch.get_num_threads() == expected
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_rate_for_all_networks(method) -> None:
+    """A number, or a tensor of one."""
+    p, x, y, index = start(small(method), 2, method, models=2)
+    number = fused.train_mlp(p, x, y, index, 0.25, method=method)
+    tensor = fused.train_mlp(p, x, y, index, torch.tensor(0.25, device=x.device), method=method)
+    assert_equal([*number[0], number[1]], [*tensor[0], tensor[1]])
+    with pytest.raises(ValueError, match=r"lr of shape \(2,\), got \(1,\)"):
+        fused.train_mlp(p, x, y, index, torch.tensor([0.25], device=x.device), method=method)
+
+
 def test_the_closed_form_never_looks_at_values() -> None:
     """On the meta device there are none to look at."""
     p, x, y, index = start(SMALL, 3, "numba")
@@ -431,6 +455,13 @@ BAD = {
     "examples": (lambda a: a | {"y": a["y"][:5]}, ValueError, r"x of shape \(N, T\)"),
     "context": (lambda a: a | {"x": a["x"][:, :1]}, ValueError, "1 characters of context"),
     "streams": (lambda a: a | {"index": a["index"].expand(2, -1, -1)}, ValueError, "multiple"),
+    "no streams": (lambda a: a | {"index": a["index"].expand(0, -1, -1)}, ValueError, "multiple"),
+    "truth": (lambda a: a | {"index": a["index"].bool()}, TypeError, "index of whole numbers"),
+    "whole parameters": (
+        lambda a: a | {"parameters": [t.int() for t in a["parameters"]]},
+        TypeError,
+        "one floating dtype, got C in torch.int32",
+    ),
     "batch": (lambda a: a | {"index": a["index"][:, :1]}, ValueError, "at least 2 examples"),
     "whole": (lambda a: a | {"x": a["x"].float()}, TypeError, "x of whole numbers"),
     "device": (lambda a: a | {"y": a["y"].to("meta")}, ValueError, "expected y on cpu"),
