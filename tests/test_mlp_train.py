@@ -497,6 +497,35 @@ def test_out_of_range_on_the_cpu(what, method) -> None:
         fused.train_mlp(p, x, y, index, 0.1, method=method)
 
 
+@pytest.mark.parametrize("method", METHODS[2:])
+@pytest.mark.parametrize("place", ["row", "character", "target"])
+@pytest.mark.parametrize("end", ["before the first", "behind the last"])
+def test_one_beyond_the_range_on_the_cpu(end, place, method) -> None:
+    """Of the second stream of minibatches; and what lies behind x and y is in range."""
+    p, x, y, index = start(SMALL, 2, "numba", models=2)
+    x, y = x[:200], y[:200]
+    V = p.C.shape[1]
+    index = index % 200
+    where, value = {"row": (index, 200), "character": (x, V), "target": (y, V)}[place]
+    index[1, 1, 3] = 7
+    where[{"row": (1, 1, 3), "character": (7, 1), "target": (7,)}[place]] = (
+        -1 if end == "before the first" else value
+    )
+    index[0] = 0
+    with pytest.raises((IndexError, RuntimeError), match="not in|out of"):
+        fused.train_mlp(p, x, y, index, 0.1, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_probabilities_that_vanish(method) -> None:
+    """A class 200 above the others: their powers are below the least number of float32."""
+    p, x, y, index = start(FEW_CHARACTERS, 2, method)
+    b2 = p.b2.clone()
+    b2[1] += 200.0
+    data = p._replace(b2=b2), x, y, index
+    assert_close(fused.train_mlp(*data, 0.01, method=method), expected(*data, 0.01), batch=5)
+
+
 def test_what_one_multiprocessor_cannot_hold() -> None:
     from fused.kernels import tuning
 
