@@ -160,9 +160,8 @@ def test_gain_gradient_with_a_large_offset(implementation, device) -> None:
 
 def test_gradients_share_no_memory(implementation, device) -> None:
     """Whoever writes to one, or keeps one, has that one."""
-    t = [torch.randn(4, 3, 5, device=device, requires_grad=True), *torch.randn(2, 3, device=device)]
-    leaves = [t[0], *(v.requires_grad_() for v in t[1:])]
-    y = fused.batch_norm(leaves[0], None, None, *leaves[1:], training=True)
+    leaves = [torch.randn(s, device=device).requires_grad_() for s in ((4, 3, 5), (3,), (3,))]
+    y = fused.batch_norm(leaves[0], None, None, leaves[1], leaves[2], training=True)
     gradients = torch.autograd.grad(y.square().sum(), leaves)
     assert len({g.untyped_storage().data_ptr() for g in gradients}) == 3
 
