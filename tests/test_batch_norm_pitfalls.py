@@ -176,6 +176,14 @@ def test_gain_gradient_with_a_large_offset(implementation, device) -> None:
     assert ((dweight.double() - (xhat * upstream).sum(0)).abs() <= bound).all()
 
 
+def test_gradients_share_no_memory(implementation, device) -> None:
+    """Whoever writes to one, or keeps one, has that one."""
+    leaves = [torch.randn(s, device=device).requires_grad_() for s in ((4, 3, 5), (3,), (3,))]
+    y = fused.batch_norm(leaves[0], None, None, leaves[1], leaves[2], training=True)
+    gradients = torch.autograd.grad(y.square().sum(), leaves)
+    assert len({g.untyped_storage().data_ptr() for g in gradients}) == 3
+
+
 def test_input_is_never_changed(implementation, device) -> None:
     for activation in ACTIVATIONS:
         t = example((33, 5), torch.float32, device, residual=True)

@@ -1,5 +1,6 @@
 """Derivatives of every kind, torch.compile, and PyTorch's own samples for batch norm."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused
+from fused.eager import batch_norm_small
 from tests.test_batch_norm import (
     ACTIVATIONS,
     DTYPES,
@@ -158,6 +160,64 @@ def test_compiled_small_steps_have_the_bits_of_eager(
         torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("kind", ["evaluation", "cumulative", "skip_nonfinite"])
+def test_compiled_small_calls_that_eager_mode_does_itself(
+    kind, compiler, implementation, device
+) -> None:
+    """As small as those it leaves to PyTorch; with the bits of its own."""
+    results = []
+    for compiled in (False, True):
+        norm = fused.BatchNorm1d(
+            5, momentum=None if kind == "cumulative" else 0.1, activation="gelu", correction=1,
+            skip_nonfinite=kind == "skip_nonfinite", device=device,
+        ).train(kind != "evaluation")  # fmt: skip
+        t = example((33, 5), torch.float32, device)
+        leaves = [t["input"].requires_grad_(), *norm.parameters()]
+        step = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiled else norm
+        y = step(leaves[0])
+        gradients = torch.autograd.grad(y, leaves, torch.cos(leaves[0].detach()))
+        results.append((y, *gradients, *norm.buffers()))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_small_steps_skip_what_is_not_finite(compiler, implementation, device) -> None:
+    results = []
+    for compiled in (False, True):
+        norm = fused.BatchNorm1d(5, skip_nonfinite=True, device=device)
+        x = example((33, 5), torch.float32, device)["input"]
+        x[3, 2] = float("inf")
+        step = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiled else norm
+        results.append((step(x.requires_grad_()), *norm.buffers()))
+        assert all(buffer.isfinite().all() for buffer in norm.buffers())
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("activation", [None, "tanh", "relu", "gelu"])
+@pytest.mark.parametrize("correction", [0, 1])
+def test_compiled_small_steps_by_one_implementation_and_another(
+    correction, activation, compiler, device
+) -> None:
+    """What the forward hands on is the same by either, though PyTorch's own knows one form only."""
+    pytest.importorskip("triton")
+    t = example((33, 5), torch.float32, device)
+    upstream = torch.cos(t["input"])
+    norm = fused.BatchNorm1d(5, correction=correction, activation=activation, device=device)
+    results = []
+    for backends in (("eager", "eager"), ("eager", "triton"), ("triton", "eager")):
+        torch.compiler.reset()
+        function = torch.compile(norm, fullgraph=True, backend="aot_eager")
+        leaves = [t["input"].clone().requires_grad_(), norm.weight, norm.bias]
+        with fused.backend.use(backends[0]):
+            y = function(leaves[0])
+        with fused.backend.use(backends[1]):
+            results.append((y, *torch.autograd.grad(y, leaves, upstream)))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -236,6 +296,52 @@ def test_opcheck(kind, activation, implementation, device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_opcheck_of_another_order_of_dimensions(training, implementation, device) -> None:
+    """Neither contiguous nor channels_last: results have the strides that were promised."""
+    t = example((3, 2, 4, 3), torch.float32, device, residual=True)
+    x, residual = (t[name].mT.contiguous().mT for name in ("input", "residual"))
+    tensors = (x, t["weight"], t["bias"], residual)
+    statistics = (t["running_mean"], t["running_var"])
+    if training:
+        operator = torch.ops.fused.batch_norm_fwd
+        options: tuple[Any, ...] = (None, 0.1, 1e-5, 0, "tanh", False, True)
+    else:
+        operator = torch.ops.fused.batch_norm_eval
+        options = (1e-5, "tanh", True)
+    torch.library.opcheck(operator, (*tensors, *statistics, *options), test_utils="test_faketensor")
+    y, mean, rstd, *_ = operator(*tensors, *statistics, *options)
+    backward = (y, *tensors[:3], y, mean, rstd, 1e-5, 0, "tanh", training, False, True)
+    torch.library.opcheck(torch.ops.fused.batch_norm_bwd, backward, test_utils="test_faketensor")
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_for_an_empty_batch_with_signs(compiler, implementation, device) -> None:
+    norm = fused.BatchNorm2d(3, activation="relu", device=device)
+    x, residual = (torch.zeros(0, 3, 2, 2, device=device, requires_grad=True) for _ in range(2))
+    y = torch.compile(norm, fullgraph=True, backend="aot_eager")(x, residual)
+    gradients = torch.autograd.grad(y.sum(), (x, residual, norm.weight))
+    assert [g.shape for g in gradients] == [x.shape, x.shape, (3,)]
+    assert norm.num_batches_tracked == 1
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_signs_are_taken_where_a_backward_needs_them(compiler, implementation, device) -> None:
+    """Of relu with a residual, and of a call that may be differentiated."""
+    t = example((3, 5, 3, 3), torch.float32, device, residual=True)
+    tensors = [t[name] for name in ("input", "weight", "bias", "residual")]
+    for residual, keep in ((True, True), (False, True), (True, False)):
+        given = tensors if residual else [*tensors[:3], None]
+        options = (None, None, None, 0.1, 1e-5, 0, "relu", False, keep)
+        signs = torch.ops.fused.batch_norm_fwd(*given, *options)[3]
+        assert (signs.numel() > 0) == (residual and keep)
+    norm = fused.BatchNorm2d(5, activation="relu", device=device)
+    with torch.no_grad():
+        y = torch.compile(norm, fullgraph=True, backend="aot_eager")(t["input"], t["residual"])
+        torch.testing.assert_close(y, norm(t["input"], t["residual"]), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("activation", ["gelu", None])
 def test_opcheck_of_small_steps(activation, implementation, device) -> None:
     t = example((33, 5), torch.float32, device, residual=True)
@@ -250,6 +356,24 @@ def test_opcheck_of_small_steps(activation, implementation, device) -> None:
     options = (1e-5, 1, activation, True, True, activation is not None)
     backward = (torch.ones_like(y), *detached, kept, mean, rstd, *options)
     torch.library.opcheck(torch.ops.fused.batch_norm_bwd, backward)
+
+
+def test_what_pytorchs_own_operations_serve() -> None:
+    """Few rows, as their sums are plain ones; and means that are not far from 0, as those are off
+    by R * n**0.5 / 2**24 standard deviations where the mean is R of them."""
+    shapes: list[tuple[int, ...]] = [(1024, 256), (2, 2**17), (1025, 2), (1024, 257), (0, 3)]
+    found = [batch_norm_small.is_small(torch.zeros(shape)) for shape in [*shapes, (2, 3, 4)]]
+    assert found == [True, True, False, False, False, False]
+    x = torch.tensor([[-1.0, -1.0], [1.0, 1.0]])
+    for offset, served in ((15, True), (-15, True), (17, False), (-17, False), (math.inf, False)):
+        mean, var = torch.zeros(2), torch.ones(2)
+        x[:, 1] = torch.tensor([-1.0, 1.0]) + offset
+        result = batch_norm_small.batch_norm_small(
+            x, None, None, None, mean, var, None, 1.0, 1e-5, 0, None
+        )
+        assert (result is not None) == served
+        assert mean.tolist() == [0.0, offset if served else 0.0]
+        assert var.tolist() == ([2.0, 2.0] if served else [1.0, 1.0])
 
 
 def test_autocast_leaves_it_alone(implementation, device) -> None:

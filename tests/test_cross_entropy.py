@@ -314,6 +314,17 @@ def test_gradient_of_small_calls_without_autograd(shape, reduction, dtype, monke
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
+def test_gradient_of_small_calls_that_ignore_what_is_no_class() -> None:
+    logits, target, _ = example((9, 27), torch.float32, "cpu", ignored=0)
+    target[::2] = 1000
+    leaf = logits.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(F.cross_entropy(leaf, target, ignore_index=1000), leaf)
+    found = cross_entropy_small.cross_entropy_small_bwd(
+        torch.ones(()), logits, target, 1000, "mean"
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "option", [{"label_smoothing": 0.1}, {"z_loss": 0.1}, {"softcap": 3.0}, {"logit_scale": 0.5}]
 )

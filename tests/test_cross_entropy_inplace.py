@@ -1,6 +1,7 @@
 """Cross-entropy whose gradient takes the logits' memory."""
 
 import functools
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -90,6 +91,32 @@ def test_the_other_gradients_are_formed_before_the_logits_are_lost(implementatio
         loss = fused.cross_entropy(x * 1.0, target, weight, label_smoothing=0.1, **options)
         gradients.append(torch.autograd.grad(loss, (x, target, weight)))
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": False}], ids=str)
+@pytest.mark.parametrize("shift", [-60.0, 60.0])
+def test_inplace_of_logits_far_from_0(shift, options, implementation, device) -> None:
+    """The closed form finds that it must subtract the largest one: they must still be there."""
+    leaf, target, _ = example((9, 27), torch.float32, device)
+    leaf = (leaf + shift).requires_grad_()
+    expected = F.cross_entropy(leaf, target)
+    loss = fused.cross_entropy(leaf * 1.0, target, inplace=True, **options)
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(x, leaf)[0] for x in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"grad_in_forward": False}], ids=str)
+def test_a_loss_that_is_kept_keeps_no_logits(options, implementation, device) -> None:
+    """After the backward: losses are kept to be shown."""
+    leaf, target, _ = example((9, 27), torch.float32, device)
+    logits = leaf.requires_grad_() * 1.0
+    loss = fused.cross_entropy(logits, target, logit_scale=0.5, **options)
+    alive = weakref.ref(logits)
+    del logits
+    assert alive() is not None
+    loss.backward()
+    assert alive() is None
 
 
 @pytest.mark.parametrize("upstream", [1.0, 3.0])

@@ -247,6 +247,18 @@ def test_classes_that_are_no_multiple_of_a_block(classes, implementation, device
     check_against_torch(logits - 20, target, None, implementation, softcap=5.0)
 
 
+@pytest.mark.parametrize("cap", [250.0, 1e5, 1e7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_wide_caps_change_little(dtype, cap, implementation, device) -> None:
+    """An error of tanh next to 0 is multiplied by the cap: 1e-7 of them was a loss off by 1."""
+    logits, target, _ = example((9, 27), dtype, device, ignored=0)
+    found = fused.cross_entropy_with_stats(logits, target, softcap=cap).row_loss
+    z = cap * torch.tanh(logits.double() / cap)
+    exact = F.cross_entropy(z, target, reduction="none")
+    atol = 4e-6 if dtype == torch.float32 else 1e-4
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=atol)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", REDUCTIONS)

@@ -87,6 +87,27 @@ def test_functional_stats(implementation, device) -> None:
     assert gradient.shape == logits.shape
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_functional_stats_are_those_of_autograd(dtype, kind, reduction, device) -> None:
+    """Their dtypes as well; and of rows that are ignored, though they predict that very class."""
+    logits, target, _ = example((5, 9), dtype, device, kind, ignored=0)
+    options: dict[str, Any] = {"reduction": reduction, "z_loss": 0.1}
+    if kind == "indices":
+        target[:2] = options["ignore_index"] = 3
+        logits[:2, 3] = 20.0
+
+    def stats(x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        loss, *others = fused.cross_entropy_with_stats(x, target, **options)
+        return loss, tuple(others)
+
+    with fused.backend.use("eager"):
+        found = torch.func.vjp(stats, logits, has_aux=True)
+        expected = stats(logits)
+    torch.testing.assert_close((found[0], found[-1]), expected)
+
+
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A compiler without a past, in memory or on disk."""
@@ -101,6 +122,7 @@ COMPILED: dict[str, tuple[str, dict[str, Any]]] = {
     "mean, in the backward": ("indices", {"grad_in_forward": False}),
     "none": ("indices", {"reduction": "none", "ignore_index": 3}),
     "everything": ("probabilities", {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 3.0}),
+    "smoothing": ("indices", {"label_smoothing": 0.1}),
     "sum": ("probabilities", {"label_smoothing": 0.1, "reduction": "sum"}),
 }
 
@@ -130,6 +152,28 @@ def test_compiled_without_a_break_and_with_the_bits_of_eager(
         gradients = torch.autograd.grad(loss, leaves, torch.full_like(loss, upstream))
         results.append((loss, *gradients))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("small", [False, True], ids=["large", "small"])
+def test_compiled_names_an_index_that_is_no_class(small, compiler, monkeypatch) -> None:
+    if small:
+        monkeypatch.undo()
+    logits, target, _ = example((9, 27), torch.float32, "cpu")
+    target[4] = 31
+    function = torch.compile(fused.cross_entropy, fullgraph=True, backend="aot_eager")
+    with fused.backend.use("eager"), pytest.raises(IndexError, match="got 31 at row 4"):
+        function(logits, target)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("shape", [(0, 27), (0, 27, 3), (2, 27, 0)], ids=str)
+def test_compiled_for_an_empty_batch(shape, compiler, implementation, device) -> None:
+    logits, target, weight = example(shape, torch.float32, device, weighted=True)
+    function = torch.compile(fused.cross_entropy, fullgraph=True, backend="aot_eager")
+    loss = function(logits.requires_grad_(), target, weight)
+    assert loss.isnan()
+    assert torch.autograd.grad(loss, logits)[0].shape == shape
 
 
 @pytest.mark.slow

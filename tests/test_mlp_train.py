@@ -384,6 +384,30 @@ def test_threads_are_given_back() -> None:
     assert torch.get_num_threads() == before
 
 
+def test_one_thread_for_small_products() -> None:
+    """And as many as there were for others, and afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for products, expected in ((2**22 - 1, 1), (2**22, 3)):
+            with eager._few_threads(products):
+                assert torch.get_num_threads() == expected
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_rate_for_all_networks(method) -> None:
+    """A number, or a tensor of one."""
+    p, x, y, index = start(small(method), 2, method, models=2)
+    number = fused.train_mlp(p, x, y, index, 0.25, method=method)
+    tensor = fused.train_mlp(p, x, y, index, torch.tensor(0.25, device=x.device), method=method)
+    assert_equal([*number[0], number[1]], [*tensor[0], tensor[1]])
+    with pytest.raises(ValueError, match=r"lr of shape \(2,\), got \(1,\)"):
+        fused.train_mlp(p, x, y, index, torch.tensor([0.25], device=x.device), method=method)
+
+
 def test_the_closed_form_never_looks_at_values() -> None:
     """On the meta device there are none to look at."""
     p, x, y, index = start(SMALL, 3, "numba")
@@ -431,6 +455,13 @@ BAD = {
     "examples": (lambda a: a | {"y": a["y"][:5]}, ValueError, r"x of shape \(N, T\)"),
     "context": (lambda a: a | {"x": a["x"][:, :1]}, ValueError, "1 characters of context"),
     "streams": (lambda a: a | {"index": a["index"].expand(2, -1, -1)}, ValueError, "multiple"),
+    "no streams": (lambda a: a | {"index": a["index"].expand(0, -1, -1)}, ValueError, "multiple"),
+    "truth": (lambda a: a | {"index": a["index"].bool()}, TypeError, "index of whole numbers"),
+    "whole parameters": (
+        lambda a: a | {"parameters": [t.int() for t in a["parameters"]]},
+        TypeError,
+        "one floating dtype, got C in torch.int32",
+    ),
     "batch": (lambda a: a | {"index": a["index"][:, :1]}, ValueError, "at least 2 examples"),
     "whole": (lambda a: a | {"x": a["x"].float()}, TypeError, "x of whole numbers"),
     "device": (lambda a: a | {"y": a["y"].to("meta")}, ValueError, "expected y on cpu"),
@@ -464,6 +495,35 @@ def test_out_of_range_on_the_cpu(what, method) -> None:
     y[7] = -1 if what == "target" else 0
     with pytest.raises((IndexError, RuntimeError), match="not in|out of"):
         fused.train_mlp(p, x, y, index, 0.1, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS[2:])
+@pytest.mark.parametrize("place", ["row", "character", "target"])
+@pytest.mark.parametrize("end", ["before the first", "behind the last"])
+def test_one_beyond_the_range_on_the_cpu(end, place, method) -> None:
+    """Of the second stream of minibatches; and what lies behind x and y is in range."""
+    p, x, y, index = start(SMALL, 2, "numba", models=2)
+    x, y = x[:200], y[:200]
+    V = p.C.shape[1]
+    index = index % 200
+    where, value = {"row": (index, 200), "character": (x, V), "target": (y, V)}[place]
+    index[1, 1, 3] = 7
+    where[{"row": (1, 1, 3), "character": (7, 1), "target": (7,)}[place]] = (
+        -1 if end == "before the first" else value
+    )
+    index[0] = 0
+    with pytest.raises((IndexError, RuntimeError), match="not in|out of"):
+        fused.train_mlp(p, x, y, index, 0.1, method=method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_probabilities_that_vanish(method) -> None:
+    """A class 200 above the others: their powers are below the least number of float32."""
+    p, x, y, index = start(FEW_CHARACTERS, 2, method)
+    b2 = p.b2.clone()
+    b2[1] += 200.0
+    data = p._replace(b2=b2), x, y, index
+    assert_close(fused.train_mlp(*data, 0.01, method=method), expected(*data, 0.01), batch=5)
 
 
 def test_what_one_multiprocessor_cannot_hold() -> None:

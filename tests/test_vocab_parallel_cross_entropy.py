@@ -18,9 +18,11 @@ import fused
 from fused import backend
 from fused.cross_entropy import loss_dtype_of, options_of
 from fused.eager import cross_entropy_rows
+from fused.eager import vocab_parallel_cross_entropy as closed_form
 from tests import processes
 from tests.graphs import check_replay
 from tests.test_cross_entropy import REDUCTIONS, check_against_torch, example, torchs
+from tests.test_cross_entropy_closed_form import Elsewhere
 
 ALL = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 30.0, "logit_scale": 0.7}
 
@@ -227,6 +229,31 @@ def test_host_never_looks_at_values() -> None:
     assert gradient.shape == logits.shape
 
 
+@pytest.mark.parametrize("outside", [-1, 8, 2**62])
+def test_the_closed_form_where_nobody_may_look(outside) -> None:
+    """In one chunk: the numbers of the CPU, and NaN for a target that is no class."""
+    logits, target, _ = example((20, 8), torch.float32, "cpu")
+    wrong = target.clone()
+    wrong[7], target[7] = outside, -100
+
+    def run(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = x.clone().requires_grad_()
+        loss = sliced(4, 4)(leaf, y, reduction="none", logit_scale=0.7)
+        (gradient,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
+        return loss.detach().as_subclass(Tensor), gradient.as_subclass(Tensor)
+
+    with backend.use("eager"):
+        expected = run(logits, target)
+        found = run(logits.as_subclass(Elsewhere), target.as_subclass(Elsewhere))
+        loss, gradient = run(logits.as_subclass(Elsewhere), wrong.as_subclass(Elsewhere))
+        (rows, scratch), *others = closed_form._chunks(logits.as_subclass(Elsewhere), torch.float32)
+    torch.testing.assert_close(found, expected)
+    row = torch.arange(20) == 7
+    assert torch.equal(loss.isnan(), row)
+    assert torch.equal(gradient.isnan(), row[:, None].expand(20, 8))
+    assert not others and logits[rows].shape == scratch.shape
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_no_host_synchronisation(reduction, device) -> None:
     """What comes before and after the collective is captured in a CUDA graph, and replayed."""
@@ -389,6 +416,29 @@ def half_a_group() -> Iterator[None]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
     dist.destroy_process_group()
+
+
+def test_inplace_is_seen_by_autograd(half_a_group, implementation, device) -> None:
+    """The gradient takes the logits' memory: no graph that saved them may run; nor may a leaf's."""
+    logits, target, _ = example((5, 4), torch.float32, device)
+    leaf, function = logits.requires_grad_(), fused.vocab_parallel_cross_entropy
+    with pytest.raises(RuntimeError, match="inplace=False for a leaf that requires grad"):
+        function(leaf, target, inplace=True)
+    with torch.no_grad():
+        function(leaf, target, inplace=True)
+    own = leaf * 1
+    squares = own.square().sum()
+    function(own, target, inplace=True).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
+
+
+def test_alone_it_takes_the_logits_memory(implementation, device) -> None:
+    logits, target, _ = example((5, 4), torch.float32, device)
+    own = logits.requires_grad_() * 1
+    loss = fused.vocab_parallel_cross_entropy(own, target, inplace=True)
+    (gradient,) = torch.autograd.grad(loss, own)
+    assert gradient.data_ptr() == own.data_ptr()
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own

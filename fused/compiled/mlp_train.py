@@ -187,7 +187,6 @@ def _train(
         losses[step] = _cross_entropy(z, b2, target, rate, n)
         # backward; z is the logits' gradient now
         dh[:] = 0
-        z[n:] = 0
         _add_product(z, W2_padded, dh)
         _add_product(z.T, h, W2_padded)
         for b in range(n):

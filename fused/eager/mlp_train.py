@@ -54,8 +54,11 @@ def mlp_train(
             for rows_chunk, losses_chunk in zip(
                 rows.split(CHUNK), losses[m].split(CHUNK), strict=True
             ):
-                targets = y[rows_chunk]
-                loop.load(x[rows_chunk], targets)
+                # Not y[rows_chunk], which takes row -1 for the last one.
+                flat = rows_chunk.flatten()
+                targets = y.index_select(0, flat).view(rows_chunk.shape)
+                contexts = x.index_select(0, flat).view(*rows_chunk.shape, x.shape[1])
+                loop.load(contexts, targets)
                 loop.take_all(len(targets))
                 losses_chunk.copy_(loop.losses(targets))
             loop.store(*model)

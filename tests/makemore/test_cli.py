@@ -506,6 +506,17 @@ def damage(saved: dict, how: str) -> object:
         case "not finite":
             saved["parameters"]["C"][3] = float("nan")
             return saved
+        case "older":
+            return saved | {"version": 0}
+        case "half a batch":
+            return saved | {"settings": saved["settings"] | {"batch": 8.5}}
+        case "infinite":
+            return saved | {"var": saved["var"] + float("inf")}
+        case "float64":
+            saved["parameters"]["b2"] = saved["parameters"]["b2"].double()
+            return saved
+        case "losses in a column":
+            return saved | {"losses": saved["losses"].unsqueeze(1)}
         case "other sizes":
             saved["parameters"]["W1"] = saved["parameters"]["W1"][:, :3]
             return saved
@@ -526,6 +537,11 @@ def damage(saved: dict, how: str) -> object:
         ("no batch", "is damaged: its batch is 0"),
         ("other statistics", "expected mean of shape (1, 20)"),
         ("not finite", "C has numbers that are not finite"),
+        ("older", "has version 0"),
+        ("half a batch", "is damaged: its batch is 8.5"),
+        ("infinite", "var has numbers that are not finite"),
+        ("float64", "expected b2 of shape (27,), as its settings say, in float32, got (27,) in"),
+        ("losses in a column", "expected losses of shape"),
         (
             "other sizes",
             "expected W1 of shape (30, 20), as its settings say, in float32, got (30, 3)",
