@@ -266,6 +266,30 @@ def test_signs_cross_a_compiled_graph(channels_last, compiler, implementation, d
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_half_precision_crosses_a_compiled_graph(with_residual, compiler, device) -> None:
+    """Whichever implementation the graph was compiled for: only one of them keeps relu's output."""
+    t = example((3, 5, 3, 3), torch.bfloat16, device, residual=True)
+    names = ("input", "residual") if with_residual else ("input",)
+    upstream = torch.randn_like(t["input"])
+    norm = fused.BatchNorm2d(5, activation="relu", device=device)
+
+    def step(function: Any, forward: str, backward: str) -> tuple[Tensor, ...]:
+        leaves = [t[name].detach().requires_grad_() for name in names]
+        with fused.backend.use(forward):
+            y = function(*leaves)
+        with fused.backend.use(backward):
+            return y, *torch.autograd.grad(y, [*leaves, norm.weight], upstream)
+
+    expected = step(norm, "eager", "eager")
+    for first, second in (("triton", "eager"), ("eager", "triton")):
+        torch.compiler.reset()
+        function = torch.compile(norm, fullgraph=True, backend="aot_eager")
+        for backends in ((first, first), (first, second), (second, first), (second, second)):
+            torch.testing.assert_close(step(function, *backends), expected, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("activation", ["relu", None])
 @pytest.mark.parametrize("kind", ["training", "cumulative", "no statistics", "evaluation"])
 def test_opcheck(kind, activation, implementation, device) -> None:

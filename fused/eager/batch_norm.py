@@ -157,10 +157,11 @@ def batch_norm_bwd(
     frozen. `kept` is the forward's; without an activation, None.
     """
     n = x.numel() // max(1, x.shape[1])
-    if batch_statistics and n and _is_native(x, activation):
+    # Another implementation's forward may have kept no output.
+    knows_dz = activation is None or kept is not None
+    if batch_statistics and n and knows_dz and _is_native(x, activation):
         dz = _in_format_of(dy, x)
-        if activation is not None:
-            assert kept is not None
+        if kept is not None:
             dz = torch.ops.aten.threshold_backward(dz, kept, 0)
         bessel = root_of_bessel(n) if correction else 1.0
         biased = to_biased(_to_float32(gamma), x, n, correction)
