@@ -6,7 +6,9 @@ The formulas are those of fused/kernels/mlp_train.py, with changes that make the
     eps * (B-1)/B it has Bessel's correction (docs/derivations.md);
     tanh(x) = 2 sigmoid(2x) - 1: on a CPU torch's sigmoid takes a fifth of the time of its tanh. So
     batch norm gives 2 hpreact, u = sigmoid of that, h = 2u - 1, and d(2 hpreact) = 2 u (1-u) dh;
-    b2 is one more row of W2, that of a hidden unit which is always 1.
+    b2 is one more row of W2, that of a hidden unit which is always 1;
+    embeddings and their gradient lie transposed, each of the E numbers of a character together for
+    all examples: a matrix product is fastest where the side of B lies in a row.
 
 That 2, and -lr/B, enter where the loss does: gradients arrive ready to be added to the parameters.
 The tensors of the loop are torch's inference tensors, whose operations cost the least.
@@ -19,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_batch_norm = torch.ops.aten.native_batch_norm.out
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
 CHUNK = 64  # steps whose minibatches and logits are at hand at a time: they stay in the cache
@@ -95,38 +96,40 @@ class Loop:
         self.eps = eps * self.bessel
         self.rate = lr * (-2 / n)
         # The parameters: W2 transposed, which makes its products faster by a fifth, and b2 in it.
-        self.C, self.W1, self.affine = C.clone(), W1.clone(), torch.stack((gain, bias))
+        self.C, self.affine = C.T.contiguous(), torch.stack((gain, bias))  # C: (E, V)
+        self.W1 = _exchanged(W1, n_context, E)  # rows (E, T), not (T, E)
         self.W2 = torch.cat((W2, b2.unsqueeze(0))).T.contiguous()  # (V, H + 1)
         self.W1_T, self.W2_h, (self.gain, self.bias) = self.W1.T, self.W2[:, :H], self.affine
 
-        self.emb, self.demb = C.new_empty(n * n_context, E), C.new_empty(n, TE)
-        self.embcat, self.demb_rows = self.emb.view(n, TE), self.demb.view(-1, E)
-        self.embcat_T = self.embcat.T
+        self.emb, self.demb = C.new_empty(E, n_context * n), C.new_empty(E, n_context * n)
+        self.embcat_T = self.emb.view(TE, n)
+        self.embcat, self.dembcat = self.embcat_T.T, self.demb.view(TE, n).T
         self.pre, self.u, self.dh = (C.new_empty(n, H) for _ in range(3))
         self.h1 = C.new_ones(n, H + 1)  # h, and the unit that is always 1
         self.h, self.h1_T = self.h1[:, :H], self.h1.T
         self.probs, self.dlogits = C.new_empty(V, n), C.new_empty(V, n)
         self.dlogits_T = self.dlogits.T
         self.mean, self.rstd, self.scaled = C.new_empty(H), C.new_empty(H), C.new_empty(2, H)
+        self.u_and_stats = (self.u, self.mean, self.rstd)
         self.weight, self.shift = self.scaled
         self.factor = torch.full_like(self.affine, 2.0)
         self.factor[0] *= self.bessel**0.5
         self.minus_1 = torch.full_like(lr, -1.0)
 
-        self.rows = torch.zeros(CHUNK, n * n_context, dtype=torch.int64, device=C.device)
+        self.rows = torch.zeros(CHUNK, n_context * n, dtype=torch.int64, device=C.device)
         self.minus_target, self.logits = C.new_empty(CHUNK, V, n), C.new_empty(CHUNK, V, n)
         # Where the values of demb go: their addresses, or one-hot rows for a GPU, where adding by
         # addresses takes atomics: another sum in every run.
         self.onehot = onehot
         if onehot:
-            self.goal = C.new_empty(CHUNK, n * n_context, V)
+            self.goal = C.new_empty(CHUNK, n_context * n, V)
         else:
-            self.goal = self.rows.unsqueeze(2).expand(-1, -1, E)
+            self.goal = self.rows.unsqueeze(1).expand(-1, E, -1)
         self.step = list(zip(self.rows, self.goal, self.minus_target, self.logits, strict=True))
 
     def load(self, x: Tensor, y: Tensor) -> None:
         """The minibatches of a chunk: contexts (K, B, T) and targets (K, B), K at most CHUNK."""
-        self.rows[: len(x)] = x.flatten(1)
+        self.rows[: len(x)] = x.transpose(1, 2).flatten(1)
         one = -self.rate.expand(y.shape).unsqueeze(1)
         self.minus_target.zero_()[: len(y)].scatter_(1, y.unsqueeze(1), one)
         if self.onehot:
@@ -141,12 +144,12 @@ class Loop:
         """Step i of the chunk. It keeps the logits."""
         rows, goal, minus_target, logits = self.step[i]
         # forward
-        torch.index_select(self.C, 0, rows, out=self.emb)
+        torch.index_select(self.C, 1, rows, out=self.emb)
         torch.mm(self.embcat, self.W1, out=self.pre)
         torch.mul(self.affine, self.factor, out=self.scaled)
-        _batch_norm(
+        torch.native_batch_norm(
             self.pre, self.weight, self.shift, None, None, True, 0.0, self.eps,
-            out=self.u, save_mean=self.mean, save_invstd=self.rstd,
+            out=self.u_and_stats,
         )  # fmt: skip
         self.u.sigmoid_()
         torch.add(self.minus_1, self.u, alpha=2, out=self.h)
@@ -165,12 +168,12 @@ class Loop:
         self.gain.add_(dweight, alpha=2 * self.bessel**0.5)
         self.bias.add_(dshift, alpha=2)
         # linear layer 1 and embedding
-        torch.mm(dpre, self.W1_T, out=self.demb)
+        torch.mm(dpre, self.W1_T, out=self.dembcat)
         self.W1.addmm_(self.embcat_T, dpre)
         if self.onehot:
-            self.C.addmm_(goal.T, self.demb_rows)
+            self.C.addmm_(self.demb, goal)
         else:
-            self.C.scatter_add_(0, goal, self.demb_rows)
+            self.C.scatter_add_(1, goal, self.demb)
 
     def losses(self, y: Tensor) -> Tensor:
         """The mean loss (K,) of each step of the chunk, whose targets y (K, B) are."""
@@ -180,9 +183,14 @@ class Loop:
         self, C: Tensor, W1: Tensor, W2: Tensor, b2: Tensor, gain: Tensor, bias: Tensor
     ) -> None:
         """Writes the parameters back."""
-        C.copy_(self.C)
-        W1.copy_(self.W1)
+        C.copy_(self.C.T)
+        W1.copy_(_exchanged(self.W1, len(self.C), W1.shape[0] // len(self.C)))
         W2.copy_(self.W2_h.T)
         b2.copy_(self.W2[:, -1])
         gain.copy_(self.gain)
         bias.copy_(self.bias)
+
+
+def _exchanged(W1: Tensor, outer: int, inner: int) -> Tensor:
+    """W1 with its rows (outer, inner) in the order (inner, outer)."""
+    return W1.unflatten(0, (outer, inner)).transpose(0, 1).flatten(0, 1)
