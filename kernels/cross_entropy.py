@@ -244,8 +244,9 @@ def _forward(
         return parts, extras
     loss = new(dtype=loss_dtype)
     _cross_entropy_sum_kernel[(1,)](
-        parts, loss, plan.n_programs, ACC=TRITON[acc], BLOCK=tuning.scan(plan.n_programs)
-    )
+        parts, loss, plan.n_programs, ACC=TRITON[acc], BLOCK=tuning.scan(plan.n_programs),
+        enable_fp_fusion=False,
+    )  # fmt: skip
     return loss, extras
 
 

@@ -181,13 +181,15 @@ def _triton() -> tuple[int, int]:
 @functools.cache
 def clusters_reduce(device: torch.device) -> bool:
     """Whether the blocks of a cluster can share a reduction, on this device and in this Triton."""
-    if device.type == "cpu":
-        return True  # in the interpreter, which knows no blocks
+    import triton
+
+    if device.type == "cpu" and triton.knobs.runtime.interpret:
+        return True  # the interpreter knows no blocks
     # Up to 3.7 such reductions do not compile; 3.8 lets a block end while others still read its
     # shared memory.
     if _triton() < (3, 9):
         return False
-    if device.type == "meta":
+    if device.type in ("cpu", "meta"):
         return True
     # Data center GPUs: the clusters of others have no more than 8 blocks.
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -1,5 +1,8 @@
 """Which plan of `kernels/tuning.py` a shape takes, and the plans that are off by default."""
 
+import re
+from functools import partial
+
 import pytest
 import torch
 
@@ -62,16 +65,75 @@ def test_clusters_for_few_rows_and_for_rows_beyond_l2(clusters) -> None:
     assert blocks(4096, 131072) == 1
 
 
-@pytest.mark.interpreted("no clusters in the emulator, nor in Triton 3.6 and 3.7")
-@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "softcap": 5.0}], ids=str)
+@pytest.mark.parametrize(
+    "kind, dtype, options",
+    [
+        ("indices", torch.float32, {}),
+        ("indices", torch.float32, {"label_smoothing": 0.1, "softcap": 5.0}),
+        ("indices", torch.bfloat16, {"reduction": "none", "z_loss": 0.1}),
+        ("probabilities", torch.float32, {}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", [(3, 16384), (2, 8201)], ids=str)
-def test_clusters_match_torch(shape, options, monkeypatch, device) -> None:
-    """Rows with and without edges. The interpreter shows the logic, not how blocks wait."""
+def test_clusters_match_torch(shape, kind, dtype, options, monkeypatch, device) -> None:
+    """Rows with and without edges. How blocks wait shows where kernels are compiled, alone."""
     monkeypatch.setattr(tuning, "CLUSTERS", True)
-    logits, target, weight = example(shape, torch.float32, device, weighted=bool(options))
+    logits, target, weight = example(shape, dtype, device, kind, weighted="softcap" in options)
     plan = tuning.cross_entropy(logits.unsqueeze(2))
     if plan.num_ctas == 1:
         pytest.skip("this device or this Triton has no clusters that reduce")
     assert plan.HELD and plan.EDGES == (shape[1] == 8201)
     with fused.backend.use("triton"):
         check_against_torch(logits, target, weight, "triton", **options)
+
+
+def test_every_barrier_of_a_cluster_is_needed(monkeypatch, device, pytestconfig) -> None:
+    """Taken out of the compiled kernel, one at a time, each is missed."""
+    if not pytestconfig.getoption("--compiled") or not tuning.clusters_reduce(device):
+        pytest.skip("takes compiled kernels (--compiled) and Triton 3.9")
+    from tests.emulator import driver
+    from tests.emulator.memory import Fault
+
+    barrier = re.compile(r"barrier\.cluster\.arrive\.aligned;\s+barrier\.cluster\.wait\.aligned;")
+    launch, found = driver.launch, []
+
+    def without(missing: int | None, text: str, *arguments) -> None:
+        places = list(barrier.finditer(text))
+        if places:
+            found[:] = places
+        if places and missing is not None:
+            text = text[: places[missing].start()] + text[places[missing].end() :]
+        launch(text, *arguments)
+
+    def loss(missing: int | None) -> None:
+        monkeypatch.setattr(driver, "launch", partial(without, missing))
+        with fused.backend.use("triton"):
+            fused.cross_entropy(logits, target)
+
+    monkeypatch.setattr(tuning, "CLUSTERS", True)
+    logits, target, _ = example((3, 16384), torch.float32, device)
+    loss(None)
+    assert len(found) == 6
+    for missing in range(len(found)):
+        with pytest.raises(Fault, match="shared memory"):
+            loss(missing)
+
+
+def test_clusters_in_place(monkeypatch, device) -> None:
+    """Where a program has several rows: each block writes over what it alone has read."""
+    monkeypatch.setattr(tuning, "CLUSTERS", True)
+    monkeypatch.setattr(tuning, "INTERPRETED_PROGRAMS", 1)
+    logits, target, _ = example((3, 16384), torch.float32, device)
+    if tuning.cross_entropy(logits.unsqueeze(2)).num_ctas == 1:
+        pytest.skip("this device or this Triton has no clusters that reduce")
+
+    def gradient(inplace: bool) -> torch.Tensor:
+        x = logits.clone().requires_grad_()
+        own = x * 1  # what an operation made may be overwritten
+        with fused.backend.use("triton"):
+            loss = fused.cross_entropy(own, target, inplace=inplace)
+        (dx,) = torch.autograd.grad(loss, x)
+        return dx
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=0, atol=0)

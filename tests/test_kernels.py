@@ -1,5 +1,6 @@
 """Every kernel, as a user's call launches it, compiles for every target; without a GPU."""
 
+import ast
 import json
 from typing import Any
 
@@ -175,6 +176,18 @@ def test_what_is_compiled_beforehand_is_what_a_launch_compiles() -> None:
     assert len(launched) == 4
     assert launched == reported
     assert built == [entry for entry in launched if "cross_entropy" in entry[0]]
+
+
+def test_every_launch_says_whether_products_and_sums_contract() -> None:
+    """Triton's own choice changes with 3.10, and until then it warns: kernel[grid](...)."""
+    launches = {}
+    for path in ROOT.joinpath("kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                said = {keyword.arg for keyword in node.keywords}
+                launches[path.name, node.lineno] = "enable_fp_fusion" in said
+    assert len(launches) >= 16
+    assert all(launches.values()), launches
 
 
 def test_no_kernel_adds_up_in_the_order_of_arrival() -> None:

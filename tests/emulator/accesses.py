@@ -5,10 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tests.emulator.memory import WARP, Array
+from tests.emulator.memory import Array
 from tests.emulator.numeric import bytes_of
 from tests.emulator.ptx import TYPES, Instruction, names_in
-from tests.emulator.threads import Mask, Run, Threads
+from tests.emulator.threads import Mask, Run, Threads, in_cluster
+
+_SPACES = {
+    "global": "global", "shared": "shared", "shared_cta": "shared", "shared_cluster": "cluster",
+}  # fmt: skip
 
 
 def _load(t: Threads, i: Instruction) -> Run:
@@ -19,11 +23,11 @@ def _load(t: Threads, i: Instruction) -> Run:
             raise NotImplementedError(str(i))
         value = np.broadcast_to(t.parameters[name].view(kind), t.n)
         return lambda mask: t.put(i.operands[0], value, mask)
-    shared, address = _is_shared(i), t.address(i.operands[1])
+    space, address = _space(i), t.address(i.operands[1])
 
     def run(mask: Mask) -> None:
         on = t.on(mask)
-        values = t.load(shared, address()[on], kind.itemsize * len(to), on, i).view(kind)
+        values = t.load(space, address()[on], kind.itemsize * len(to), on, i).view(kind)
         for k, name in enumerate(to):
             t.put(name, _at(t, on, values[:, k]), mask)
 
@@ -31,21 +35,29 @@ def _load(t: Threads, i: Instruction) -> Run:
 
 
 def _store(t: Threads, i: Instruction) -> Run:
-    shared, address = _is_shared(i), t.address(i.operands[0])
+    space, address = _space(i), t.address(i.operands[0])
     sources = [t.source(name, TYPES[i.kind()]) for name in names_in(i.operands[1])]
 
     def run(mask: Mask) -> None:
         on = t.on(mask)
         values = np.stack([source()[on] for source in sources], 1)
-        t.store(shared, address()[on], bytes_of(values), on, i)
+        t.store(space, address()[on], bytes_of(values), on, i)
 
     return run
 
 
-def _is_shared(i: Instruction) -> bool:
-    if not {"global", "shared", "shared_cta"} & set(i.parts):
+def _space(i: Instruction) -> str:
+    for part in i.parts:
+        if part in _SPACES:
+            return _SPACES[part]
+    raise NotImplementedError(str(i))
+
+
+def _address_in_cluster(t: Threads, i: Instruction) -> Run:
+    if i.parts[1:] != ("shared_cluster", "u32"):
         raise NotImplementedError(str(i))
-    return "global" not in i.parts
+    at, rank = (t.source(o, TYPES["u32"]) for o in i.operands[1:])
+    return lambda mask: t.put(i.operands[0], in_cluster(at(), rank()), mask)
 
 
 def _at(t: Threads, on: Array, values: Array) -> Array:
@@ -65,7 +77,7 @@ def _load_matrices(t: Threads, i: Instruction) -> Run:
         on = _whole_warps(t, mask, i)
         at, lanes = address()[on].reshape(-1, 4, 8), on.reshape(-1, 4, 8)
         for k, name in enumerate(to):
-            got = t.load(True, at[:, k].ravel(), 16, lanes[:, k].ravel(), i)
+            got = t.load("shared", at[:, k].ravel(), 16, lanes[:, k].ravel(), i)
             matrices = got.view(np.uint16).reshape(-1, 8, 8)
             if "trans" in i.parts:
                 matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1))
@@ -86,7 +98,7 @@ def _store_matrices(t: Threads, i: Instruction) -> Run:
             if "trans" in i.parts:
                 matrices = matrices.transpose(0, 2, 1)
             values = bytes_of(matrices.reshape(-1, 8))
-            t.store(True, at[:, k].ravel(), values, lanes[:, k].ravel(), i)
+            t.store("shared", at[:, k].ravel(), values, lanes[:, k].ravel(), i)
 
     return run
 
@@ -95,7 +107,7 @@ def _whole_warps(t: Threads, mask: Mask, i: Instruction) -> Array:
     """The threads that execute an instruction of matrices."""
     if "m8n8" not in i.parts or i.kind() != "b16":
         raise NotImplementedError(str(i))
-    t.together(mask, i, WARP)
+    t.together(mask, i)
     return t.on(mask)
 
 
@@ -176,10 +188,11 @@ class Copies:
     def _carry_out(self, copy: _Copy) -> None:
         values = np.zeros((len(copy.on), copy.size), np.uint8)
         read, i = copy.read, copy.instruction
-        values[read] = self.t.load(False, copy.start[read], copy.size, copy.on[read], i)
-        self.t.store(True, copy.to, values, copy.on, i)
+        values[read] = self.t.load("global", copy.start[read], copy.size, copy.on[read], i)
+        self.t.store("shared", copy.to, values, copy.on, i)
 
 
 INSTRUCTIONS: dict[str, Callable[[Threads, Instruction], Run]] = {
     "ld": _load, "st": _store, "ldmatrix": _load_matrices, "stmatrix": _store_matrices,
+    "mapa": _address_in_cluster,
 }  # fmt: skip

@@ -19,7 +19,7 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from tests.emulator import machine
 from tests.emulator.memory import Array, Memory
-from tests.emulator.ptx import parse
+from tests.emulator.ptx import Kernel, parse
 
 _GUARD = 4096  # bytes before, between and after storages
 _MOST_BYTES = 1 << 28
@@ -110,13 +110,12 @@ class Launcher:
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
         _packed, _metadata, _enter, _exit, *arguments = rest
-        if self.metadata.num_ctas > 1:
-            raise NotImplementedError("clusters")
         driver, name = self.driver, self.metadata.name
         driver.launches[name] += 1
         flat = _flat(self.kinds, tuple(arguments))
         updates = name not in driver.without_updates
-        launch(function, flat, (x, y, z), self.metadata.shared, driver.early, updates)
+        grid = (x * self.metadata.num_ctas, y, z)  # of blocks
+        launch(function, flat, grid, self.metadata.shared, driver.early, updates)
 
 
 def _flat(kinds: Sequence[Any], values: Sequence[Any]) -> list[tuple[str, Any]]:
@@ -141,7 +140,7 @@ def launch(
     """Runs a kernel's PTX; arguments are (Triton's type, tensor or number)."""
     kernel = parse(text)
     tensors = [value for kind, value in arguments if kind[0] == "*"]
-    arena = _Arena(tensors, kernel.threads, updates)
+    arena = _Arena(tensors, kernel, updates)
     parameters = [
         np.array([arena.address(value)], np.uint64) if kind[0] == "*" else _scalar(kind, value)
         for kind, value in arguments
@@ -161,7 +160,7 @@ def _scalar(kind: str, value: float) -> Array:
 class _Arena:
     """Global memory: a copy of every storage of some tensors, no better aligned than it is."""
 
-    def __init__(self, tensors: Sequence[torch.Tensor], threads: int, updates: bool) -> None:
+    def __init__(self, tensors: Sequence[torch.Tensor], kernel: Kernel, updates: bool) -> None:
         storages = {
             t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t.numel()
         }
@@ -174,7 +173,7 @@ class _Arena:
             self._hosts[pointer] = torch.tensor([], dtype=torch.uint8).set_(storage).numpy()
             self._starts[pointer] = -(-end // _GUARD) * _GUARD + _GUARD + pointer % 16
             end = self._starts[pointer] + storage.nbytes()
-        self.memory = Memory("global", end + _GUARD, threads, updates)
+        self.memory = Memory("global", end + _GUARD, kernel.threads, updates, kernel.cluster)
         for pointer, host in self._hosts.items():
             start = self._starts[pointer]
             self.memory.bytes[start : start + len(host)] = host

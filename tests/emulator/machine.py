@@ -1,12 +1,13 @@
 """Runs PTX on the CPU with NumPy: the threads of a launch side by side, one instruction at a time.
 
 It knows the part of PTX that Triton generates for this package's kernels and raises
-NotImplementedError, naming the instruction, for the rest (atomics, wgmma, clusters, ...). It is
+NotImplementedError, naming the instruction, for the rest (atomics, wgmma, ...). It is
 stricter than a GPU. Fault is raised by
 
 - an access outside of the tensors given, or of a block's shared memory, or a misaligned one
   (`memory.py`; inside a tensor's storage, but outside of the view passed, is not noticed);
 - two threads that touch the same bytes, one of them writing, without a barrier between them;
+- a block of a cluster that ends before a barrier tells that no other block reads its memory;
 - a barrier, or another instruction of a whole warp, at which only some of its threads are, or at
   which they wait for others that never come.
 
@@ -22,7 +23,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tests.emulator import accesses, compute, warps
-from tests.emulator.memory import WARP, Array, Fault, Memory
+from tests.emulator.memory import Array, Fault, Memory
 from tests.emulator.ptx import Instruction, Kernel
 from tests.emulator.threads import Run, Threads
 
@@ -47,7 +48,7 @@ def run(
     `early`: asynchronous copies arrive at once, rather than when they are waited for.
     """
     total = int(np.prod(grid))
-    step = max(1, MOST_THREADS // kernel.threads)
+    step = max(1, MOST_THREADS // kernel.threads // kernel.cluster) * kernel.cluster
     for first in range(0, total, step):
         blocks = range(first, min(first + step, total))
         threads = Threads(kernel, parameters, grid, blocks, shared, memory)
@@ -85,7 +86,7 @@ class _Machine:
             here = at == block
             level = self.code[block][0][0].waits_for() if self.code[block] else None
             if level:
-                size = WARP if level == "warp" else self.threads.block_size
+                size = self.threads.sizes[level]
                 here &= np.repeat(here.reshape(-1, size).all(1), size)
             if here.any():
                 return int(block), here
@@ -99,6 +100,8 @@ class _Machine:
         for i, instruction in self.code[block]:
             if i.name() in ("bra", "ret"):  # the last
                 gone = self.threads.on(self.threads.guarded(i, mask))
+                if i.name() == "ret":
+                    self.threads.end(gone, i)
                 after[gone] = (
                     len(self.code) if i.name() == "ret" else self.kernel.labels[i.operands[0]]
                 )

@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 WARP = 32
-# A thread's time: how many barriers of its block (the upper bits) and of its warp it has passed.
-WARP_BARRIER, BLOCK_BARRIER = 1, 1 << 16
+# A thread's time: how many barriers of its cluster (the upper bits), its block and its warp it has
+# passed.
+BARRIERS = {"warp": 1, "block": 1 << 16, "cluster": 1 << 40}
 _NOBODY = np.iinfo(np.int64).max
 
 
@@ -34,7 +35,8 @@ class Memory:
 
     Every access must be aligned to its width and lie within what `allow` has allowed. Two accesses
     of a byte of which one writes must be one thread's, or have a barrier between them: of their
-    block, or of their warp where both are of one. So accesses of two blocks are never in order.
+    cluster, of their block where both are of one, or of their warp. So accesses of two blocks are
+    never in order, unless they are one cluster's.
 
     With `updates`, a thread may also write what its own block has read, if its own warp has: Triton
     lets all threads load a value of which one stores the update, and only that one's load counts.
@@ -43,9 +45,12 @@ class Memory:
     Two threads may write the same value at once, in one instruction.
     """
 
-    def __init__(self, name: str, size: int, threads: int, updates: bool = False) -> None:
-        """`threads` to a block."""
+    def __init__(
+        self, name: str, size: int, threads: int, updates: bool = False, cluster: int = 1
+    ) -> None:
+        """`threads` to a block, `cluster` blocks to a cluster."""
         self.name, self.threads, self.updates = name, threads, updates
+        self.cluster = cluster
         self.bytes = np.zeros(size, np.uint8)
         self._allowed = np.zeros(size, bool)
         # Thread + 1 (0: none): the last that wrote a byte, and the lowest and highest of those that
@@ -91,6 +96,21 @@ class Memory:
         if (self.bytes[where] != values).any():
             raise Fault(f"{self.name} memory written differently by two threads: {access.what}")
 
+    def end(self, start: Array, size: int, access: Access) -> None:
+        """A thread's block ends, and with it `size` bytes from `start`: a block each."""
+        where, me, now = start[:, None] + np.arange(size), access.threads + 1, access.times
+        me, now = me[:, None], now[:, None]
+        for who, when in (
+            (self._low[where], self._read[where]),
+            (self._high[where], self._read[where]),
+            (self._writer[where], self._wrote[where]),
+        ):
+            used = (who > 0) & (who < _NOBODY) & (self._block(who) != self._block(me))
+            if (used & ~self._before(who, when, me, now)).any():
+                raise Fault(
+                    f"{self.name} memory of a block that ends while others use it: {access.what}"
+                )
+
     def _checked(self, at: Array, width: int, access: Access) -> tuple[Array, Array, Array]:
         """The bytes (accesses, width), the threads and times beside them."""
         if (at % width).any():
@@ -109,9 +129,14 @@ class Memory:
 
     def _before(self, who: Array, when: Array, me: Array, now: Array) -> Array:
         """Whether barriers put `who` at `when` before `me` at `now`."""
-        block = self._block(who) == self._block(me)
-        warp = (who - 1) // WARP == (me - 1) // WARP
-        return block & (when // BLOCK_BARRIER < now // BLOCK_BARRIER) | warp & (when < now)
+        size = {"warp": WARP, "block": self.threads, "cluster": self.threads * self.cluster}
+
+        def passed(level: str) -> Array:
+            same = (who - 1) // size[level] == (me - 1) // size[level]
+            return same & (when // BARRIERS[level] < now // BARRIERS[level])
+
+        before = passed("block") | passed("warp")
+        return before | passed("cluster") if self.cluster > 1 else before
 
     def _unordered(self, who: Array, when: Array, me: Array, now: Array) -> Array:
         """Whether `who` is another thread, whose access at `when` is not before mine."""

@@ -36,7 +36,9 @@ class Instruction:
         return self.parts[-1]
 
     def waits_for(self) -> str | None:
-        """Who has to have arrived before it is carried out: "warp", "block" or nobody."""
+        """Who has to have arrived before it is carried out: a level of BARRIERS, or nobody."""
+        if self.parts[:2] == ("barrier", "cluster"):
+            return "cluster" if self.parts[2] == "wait" else None
         if self.parts[0] in ("bar", "barrier"):
             return "warp" if self.parts[1] == "warp" else "block"
         return "warp" if "sync" in self.parts else None
@@ -47,6 +49,7 @@ class Kernel:
     parameters: tuple[str, ...]
     registers: dict[str, tuple[int | None, str]]  # prefix: how many (None: one, so called), type
     threads: int  # a block
+    cluster: int  # blocks
     # Control enters at the first instruction of a basic block; what waits is always the first.
     blocks: tuple[tuple[Instruction, ...], ...]
     labels: dict[str, int]  # of basic blocks
@@ -58,6 +61,7 @@ def parse(text: str) -> Kernel:
     threads = re.search(r"\.(?:req|max)ntid (\d+)", header)
     if threads is None:
         raise NotImplementedError("a kernel that does not say how many threads it has")
+    cluster = re.search(r"\.reqnctapercluster (\d+)", header)
     parameters = tuple(re.findall(r"\.param [^\n]*?(\w+)[,\n]", header))
     registers: dict[str, tuple[int | None, str]] = {}
     blocks: list[list[Instruction]] = [[]]
@@ -83,12 +87,24 @@ def parse(text: str) -> Kernel:
                 registers[name] = int(count) if count else None, kind
             elif statement and statement[0] not in ".}$":
                 i = _instruction(number, source, statement)
+                if i.waits_for() == "cluster":
+                    _check_nothing_is_between(blocks[-1], i)
                 if i.waits_for() and blocks[-1]:
                     blocks.append([])
                 blocks[-1].append(i)
                 if i.name() in ("bra", "ret"):
                     blocks.append([])
-    return Kernel(parameters, registers, int(threads[1]), tuple(map(tuple, blocks)), labels)
+    return Kernel(
+        parameters, registers, int(threads[1]), int(cluster[1]) if cluster else 1,
+        tuple(map(tuple, blocks)), labels,
+    )  # fmt: skip
+
+
+def _check_nothing_is_between(before: list[Instruction], wait: Instruction) -> None:
+    """What a thread does after it has arrived and before it waits would be in nobody's order."""
+    arrived = bool(before) and before[-1].parts[:3] == ("barrier", "cluster", "arrive")
+    if not arrived or before[-1].guard or wait.guard or "relaxed" in before[-1].parts:
+        raise NotImplementedError(f"a wait that does not follow an arrival: {wait}")
 
 
 def _instruction(number: int, source: str, statement: str) -> Instruction:

@@ -15,7 +15,7 @@ HEADER = """
 	.param .u64 .ptr .global .align 1 x,
 	.param .u64 .ptr .global .align 1 y
 )
-.reqntid {threads}
+.reqntid {threads}{cluster}
 {{
 	.reg .pred %p<8>; .reg .b16 %h<8>; .reg .b32 %r<32>; .reg .b64 %d<8>;
 	ld.param.b64 %d0, [x];
@@ -30,16 +30,19 @@ HEADER = """
 X, Y = 4096, 8192  # where the two arrays begin
 
 
-def emulate(body: str, x, y, threads: int = 32, blocks: int = 1, shared: int = 0, early=False):
+def emulate(
+    body: str, x, y, threads: int = 32, blocks: int = 1, shared: int = 0, early=False, cluster=1
+):
     """y after a launch. In `body` thread %r0 has the addresses of x in %d0, of x[%r0] (4 bytes an
     element) in %d3, of y in %d1 and of y[%r0] in %d4; 4 * %r0 is in %r1."""
-    memory = Memory("global", 3 * 4096, threads, updates=True)
+    memory = Memory("global", 3 * 4096, threads, True, cluster)
     for start, array in ((X, x), (Y, y)):
         memory.bytes[start : start + array.nbytes] = (
             np.ascontiguousarray(array).view(np.uint8).ravel()
         )
         memory.allow(start, array.nbytes)
-    kernel = parse(HEADER.format(threads=threads) + body + "\n\tret;\n}")
+    clusters = f"\n.reqnctapercluster {cluster}" if cluster > 1 else ""
+    kernel = parse(HEADER.format(threads=threads, cluster=clusters) + body + "\n\tret;\n}")
     parameters = [np.array([start], np.uint64) for start in (X, Y)]
     machine.run(kernel, parameters, (blocks, 1, 1), shared, memory, early)
     return memory.bytes[Y : Y + y.nbytes].view(y.dtype).reshape(y.shape)
@@ -151,6 +154,87 @@ def test_blocks_are_never_in_order() -> None:
     for body in (f"@%p3 {store}", f"@%p3 {load} setp.eq.and.s32 %p4, %r5, 16, %p3; @%p4 {store}"):
         with pytest.raises(Fault, match="global memory used and written without a barrier"):
             emulate(CTA + both + body, empty(1), empty(1), threads=1024, blocks=17)
+
+
+CLUSTER = "barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;"
+RANK = "mov.u32 %r5, %cluster_ctarank; mov.u32 %r6, %ctaid.x; mov.u32 %r7, %cluster_nctarank;"
+# What the next block of the cluster has written at one's own address.
+NEXT = """add.s32 %r8, %r5, 1; rem.u32 %r8, %r8, %r7;
+mapa.shared::cluster.u32 %r9, %r1, %r8; ld.shared::cluster.b32 %r10, [%r9];"""
+# Thread k of block b writes 100 b + k, reads its neighbour's, and stores that at y[64 b + k].
+WRITE = "mad.lo.s32 %r11, %r6, 100, %r0; st.shared.b32 [%r1], %r11;"
+STORE = """mul.lo.s32 %r12, %r6, 256; cvt.u64.u32 %d5, %r12; add.s64 %d6, %d4, %d5;
+st.global.b32 [%d6], %r10;"""
+
+
+def test_blocks_of_a_cluster_read_each_others_shared_memory() -> None:
+    """3 clusters of 4 blocks, of 2 warps: in one group, and, of 512 threads, in several."""
+    body = f"{RANK} {WRITE} {CLUSTER} {NEXT} {STORE} {CLUSTER}"
+    result = emulate(body, empty(1), empty(12 * 64), 64, 12, 256, cluster=4).reshape(3, 4, 64)
+    blocks = np.roll(np.arange(12).reshape(3, 4), -1, axis=1)
+    assert (result == 100 * blocks[:, :, None] + np.arange(64)).all()
+    last = "sub.s32 %r10, %r10, %r0; setp.eq.s32 %p1, %r6, 63; @%p1 st.global.b32 [%d1], %r10;"
+    wide = f"{RANK} {WRITE} {CLUSTER} {NEXT} {last} {CLUSTER}"
+    assert emulate(wide, empty(1), empty(1), 512, 64, 2048, cluster=16) == 4800  # block 48's
+
+
+@pytest.mark.parametrize("missing", range(3))
+@pytest.mark.parametrize("instead", ["", BLOCK])
+def test_a_barrier_of_a_cluster_that_is_missing(missing, instead) -> None:
+    """Before another's memory is read, before one's own is written again, before it ends."""
+    barriers = [instead if k == missing else CLUSTER for k in range(3)]
+    body = f"{RANK} {WRITE} {barriers[0]} {NEXT} {STORE} {barriers[1]}"
+    body += f"{WRITE} {CLUSTER} {NEXT} {STORE} {barriers[2]}"
+    word = ["written and read", "used and written", "a block that ends while others use it"][
+        missing
+    ]
+    with pytest.raises(Fault, match=f"shared memory (of )?{word}"):
+        emulate(body, empty(1), empty(128), 64, 2, 256, cluster=2)
+
+
+def test_a_barrier_orders_the_blocks_of_a_cluster_alone() -> None:
+    """In global memory, too: block 0 writes, block 1 reads."""
+    write = (
+        "setp.eq.s32 %p1, %r0, 0; setp.eq.and.s32 %p2, %r6, 0, %p1; @%p2 st.global.b32 [%d1], 3;"
+    )
+    read = "setp.eq.and.s32 %p3, %r6, 1, %p1; @%p3 ld.global.b32 %r2, [%d1];"
+    body = f"{RANK} {write} {CLUSTER} {read}"
+    assert emulate(body, empty(1), empty(1), blocks=2, cluster=2) == 3
+    with pytest.raises(Fault, match="global memory written and read"):
+        emulate(body.replace("%r6, 1", "%r6, 2"), empty(1), empty(1), blocks=4, cluster=2)
+
+
+def test_a_block_that_its_cluster_waits_for() -> None:
+    leave = f"{RANK} setp.eq.s32 %p1, %r5, 1; @%p1 ret;"
+    with pytest.raises(Fault, match="wait for others that do not come"):
+        emulate(f"{leave} {CLUSTER}", empty(1), empty(1), blocks=2, cluster=2)
+    emulate(f"{leave} {BLOCK}", empty(1), empty(1), blocks=2, cluster=2)
+
+
+@pytest.mark.parametrize("rank, known", [(0, True), (1, True), (2, False)])
+def test_a_block_that_is_not_in_the_cluster(rank, known) -> None:
+    body = f"""{WRITE} {CLUSTER} mapa.shared::cluster.u32 %r9, %r1, {rank};
+    ld.shared::cluster.b32 %r10, [%r9]; {CLUSTER}"""
+    if known:
+        emulate(body, empty(1), empty(1), 32, 4, 128, cluster=2)
+        with pytest.raises(Fault, match="access outside of shared memory"):
+            emulate(body.replace("[%r9]", "[%r9+4]"), empty(1), empty(1), 32, 4, 128, cluster=2)
+    else:
+        with pytest.raises(Fault, match="no block of the cluster: kernel.py:7"):
+            emulate(body, empty(1), empty(1), 32, 4, 128, cluster=2)
+
+
+@pytest.mark.parametrize(
+    "barrier",
+    [
+        "barrier.cluster.wait.aligned;",
+        f"barrier.cluster.arrive.aligned; {WRITE} barrier.cluster.wait.aligned;",
+        CLUSTER.replace("arrive", "arrive.relaxed"),
+    ],
+)
+def test_barriers_of_clusters_that_triton_does_not_make(barrier) -> None:
+    with pytest.raises(NotImplementedError, match="a wait that does not follow an arrival"):
+        emulate(barrier, empty(1), empty(1), blocks=2, shared=128, cluster=2)
 
 
 @pytest.mark.parametrize(

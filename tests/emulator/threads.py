@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.emulator.memory import BLOCK_BARRIER, WARP, WARP_BARRIER, Access, Array, Fault, Memory
+from tests.emulator.memory import BARRIERS, WARP, Access, Array, Fault, Memory
 from tests.emulator.numeric import bytes_of
 from tests.emulator.ptx import TYPES, Instruction, Kernel
 
@@ -14,6 +14,7 @@ Mask = Array | None  # of the threads that execute; None: all
 Run = Callable[[Mask], None]
 Source = Callable[[], Array]  # an operand's value, (threads,)
 _ALL = slice(None)
+_RANK = 1 << 24  # more than a block has of shared memory
 
 
 class Threads:
@@ -33,6 +34,10 @@ class Threads:
         memory: Memory,
     ) -> None:
         self.block_size, self.n = kernel.threads, len(blocks) * kernel.threads
+        self.cluster = kernel.cluster
+        self.sizes = {
+            "warp": WARP, "block": kernel.threads, "cluster": kernel.threads * kernel.cluster
+        }  # fmt: skip
         self.parameters = dict(zip(kernel.parameters, parameters, strict=True))
         self.registers = {
             name: np.zeros(self.n, TYPES[kind])
@@ -44,7 +49,9 @@ class Threads:
         self.number, self.times = every + blocks.start * self.block_size, 0 * every
         self.memory = memory
         self._shared_size = -(-shared // 16) * 16
-        self._shared = Memory("shared", self._shared_size * len(blocks), self.block_size)
+        self._shared = Memory(
+            "shared", self._shared_size * len(blocks), self.block_size, cluster=kernel.cluster
+        )
         self._shared.allow(0, self._shared_size * len(blocks))
         self._shared_start = every // self.block_size * self._shared_size
         x, y, z = grid
@@ -53,6 +60,7 @@ class Threads:
             "ntid.x": self.block_size, "ntid.y": 1, "ntid.z": 1,
             "ctaid.x": block % x, "ctaid.y": block // x % y, "ctaid.z": block // (x * y),
             "nctaid.x": x, "nctaid.y": y, "nctaid.z": z,
+            "cluster_ctarank": block % kernel.cluster, "cluster_nctarank": kernel.cluster,
         }  # fmt: skip
         self._special = {f"%{k}": np.broadcast_to(v, self.n) for k, v in special.items()}
 
@@ -69,19 +77,27 @@ class Threads:
         """Their indices."""
         return np.arange(self.n) if mask is None else np.flatnonzero(mask)
 
-    def together(self, mask: Mask, i: Instruction, size: int) -> None:
-        """Raises Fault where some of a warp or of a block, `size` threads, execute and some not."""
+    def together(self, mask: Mask, i: Instruction, level: str = "warp") -> None:
+        """Raises Fault where some of a warp, or of another level, execute and some not."""
         if mask is not None:
-            groups = mask.reshape(-1, size)
+            groups = mask.reshape(-1, self.sizes[level])
             if (groups.any(1) != groups.all(1)).any():
-                of = "warp" if size == WARP else "block"
-                raise Fault(f"only some threads of a {of} are here: {i}")
+                raise Fault(f"only some threads of a {level} are here: {i}")
 
     def pass_barrier(self, mask: Mask, i: Instruction) -> None:
-        whole_block = i.waits_for() == "block"
-        self.together(mask, i, self.block_size if whole_block else WARP)
+        level = i.waits_for()
+        assert level is not None
+        self.together(mask, i, level)
         on = _ALL if mask is None else mask
-        self.times[on] += BLOCK_BARRIER if whole_block else WARP_BARRIER
+        self.times[on] += BARRIERS[level]
+
+    def end(self, on: Array, i: Instruction) -> None:
+        """The threads `on` have come to their end: others may not need their shared memory."""
+        if self.cluster > 1 and self._shared_size:
+            first = np.unique(on // self.block_size, return_index=True)[1]  # one of each block
+            one = on[first]
+            access = Access(self.number[one], self.times[one], i)
+            self._shared.end(self._shared_start[one], self._shared_size, access)
 
     # Operands
 
@@ -138,23 +154,37 @@ class Threads:
 
     # Memory
 
-    def load(self, shared: bool, at: Array, width: int, on: Array, i: Instruction) -> Array:
-        """(accesses, width) bytes for the threads `on`, at an address each."""
-        memory, at = self._place(shared, at, width, on, i)
+    def load(self, space: str, at: Array, width: int, on: Array, i: Instruction) -> Array:
+        """(accesses, width) bytes for the threads `on`, at an address each.
+
+        `space` is "global", "shared", or "cluster": addresses of `in_cluster`.
+        """
+        memory, at = self._place(space, at, width, on, i)
         return memory.load(at, width, Access(self.number[on], self.times[on], i))
 
-    def store(self, shared: bool, at: Array, values: Array, on: Array, i: Instruction) -> None:
-        memory, at = self._place(shared, at, values.shape[1], on, i)
+    def store(self, space: str, at: Array, values: Array, on: Array, i: Instruction) -> None:
+        memory, at = self._place(space, at, values.shape[1], on, i)
         memory.store(at, values, Access(self.number[on], self.times[on], i))
 
     def _place(
-        self, shared: bool, at: Array, width: int, on: Array, i: Instruction
+        self, space: str, at: Array, width: int, on: Array, i: Instruction
     ) -> tuple[Memory, Array]:
-        if not shared:
+        if space == "global":
             return self.memory, at
+        block = on // self.block_size
+        if space == "cluster":
+            rank, at = at // _RANK - 1, at % _RANK
+            if ((rank < 0) | (rank >= self.cluster)).any():
+                raise Fault(f"no block of the cluster: {i}")
+            block = block // self.cluster * self.cluster + rank
         if ((at < 0) | (at + width > self._shared_size)).any():
             raise Fault(f"access outside of shared memory: {i}")
-        return self._shared, at + self._shared_start[on]
+        return self._shared, at + block * self._shared_size
+
+
+def in_cluster(at: Array, rank: Array) -> Array:
+    """The address in the cluster of what is at `at` in the shared memory of the block `rank`."""
+    return (at + (rank + 1) * _RANK).astype(np.uint32)
 
 
 def _constant(operand: str, kind: np.dtype[Any]) -> Array:

@@ -16,7 +16,10 @@ _REDUCE: dict[str, np.ufunc] = {
 
 
 def _barrier(t: Threads, i: Instruction) -> Run:
-    if i.parts[1] != "warp" and (i.parts[1] != "sync" or i.operands != ("0",)):
+    if i.parts[1:3] == ("cluster", "arrive"):
+        return lambda mask: None  # the wait, next, is the barrier
+    known = i.parts[1] in ("warp", "cluster") or (i.parts[1] == "sync" and i.operands == ("0",))
+    if not known:
         raise NotImplementedError(str(i))
     return lambda mask: t.pass_barrier(mask, i)
 
@@ -29,7 +32,7 @@ def _shuffle(t: Threads, i: Instruction) -> Run:
     first = np.arange(t.n) - lane
 
     def run(mask: Mask) -> None:
-        t.together(mask, i, WARP)
+        t.together(mask, i)
         b, c = by().astype(int) & 31, clamp().astype(int)
         segment = (c >> 8) & 31
         least = lane & segment
@@ -52,7 +55,7 @@ def _reduce(t: Threads, i: Instruction) -> Run:
     function, source = _REDUCE[i.parts[2]], t.source(i.operands[1], TYPES[i.kind()])
 
     def run(mask: Mask) -> None:
-        t.together(mask, i, WARP)
+        t.together(mask, i)
         value = source()
         total = function.reduce(value.reshape(-1, WARP), 1, dtype=value.dtype)
         t.put(i.operands[0], np.repeat(total, WARP), mask)
@@ -66,7 +69,7 @@ def _vote(t: Threads, i: Instruction) -> Run:
         raise NotImplementedError(str(i))
 
     def run(mask: Mask) -> None:
-        t.together(mask, i, WARP)
+        t.together(mask, i)
         p = source().reshape(-1, WARP)
         value: Array = np.asarray(p.any(1) if how == "any" else p.all(1))
         if how == "ballot":
@@ -104,7 +107,7 @@ def _multiply_matrices(t: Threads, i: Instruction) -> Run:
         return value.reshape(-1, 8, width)
 
     def run(mask: Mask) -> None:
-        t.together(mask, i, WARP)
+        t.together(mask, i)
         on = t.on(mask)
         warps = len(on) // WARP
         left, right = np.zeros((warps, 16, k)), np.zeros((warps, k, 8))
