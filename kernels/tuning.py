@@ -12,7 +12,7 @@ def next_power_of_2(n: int) -> int:
 
 
 # Whether blocks of a cluster may share a row of cross-entropy, where device and compiler can. Off
-# until a GPU has run it: docs/performance.md says what the compiler makes of it. Set it to try.
+# until a GPU has timed it: docs/performance.md says what the compiler makes of it. Set it to try.
 CLUSTERS = False
 # Programs of cross-entropy in the interpreter: two, so that in a small grid, too, one has several
 # tiles. None for as many as on a GPU.
