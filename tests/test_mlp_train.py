@@ -344,6 +344,7 @@ def test_the_largest_characters_fit_a_word(T, bits) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU says how many lanes it has")
+@pytest.mark.interpreted("the emulator has warps of 32 lanes")
 def test_warps_of_64_lanes_keep_the_same_numbers(monkeypatch) -> None:
     """In another order, which nothing may depend on."""
     data = start(Sizes(V=11, T=2, E=3, H=130, B=5), 3, "persistent")
