@@ -122,6 +122,8 @@ def _accesses(x: torch.Tensor) -> tuple[int, bool]:
     n_classes, vec = x.shape[1], 16 // x.dtype.itemsize
     if x.stride(1) != 1 or x.data_ptr() % 16:
         return 1, False
+    if x.shape[2] > 1 and x.stride(2) < n_classes:
+        return 1, False  # rows share memory; those of empty_like(x) may lie in another order
     if (
         n_classes % vec == 0
         and x.stride(0) % vec == 0

@@ -499,6 +499,23 @@ def test_non_contiguous_logits(strides, shape, kind, implementation, device) -> 
     check_against_torch(STRIDES[strides](logits), target, weight, implementation)
 
 
+# Of 64 classes, whose rows would begin where 16 bytes do; the gradient lies in another order.
+@pytest.mark.parametrize("shared", [(1, 64, 5), (3, 64, 1), (1, 64, 1)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
+def test_positions_that_share_their_logits(options, shared, implementation, device) -> None:
+    logits, _, _ = example(shared, torch.float32, device)
+    _, target, _ = example((3, 64, 5), torch.float32, device)
+    check_against_torch(logits.expand(3, 64, 5), target, None, implementation, **options)
+
+
+@pytest.mark.parametrize("stride", [8, 16])
+def test_rows_that_overlap(stride, implementation, device) -> None:
+    logits, _, _ = example((9, 64), torch.float32, device)
+    _, target, _ = example((3, 64, 5), torch.float32, device)
+    overlapping = logits.as_strided((3, 64, 5), (100, 1, stride))
+    check_against_torch(overlapping, target, None, implementation)
+
+
 # Columns of wider rows: some begin where 16 bytes do, others do not; held, and in several tiles.
 SLICES = {
     "beside one": lambda x: F.pad(x, (0, 1))[:, :-1],
