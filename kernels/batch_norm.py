@@ -100,7 +100,7 @@ def batch_norm_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         zeros = torch.zeros(x.shape[1], dtype=_accumulator(x), device=x.device)
         return zeros, zeros.clone()
     view = View.of(x3, signs=False)
-    partial = _launch_moments(x3, view, view.plan(x.dtype, tensors=0))
+    partial = _launch_moments(x3, view, view.plan(x, tensors=0))
     counts, means, m2s = partial.unbind(1)
     mean = (counts * means).sum(0) / counts.sum(0)
     m2 = m2s.sum(0) + (counts * (means - mean).square()).sum(0)
@@ -290,7 +290,7 @@ def _normalise(
         return y, mean.zero_(), rstd.zero_(), kept
     x3, residual3 = layout.inner(x), None if residual is None else layout.inner(residual)
     view = View.of(x3, residual3, y3, signs=signs is not None)
-    plan = view.plan(x.dtype, tensors=0 if frozen else 1)
+    plan = view.plan(x, tensors=0 if frozen else 1)
     statistics = "running" if frozen else plan.reduction
     partial = _launch_moments(x3, view, plan) if statistics == "partial" else None
     running = layout.vector(running_mean), layout.vector(running_var)
@@ -382,7 +382,7 @@ class _Backward(NamedTuple):
         return cls(view, x, dy, gamma, beta, kept, mean, rstd, activation, kind, dx, dz)
 
     def plan(self, reduced: bool) -> tuning.BatchNormPlan:
-        return self.view.plan(self.x.dtype, tensors=2 if reduced else 0)
+        return self.view.plan(self.x, tensors=2 if reduced else 0)
 
     def sums(self, plan: tuning.BatchNormPlan) -> torch.Tensor:
         """(n_programs, 2, C): dgamma and dbeta of each program's rows; writes dz, and dx = slope *

@@ -50,10 +50,12 @@ class View(NamedTuple):
         assert block >= min(n, 16 // dtype.itemsize), "a byte would be of two programs"
         return min(16 // dtype.itemsize, block)
 
-    def plan(self, dtype: torch.dtype, tensors: int) -> tuning.BatchNormPlan:
+    def plan(self, x: torch.Tensor, tensors: int) -> tuning.BatchNormPlan:
+        """For x, one of the tensors."""
         return tuning.batch_norm(
-            self.n, self.c, self.length, self.columns, self.align(), dtype, tensors
-        )
+            self.n, self.c, self.length, self.columns, self.align(), x.dtype, tensors,
+            tuning.multiprocessors(x.device),
+        )  # fmt: skip
 
 
 def by_channel(x: torch.Tensor) -> bool:

@@ -156,7 +156,7 @@ def _forward(
     n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
     acc, t_strides = computed_in(x, target), _target_strides(target3, soft)
     reduced, mean = reduction != "none", reduction == "mean"
-    plan, weight = tuning.cross_entropy(x3), layout.vector(weight)
+    plan, weight = tuning.cross_entropy(x3, dx is x), layout.vector(weight)
 
     def new(*shape: int, dtype: torch.dtype = acc) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
@@ -291,7 +291,7 @@ def cross_entropy_bwd(
     dt3 = None if dtarget is None else layout.inner(dtarget)
     n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
     # Without a reduction nothing keeps a cluster's blocks from writing over what others will read.
-    plan = tuning.cross_entropy(x3, clusters=False)
+    plan = tuning.cross_entropy(x3, inplace, clusters=False)
     dloss = dloss.reshape(-1)
     _cross_entropy_bwd_kernel[(triton.cdiv(n_rows, plan.BLOCK_N),)](
         dloss,

@@ -437,6 +437,7 @@ def captured(steps: Steps) -> torch.cuda.CUDAGraph:
     for tensor, value in zip(steps.parameters, before, strict=True):
         tensor.copy_(value)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # PyTorch's own stream for capturing is on the device where it was first asked for.
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream(steps.lr.device)):
         steps.take_all(tuning.MLP_STEP_CHUNK)
     return graph

@@ -45,10 +45,13 @@ class CrossEntropyPlan:
         return 4 * self.BLOCK_COUNT
 
 
-def cross_entropy(x: torch.Tensor, clusters: bool = True) -> CrossEntropyPlan:
-    """For logits x (N, C, S); a program owns whole rows, and is a cluster only if `clusters`.
+def cross_entropy(
+    x: torch.Tensor, inplace: bool = False, clusters: bool = True
+) -> CrossEntropyPlan:
+    """For logits x (N, C, S), whose gradient is written over them or to torch.empty_like(x); a
+    program owns whole rows, and is a cluster only if `clusters`.
 
-    Not for more than x: whichever kernels compute them, two sums are then equal to the last bit.
+    Not for more: whichever kernels compute them, two sums are then equal to the last bit.
     """
     n_rows, n_classes, size = x.shape[0] * x.shape[2], x.shape[1], x.dtype.itemsize
     processors, l2 = _device(x.device)
@@ -61,7 +64,7 @@ def cross_entropy(x: torch.Tensor, clusters: bool = True) -> CrossEntropyPlan:
         held, lanes, vec, edges, num_warps = block_c >= n_classes, 1, 1, False, 8
         per_processor = 8  # 64 warps, as below
     else:
-        vec, edges = _accesses(x)
+        vec, edges = _accesses(x, inplace)
         block_c = next_power_of_2(n_classes)
         num_ctas = _blocks_a_row(x) if clusters else 1
         # 16 numbers a thread in up to 16 warps: about 48 registers in bfloat16, so that 40 warps
@@ -81,8 +84,11 @@ def cross_entropy(x: torch.Tensor, clusters: bool = True) -> CrossEntropyPlan:
                 threads = max(2, block_c // (4 if block_c <= 32 else 8))
                 block_n = block_n if one_program else 128 // threads
                 num_warps = max(1, block_n * threads // 32)
-            # 64 warps are the most that a multiprocessor holds; what registers leave out waits.
-            lanes, per_processor = 1, 64 // num_warps
+            # As many programs as are resident, by registers: one more would begin when others end,
+            # and be the last alone. 32 programs are the most, 64 warps of small tiles, which take
+            # fewer registers.
+            warps = 64 if block_n > 1 else 32 if num_warps == 16 else 48
+            lanes, per_processor = 1, min(32, warps // num_warps)
         else:
             # Two accesses of 16 bytes a thread in flight, four where one program is alone on its
             # multiprocessor because the rows in flight, which are read twice, have to fit L2: two
@@ -117,8 +123,8 @@ def _blocks_a_row(x: torch.Tensor) -> int:
     return blocks
 
 
-def _accesses(x: torch.Tensor) -> tuple[int, bool]:
-    """(VEC, EDGES): 16 bytes an access, if rows of x, and of torch.empty_like(x), allow for it."""
+def _accesses(x: torch.Tensor, inplace: bool) -> tuple[int, bool]:
+    """(VEC, EDGES): 16 bytes an access, if rows of x and of its gradient allow for it."""
     n_classes, vec = x.shape[1], 16 // x.dtype.itemsize
     if x.stride(1) != 1 or x.data_ptr() % 16:
         return 1, False
@@ -130,8 +136,9 @@ def _accesses(x: torch.Tensor) -> tuple[int, bool]:
         and (x.shape[2] == 1 or x.stride(2) % vec == 0)
     ):
         return vec, False
-    # The edges are a tile of their own: little beside so many classes.
-    if n_classes >= 4096 and x.transpose(1, 2).is_contiguous():
+    # The edges are a tile of their own: little beside so many classes. A row's are where its
+    # gradient's are.
+    if n_classes >= 4096 and (inplace or x.transpose(1, 2).is_contiguous()):
         return vec, True
     return 1, False
 
@@ -160,6 +167,11 @@ def scale(n: int, device: torch.device) -> Pass:
 def merge(n_rows: int) -> Pass:
     """Over the shards of `n_rows`: a row a thread, in many programs, as all of it is latency."""
     return Pass(128, 4, (n_rows + 127) // 128)
+
+
+def multiprocessors(device: torch.device) -> int | None:
+    """How many the device has; None where there is no device."""
+    return _device(device)[0] if device.type == "cuda" else None
 
 
 @functools.cache
@@ -220,7 +232,8 @@ class BatchNormPlan:
 
     def stages(self, *tensors: torch.Tensor | None) -> int:
         """Of the loop over tiles of `tensors`: 48 KB under way hide the latency of memory, even
-        where this is a multiprocessor's only program, and fit into any shared memory."""
+        where this is a multiprocessor's only program. That, or one tile (of three float64 tensors
+        96 KB), fits the 99 KB that a program has of the smallest shared memory since sm_80."""
         if self.n_tiles == 1:
             return 1
         values = self.BLOCK_N * self.BLOCK_L * self.BLOCK_C
@@ -236,7 +249,7 @@ def _ceil_div(n: int, d: int) -> int:
     return (n + d - 1) // d
 
 
-# An H100 has 132 multiprocessors, each with 65,536 registers and 256 KB of L1. Elsewhere these only
+# An H100's. One of these has 65,536 registers and 256 KB of L1; elsewhere the numbers below only
 # decide which of two right plans is taken.
 _MULTIPROCESSORS = 132
 # Float32 values that 8 warps hold of a tile and still compute with: 32 a thread, twice that in the
@@ -251,15 +264,24 @@ _ENOUGH_PROGRAMS = 64
 
 
 def batch_norm(
-    n: int, c: int, length: int, columns: bool, align: int, dtype: torch.dtype, tensors: int
+    n: int,
+    c: int,
+    length: int,
+    columns: bool,
+    align: int,
+    dtype: torch.dtype,
+    tensors: int,
+    processors: int | None = None,
 ) -> BatchNormPlan:
     """For x (n, c, length), its channels adjacent in memory (`columns`) or else its positions, runs
-    of which begin at multiples of `align` elements.
+    of which begin at multiples of `align` elements, on a device of `processors` multiprocessors, or
+    an H100.
 
     `tensors` are held at once to reduce over a channel: 1 forward, 2 backward, 0 where nothing is
     reduced.
     """
     rows, itemsize = n * length, dtype.itemsize
+    processors = processors or _MULTIPROCESSORS
     # A channel's rows on chip, in one tile: every value is read once.
     capacity = _ON_CHIP_VALUES * 2 // max(1, tensors) * 4 // max(4, itemsize)
     block_n, block_l = next_power_of_2(n), next_power_of_2(length)
@@ -271,12 +293,12 @@ def batch_norm(
         # where accesses are narrow.
         block_c, tile = least, block_n * block_l
         while block_c < next_power_of_2(c) and 2 * block_c * tile <= capacity:
-            wider = columns and block_c < 2 * sector and c >= 2 * block_c * _MULTIPROCESSORS
+            wider = columns and block_c < 2 * sector and c >= 2 * block_c * processors
             if 2 * block_c * tile > 1024 and not wider:
                 break
             block_c *= 2
         num_warps = 4 if block_n * block_l * block_c <= 1024 else 8
-        many = not columns and c >= 8 * _MULTIPROCESSORS
+        many = not columns and c >= 8 * processors
         if many and tensors == 1 and block_n == 32 and block_l in (64, 128):
             # A thread for each position, which has it of all images: one address and one stride,
             # half of the instructions. Of two tensors, or of more images, that spilled; and few
@@ -308,7 +330,7 @@ def batch_norm(
     if not whole:
         # No more than two programs for each multiprocessor, which are resident at once; each of the
         # second launch merges what the first's found, two tiles at most.
-        wanted = 2 * _MULTIPROCESSORS // _ceil_div(c, block_c)
+        wanted = 2 * processors // _ceil_div(c, block_c)
         n_programs = max(1, min(tiles, wanted, 2 * _TILE_VALUES // block_c))
     tiles_per_program = max(1, _ceil_div(tiles, n_programs))
     n_programs = max(1, _ceil_div(tiles, tiles_per_program))

@@ -48,23 +48,29 @@ class Recording(TorchDispatchMode):
         """Launches of kernels are written down, too; what Triton's interpreter does is not."""
         from fused.kernels.cross_entropy_kernels import _cross_entropy_fwd_kernel as kernel
 
-        run = type(kernel).run
+        cls = type(kernel)
+        launcher = cls.__getitem__  # Triton 3.5's interpreted kernels have run in the instance
 
-        def recorded(self_: Any, *args: Any, **kwargs: Any) -> Any:
-            self.launches += 1
-            self._steps.append(lambda: run(self_, *args, **kwargs))
-            self._interpreting = True
-            try:
-                return run(self_, *args, **kwargs)
-            finally:
-                self._interpreting = False
+        def recorded(self_: Any, grid: Any) -> Any:
+            run = launcher(self_, grid)
 
-        type(kernel).run = recorded
+            def launch(*args: Any, **kwargs: Any) -> Any:
+                self.launches += 1
+                self._steps.append(lambda: run(*args, **kwargs))
+                self._interpreting = True
+                try:
+                    return run(*args, **kwargs)
+                finally:
+                    self._interpreting = False
+
+            return launch
+
+        cls.__getitem__ = recorded
         try:
             with self:
                 yield
         finally:
-            type(kernel).run = run
+            cls.__getitem__ = launcher
 
     def replay(self) -> None:
         with torch.no_grad():

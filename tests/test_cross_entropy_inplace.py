@@ -32,6 +32,27 @@ def test_inplace_takes_the_logits_memory(shape, kind, options, implementation, d
 
 
 @pytest.mark.parametrize("options", [{}, {"grad_in_forward": False}], ids=str)
+@pytest.mark.parametrize("beyond", [3, 6])
+@pytest.mark.parametrize("shape", [(3, 8201), (2, 4097), (2, 8202, 2)], ids=str)
+def test_inplace_in_rows_of_a_padded_vocabulary(
+    shape, beyond, options, implementation, device
+) -> None:
+    """Rows that begin anywhere, by accesses of 16 bytes; what is beyond them stays."""
+    values, target, _ = example(shape, torch.float32, device)
+    wide = values.movedim(1, -1).contiguous()
+    memory = F.pad(wide, (0, beyond), value=7.0).requires_grad_() * 1.0
+    received: list[Tensor] = []
+    memory.register_hook(received.append)
+    logits = memory.narrow(-1, 0, shape[1]).movedim(-1, 1)
+    loss = fused.cross_entropy(logits, target, inplace=True, **options)
+    loss.backward()
+    leaf = values.requires_grad_()
+    expected = torch.autograd.grad(F.cross_entropy(leaf, target), leaf)[0].movedim(1, -1)
+    torch.testing.assert_close(received[0], F.pad(expected, (0, beyond)))
+    assert (memory[..., shape[1] :] == 7).all()
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": False}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("largest", [10.0, 25.0, 100.0])
 def test_inplace_behind_a_cap(largest, dtype, options, implementation, device) -> None:

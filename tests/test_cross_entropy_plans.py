@@ -96,7 +96,8 @@ def test_every_barrier_of_a_cluster_is_needed(monkeypatch, device, pytestconfig)
     from tests.emulator.memory import Fault
 
     barrier = re.compile(r"barrier\.cluster\.arrive\.aligned;\s+barrier\.cluster\.wait\.aligned;")
-    launch, found = driver.launch, []
+    launch = driver.launch
+    found: list[re.Match[str]] = []
 
     def without(missing: int | None, text: str, *arguments) -> None:
         places = list(barrier.finditer(text))

@@ -375,6 +375,34 @@ def test_chunks_by_default(dtype, trained, chunks) -> None:
     assert products.count == chunks * (1 + trained)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    "dtype, classes, row", [(torch.bfloat16, 4099, 4104), (torch.float32, 4099, 4100)], ids=str
+)
+def test_rows_of_logits_begin_at_multiples_of_16_bytes(
+    dtype, classes, row, reduction, device, monkeypatch
+) -> None:
+    """For the products' sake; in place the gradient has accesses of 16 bytes none the less."""
+    tuning = pytest.importorskip("fused.kernels.tuning")
+    plan_of, found = tuning.cross_entropy, []
+
+    def planned(x: Tensor, inplace: bool = False, **options: Any) -> Any:
+        plan = plan_of(x, inplace, **options)
+        found.append((x.stride(0), inplace, plan.VEC > 1))
+        return plan
+
+    monkeypatch.setattr(tuning, "cross_entropy", planned)
+    x = torch.randn(5, 8, dtype=dtype, device=device, requires_grad=True)
+    w = torch.randn(classes, 8, dtype=dtype, device=device)
+    with fused.backend.use("triton"):
+        loss = fused.linear_cross_entropy(
+            x, w, torch.arange(5, device=device), reduction=reduction, memory_budget_bytes=50_000
+        )
+        loss.sum().backward()
+    assert any(inplace for _, inplace, _ in found)
+    assert all(stride == row and wide == inplace for stride, inplace, wide in found), found
+
+
 def test_no_value_is_looked_at() -> None:
     """On the meta device there are none."""
     x = torch.zeros(6, 4, device="meta", requires_grad=True)

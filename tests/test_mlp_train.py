@@ -205,7 +205,8 @@ def test_a_chunk_of_graph_is_captured_and_replayed(monkeypatch) -> None:
     if not x.is_cuda:
 
         @contextmanager
-        def graph(recording: Recording) -> Iterator[None]:
+        def graph(recording: Recording, stream: torch.device) -> Iterator[None]:
+            assert stream == x.device  # PyTorch's own may be on another
             before = [tensor.clone() for tensor in captured.parameters]
             with recording.capturing():
                 yield
@@ -214,6 +215,7 @@ def test_a_chunk_of_graph_is_captured_and_replayed(monkeypatch) -> None:
 
         monkeypatch.setattr(torch.cuda, "CUDAGraph", Recording)
         monkeypatch.setattr(torch.cuda, "graph", graph)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: device)
     replayed = mlp_step.captured(captured)
     assert_equal(captured.parameters, launched.parameters)
     for _ in range(2):

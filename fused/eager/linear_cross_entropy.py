@@ -144,7 +144,7 @@ def _forward(
     loss_dtype = p.loss_dtype if whole or not reduced else p.computed_in
     gradients = Gradients(p, wants) if reduced and any(wants) else None
     losses, extras, stats = [], [], []
-    for rows, z in _logits(p):
+    for rows, z in _logits(kernels, p):
         arguments = (
             z, p.target[rows], p.weight, p.ignore_index, reduction, p.label_smoothing, p.z_loss,
             p.softcap, p.logit_scale, loss_dtype, want_extras,
@@ -196,7 +196,9 @@ def linear_cross_entropy_bwd(
     if kept is not None:
         dloss = dloss[kept]
     gradients = Gradients(rows_of, wants)
-    for (rows, z), s in zip(_logits(rows_of), stats or itertools.repeat(None), strict=False):
+    for (rows, z), s in zip(
+        _logits(kernels, rows_of), stats or itertools.repeat(None), strict=False
+    ):
         dz, _ = kernels.cross_entropy_bwd(
             dloss[rows], z, rows_of.target[rows], p.weight, s, None, p.ignore_index,
             p.label_smoothing, p.z_loss, p.softcap, p.logit_scale, True, False, inplace=True,
@@ -234,11 +236,13 @@ def _spread(values: Tensor, rows: Tensor, n: int) -> Tensor:
     return values.new_zeros(n, *values.shape[1:]).index_copy_(0, rows, values)
 
 
-def _logits(p: Problem) -> Iterator[tuple[slice, Tensor]]:
+def _logits(kernels: ModuleType, p: Problem) -> Iterator[tuple[slice, Tensor]]:
     """Rows and their logits (n, C, *S), each in the memory of those before."""
     w = p.flat_w
     b = None if p.b is None else p.b.reshape(-1)
-    memory = p.x.new_empty(min(p.chunk, p.x.shape[0]), len(w))
+    # A GPU's products are much faster where every row begins at a multiple of 16 bytes.
+    beyond = 0 if kernels is cross_entropy else -len(w) % (16 // w.dtype.itemsize)
+    memory = p.x.new_empty(min(p.chunk, p.x.shape[0]), len(w) + beyond)[:, : len(w)]
     for rows in p.chunks():
         x, z = p.x[rows], memory[: rows.stop - rows.start]
         if b is None:
@@ -253,6 +257,9 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.is_cuda and torch.version.hip is None:  # ROCm's library has no such product
-        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+        if torch.__version__ >= "2.10":  # compared as versions
+            torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
+        else:  # that wanted `total` in the dtype of a and b
+            total += torch.mm(a, b, out_dtype=total.dtype)
     else:
         total += torch.mm(a, b)
