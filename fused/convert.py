@@ -37,8 +37,9 @@ def convert(model: nn.Module, activations: bool = True) -> list[str]:
         activations: whether a Tanh, ReLU, GELU (with the error function) or SiLU that follows a
             batch norm in a plain `nn.Sequential` is computed by the batch norm, and an
             `nn.Identity` takes its place. Pairs with a hook on what is between them, and batch
-            norms or sequences that occur in several places, are left as they are. What knows only
-            torch's batch norm drops the activation: convert with `activations=False` before
+            norms or sequences that occur in several places, are left as they are. What reads a
+            batch norm's output by its place in the sequence then finds the activation's. What knows
+            only torch's batch norm drops the activation: convert with `activations=False` before
             `torch.nn.utils.fusion.fuse_conv_bn_eval`, and take `SyncBatchNorm` of fused, not of
             torch, for `convert_sync_batchnorm`.
 
