@@ -169,9 +169,9 @@ def merge(n_rows: int) -> Pass:
     return Pass(128, 4, (n_rows + 127) // 128)
 
 
-def multiprocessors(device: torch.device) -> int | None:
-    """How many the device has; None where there is no device."""
-    return _device(device)[0] if device.type == "cuda" else None
+def multiprocessors(device: torch.device) -> int:
+    """How many the device has; an H100 where there is no device."""
+    return _device(device)[0]
 
 
 @functools.cache
@@ -249,9 +249,8 @@ def _ceil_div(n: int, d: int) -> int:
     return (n + d - 1) // d
 
 
-# An H100's. One of these has 65,536 registers and 256 KB of L1; elsewhere the numbers below only
-# decide which of two right plans is taken.
-_MULTIPROCESSORS = 132
+# Of an H100's multiprocessor, which has 65,536 registers and 256 KB of L1; elsewhere they only decide
+# which of two right plans is taken.
 # Float32 values that 8 warps hold of a tile and still compute with: 32 a thread, twice that in the
 # forward pass, which holds one tensor where the backward pass holds two.
 _ON_CHIP_VALUES = 8192
@@ -271,17 +270,15 @@ def batch_norm(
     align: int,
     dtype: torch.dtype,
     tensors: int,
-    processors: int | None = None,
+    processors: int = 132,
 ) -> BatchNormPlan:
     """For x (n, c, length), its channels adjacent in memory (`columns`) or else its positions, runs
-    of which begin at multiples of `align` elements, on a device of `processors` multiprocessors, or
-    an H100.
+    of which begin at multiples of `align` elements, on a device of `processors` multiprocessors.
 
     `tensors` are held at once to reduce over a channel: 1 forward, 2 backward, 0 where nothing is
     reduced.
     """
     rows, itemsize = n * length, dtype.itemsize
-    processors = processors or _MULTIPROCESSORS
     # A channel's rows on chip, in one tile: every value is read once.
     capacity = _ON_CHIP_VALUES * 2 // max(1, tensors) * 4 // max(4, itemsize)
     block_n, block_l = next_power_of_2(n), next_power_of_2(length)

@@ -142,8 +142,15 @@ def small_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_ON_CHIP_VALUES", 512)
     monkeypatch.setattr(tuning, "_TILE_VALUES", 256)
     monkeypatch.setattr(tuning, "_CACHED_BYTES", 8192)
-    monkeypatch.setattr(tuning, "_MULTIPROCESSORS", 4)
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 4)
     monkeypatch.setattr(tuning, "_ENOUGH_PROGRAMS", 2)
+
+
+@pytest.mark.parametrize("processors", [84, 132, 148, 304])
+def test_rows_are_shared_by_two_programs_of_every_multiprocessor(processors) -> None:
+    plan = tuning.batch_norm(256, 64, 12544, False, 16, BF16, 1, processors)
+    programs = 64 * plan.n_programs
+    assert 2 * processors - 64 < programs <= 2 * processors
 
 
 ONE, SHARED = ["fwd", "bwd"], ["moments", "fwd", "sums", "bwd"]

@@ -178,7 +178,7 @@ def test_what_was_read_last_is_read_again_first(shape, programs, small_plans) ->
 
 def test_programs_between_do_as_the_middle_one(small_plans, monkeypatch) -> None:
     """The kernel report runs three programs along each axis of a grid: here of 2 x 14 and 12."""
-    monkeypatch.setattr(tuning, "_MULTIPROCESSORS", 16)
+    monkeypatch.setattr(tuning, "multiprocessors", lambda device: 16)
     monkeypatch.setattr(tuning, "INTERPRETED_PROGRAMS", None)
     found = []
     for sampled in (False, True):
