@@ -213,6 +213,7 @@ def cross_entropy(
         ValueError: batch sizes that differ, or an unknown reduction.
         RuntimeError: other shapes, dtypes or devices that do not fit, options out of their range,
             or an `inplace` that autograd forbids.
+        TypeError: an `ignore_index` that is no int, or a bool; options that are no numbers.
         NotImplementedError: an input of another dtype.
         IndexError: a class index outside [0, C), on the CPU. On a GPU looking would stall the
             device: there such a row has loss and gradient NaN.
@@ -220,9 +221,9 @@ def cross_entropy(
     The formulas are derived in docs/derivations.md. The z-loss is that of PaLM (Chowdhery et al.,
     2022), the cap that of Gemma 2 (2024).
     """
-    plain = weight is None and not (
-        label_smoothing or z_loss or softcap or inplace or logit_scale != 1
-    )
+    # A Tensor's comparison is a Tensor, not True: `options_of` refuses a scale that is learned.
+    usual = (label_smoothing == z_loss == 0) is True and (logit_scale == 1) is True
+    plain = usual and weight is None and softcap is None and not inplace
     if plain:
         loss = _small(input, target, ignore_index, reduction)
         if loss is not None:
