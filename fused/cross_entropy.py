@@ -22,6 +22,7 @@ from fused.eager.cross_entropy_small import (
     cross_entropy_small,
     is_small,
 )
+from fused.module_repr import with_options
 from fused.operators import cross_entropy as operators
 from fused.second_order import differentiable_gradients
 from fused.transforms import (
@@ -307,6 +308,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             inplace=self.inplace,
             grad_in_forward=self.grad_in_forward,
         )
+
+    def extra_repr(self) -> str:
+        return with_options(
+            super().extra_repr(), self, ignore_index=-100, reduction="mean", label_smoothing=0.0,
+            z_loss=0.0, softcap=None, logit_scale=1.0, inplace=False, grad_in_forward=True,
+        )  # fmt: skip
 
 
 def _run(
