@@ -92,10 +92,11 @@ def _runs_on_cpus() -> bool:
 
 @functools.cache
 def _from_environment() -> str:
-    return _checked(os.environ.get("FUSED_BACKEND", "auto"))
+    name = os.environ.get("FUSED_BACKEND") or "auto"  # empty is not set
+    return _checked(name, " in the environment variable FUSED_BACKEND")
 
 
-def _checked(name: str) -> str:
+def _checked(name: str, where: str = "") -> str:
     if name not in _NAMES:
-        raise ValueError(f"expected backend to be one of {', '.join(_NAMES)}, got {name!r}")
+        raise ValueError(f"expected backend to be one of {', '.join(_NAMES)}, got {name!r}{where}")
     return name

@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 from fused import backend
 from fused.eager import batch_norm as eager
 from fused.eager.batch_norm_small import batch_norm_small, is_small
+from fused.module_repr import with_options
 from fused.operators import batch_norm as operators
 from fused.second_order import differentiable_gradients
 from fused.transforms import (
@@ -237,13 +238,9 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         return call(input, self.weight, self.bias, residual, mean, var, tracked, options)
 
     def extra_repr(self) -> str:
-        ours = {
-            "correction": (self.correction, 0),
-            "activation": (self.activation, None),
-            "skip_nonfinite": (self.skip_nonfinite, False),
-        }
-        changed = [f", {name}={value!r}" for name, (value, usual) in ours.items() if value != usual]
-        return super().extra_repr() + "".join(changed)
+        return with_options(
+            super().extra_repr(), self, correction=0, activation=None, skip_nonfinite=False
+        )
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):

@@ -63,7 +63,9 @@ def _absorb_activations(model: nn.Module, name: str, sequence: nn.Sequential) ->
     """Moves the activations of one sequence into its batch norms; returns their lines."""
     prefix = f"{name}." if name else ""
     found = {}
-    children = list(sequence.named_children())
+    # By place: named_children has no second place of a module, so that what it stands between
+    # would look adjacent.
+    children = list(sequence._modules.items())
     for (first, norm), (second, activation) in zip(children, children[1:], strict=False):
         kind = _ACTIVATIONS.get(type(activation))
         if kind is None or not isinstance(norm, _BATCH_NORMS) or norm.activation is not None:

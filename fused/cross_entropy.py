@@ -22,6 +22,7 @@ from fused.eager.cross_entropy_small import (
     cross_entropy_small,
     is_small,
 )
+from fused.module_repr import with_options
 from fused.operators import cross_entropy as operators
 from fused.second_order import differentiable_gradients
 from fused.transforms import (
@@ -213,6 +214,7 @@ def cross_entropy(
         ValueError: batch sizes that differ, or an unknown reduction.
         RuntimeError: other shapes, dtypes or devices that do not fit, options out of their range,
             or an `inplace` that autograd forbids.
+        TypeError: an `ignore_index` that is no int, or a bool; options that are no numbers.
         NotImplementedError: an input of another dtype.
         IndexError: a class index outside [0, C), on the CPU. On a GPU looking would stall the
             device: there such a row has loss and gradient NaN.
@@ -220,9 +222,9 @@ def cross_entropy(
     The formulas are derived in docs/derivations.md. The z-loss is that of PaLM (Chowdhery et al.,
     2022), the cap that of Gemma 2 (2024).
     """
-    plain = weight is None and not (
-        label_smoothing or z_loss or softcap or inplace or logit_scale != 1
-    )
+    # A Tensor's comparison is a Tensor, not True: `options_of` refuses a scale that is learned.
+    usual = (label_smoothing == z_loss == 0) is True and (logit_scale == 1) is True
+    plain = usual and weight is None and softcap is None and not inplace
     if plain:
         loss = _small(input, target, ignore_index, reduction)
         if loss is not None:
@@ -306,6 +308,12 @@ class CrossEntropyLoss(nn.CrossEntropyLoss):
             inplace=self.inplace,
             grad_in_forward=self.grad_in_forward,
         )
+
+    def extra_repr(self) -> str:
+        return with_options(
+            super().extra_repr(), self, ignore_index=-100, reduction="mean", label_smoothing=0.0,
+            z_loss=0.0, softcap=None, logit_scale=1.0, inplace=False, grad_in_forward=True,
+        )  # fmt: skip
 
 
 def _run(

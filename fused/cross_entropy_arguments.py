@@ -1,7 +1,8 @@
 """What cross-entropy may be given: its options, the dtype of its loss, and what is refused."""
 
 import math
-from typing import NamedTuple
+import operator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,9 +46,28 @@ def options_of(
                 f"cross_entropy: expected {name} to be a number, which has no gradient, got a "
                 "Tensor; multiply the logits by a scale that is learned, before the call"
             )
+        if number is None and name != "softcap":
+            raise TypeError(f"cross_entropy: expected {name} to be a number, got None")
+    for name, number in (("z_loss", z_loss), ("logit_scale", logit_scale)):
+        if not -math.inf < number < math.inf:
+            raise RuntimeError(f"cross_entropy: expected {name} to be finite, got {number}")
+    if softcap is not None and not softcap > 0:  # NaN is not, either
+        raise RuntimeError(f"cross_entropy: expected softcap above 0, or None, got {softcap}")
     smoothing = max(label_smoothing, 0.0)  # torch takes a negative one for none
     cap = 0.0 if softcap is None or softcap == math.inf else softcap
-    return Options(ignore_index, reduction, smoothing, z_loss, cap, logit_scale)
+    return Options(_index_of(ignore_index), reduction, smoothing, z_loss, cap, logit_scale)
+
+
+def _index_of(ignore_index: Any) -> int:
+    """What torch takes for an int, as one. To Python False is an int, too: class 0."""
+    try:
+        if not isinstance(ignore_index, bool):
+            return operator.index(ignore_index)
+    except TypeError:
+        pass
+    raise TypeError(
+        f"cross_entropy: expected ignore_index to be an int, such as -100, got {ignore_index!r}"
+    )
 
 
 def loss_dtype_of(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
@@ -90,10 +110,6 @@ def check(input: Tensor, target: Tensor, weight: Tensor | None, options: Options
         raise RuntimeError(
             "cross_entropy: expected label_smoothing between 0 and 1, "
             f"got {options.label_smoothing}"
-        )
-    if options.softcap < 0:
-        raise RuntimeError(
-            f"cross_entropy: expected softcap above 0, or None, got {options.softcap}"
         )
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor is not None and tensor.device != input.device:

@@ -15,6 +15,7 @@ from fused.cross_entropy_arguments import check, loss_dtype_of, options_of, unde
 from fused.eager import cross_entropy as eager
 from fused.eager import linear_cross_entropy as chunked
 from fused.eager.linear_cross_entropy import Problem
+from fused.module_repr import with_options
 from fused.operators import linear_cross_entropy as operators
 from fused.second_order import differentiable_gradients
 from fused.transforms import (
@@ -237,6 +238,12 @@ class LinearCrossEntropyLoss(_Twin):
             softcap=self.softcap,
             logit_scale=self.logit_scale,
             memory_budget_bytes=self.memory_budget_bytes,
+        )
+
+    def extra_repr(self) -> str:
+        torchs = super().extra_repr()
+        return with_options(
+            torchs, self, z_loss=0.0, softcap=None, logit_scale=1.0, memory_budget_bytes=None
         )
 
 

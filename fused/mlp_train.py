@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fused import backend
 
@@ -64,7 +65,7 @@ def train_mlp(
         index: the minibatches as rows of x and y, (K, B), for all networks; or (S, K, B) with M a
             multiple of S: network m then takes index[m % S].
         lr: the learning rate, or a tensor (M,) of one for each network.
-        eps: what batch norm adds to the variance.
+        eps: what batch norm adds to the variance, above 0.
         method: "persistent", one launch of a Triton kernel in which every network is one program
             (fused/kernels/mlp_train.py); "graph", four Triton kernels a step in a CUDA graph, for
             networks of any size (fused/kernels/mlp_step.py): every call from 64 steps on captures
@@ -72,17 +73,27 @@ def train_mlp(
             should take thousands; "numba", a compiled loop on the CPU, for the optional extra
             `numba`; "eager", PyTorch's operations.
             "auto" takes the fastest of them that can serve these tensors (`train_mlp_method`).
-        inplace: write the new parameters into `parameters` instead of new tensors.
+        inplace: write the new parameters into `parameters` instead of new tensors. A graph that
+            saved one of them raises when it is differentiated, as with any write in place.
 
     Returns:
         The parameters after the last step, and the losses (K,) or (M, K), each from before its
         update. They depend neither on how many networks are trained together nor on how steps are
-        divided into calls, to the last bit. b1 stays as it is: its gradient is 0.
+        divided into calls, to the last bit. b1 stays as it is: its gradient is 0. No new tensor has
+        a graph or requires grad, whatever `parameters` do.
 
-    Raises TypeError for a dtype, ValueError for shapes, devices or a method that cannot be served.
-    On the CPU a character or row out of range raises IndexError (RuntimeError where torch does). On
-    a GPU nothing looks at values; "persistent" makes the loss of a target out of range NaN.
+    Raises:
+        TypeError: parameters that are not of one floating dtype; x, y or index that are not whole
+            numbers.
+        ValueError: shapes or devices that do not fit, an eps that is not positive, an unknown
+            method, or one that cannot serve parameters of this size, dtype or device.
+        RuntimeError: "persistent" or "graph" where there is no Triton for the parameters' device.
+        IndexError: on the CPU, a character or row out of range (RuntimeError where torch raises
+            that). On a GPU nothing looks at values; "persistent" makes the loss of a target out of
+            range NaN.
     """
+    if not eps > 0:
+        raise ValueError(f"train_mlp: eps must be positive, got {eps}")
     parameters = MLPParameters(*parameters)
     one = parameters.C.dim() == 2
     models = _models(parameters, one)
@@ -90,10 +101,13 @@ def train_mlp(
     name = train_mlp_method(parameters, x, index.shape[-1]) if method == "auto" else method
     implementation = _implementation(name, models.C)
     if not inplace:
-        models = MLPParameters(*(p.clone(memory_format=torch.contiguous_format) for p in models))
+        copies = (p.detach().clone(memory_format=torch.contiguous_format) for p in models)
+        models = MLPParameters(*copies)
     elif not all(p.is_contiguous() for p in models):
         raise ValueError("train_mlp: parameters to be updated in place must be contiguous")
     C, W1, _, W2, b2, bngain, bnbias = (p.detach() for p in models)
+    # A compiled loop's write is not seen by autograd; nor is one that an error cuts short.
+    increment_version((C, W1, W2, b2, bngain, bnbias))
     # What is gathered lies as they do; numba would compile for other strides anew.
     x, y, index = (t.long().contiguous() for t in (x, y, index))
     losses = implementation.mlp_train(
@@ -191,7 +205,7 @@ def _checked(
 
 
 def _implementation(method: str, C: Tensor) -> ModuleType:
-    """The module of a method; ValueError where it cannot serve parameters like C."""
+    """The module of a method; an error where it cannot serve parameters like C."""
     if method not in _MODULES:
         raise ValueError(
             f"train_mlp: expected method to be one of auto, {', '.join(_MODULES)}, got {method!r}"

@@ -118,6 +118,7 @@ def vocab_parallel_cross_entropy(
         ValueError: as `cross_entropy`; `widths` that do not fit; and, on the CPU, slices of unequal
             width without `widths`. On a GPU looking would stall the device: there the loss is NaN.
         RuntimeError: as `cross_entropy`; a target of probabilities; a process outside the group.
+        TypeError: as `cross_entropy`.
         NotImplementedError: an input that is not floating point.
         IndexError: a class index outside [0, C), on the CPU. On a GPU such a row has loss and
             gradient NaN.

@@ -104,6 +104,9 @@ def test_environment_variable() -> None:
     assert "ValueError: expected backend to be one of auto, triton, eager, got 'nonsense'" in (
         result.stderr
     )
+    assert "got 'nonsense' in the environment variable FUSED_BACKEND" in result.stderr
+    result = python(CALL, FUSED_BACKEND="")  # exported, and empty: not set
+    assert result.returncode == 0, result.stderr
 
 
 def test_kernels_on_cpu_tensors_without_the_interpreter() -> None:

@@ -180,3 +180,43 @@ def test_converted_modules_compute_what_they_did() -> None:
         x = torch.randn(9, 4)
         torch.testing.assert_close(ours(x), theirs(x))
         torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("between", [nn.AvgPool1d(2), nn.Linear(4, 4), nn.Dropout(0.5)], ids=str)
+def test_a_module_that_occurs_twice_stands_between(between) -> None:
+    """The second time it has no name of its own, but it has a place."""
+    theirs = nn.Sequential(nn.Conv1d(3, 4, 1), between, nn.BatchNorm1d(4), between, nn.Tanh())
+    ours = copy.deepcopy(theirs)
+    assert fused.convert(ours) == ["2: BatchNorm1d"]
+    assert type(ours[4]) is nn.Tanh
+    x = torch.randn(5, 3, 4)
+    found = []
+    for model in (theirs, ours):
+        torch.manual_seed(0)
+        found.append(model(x))
+    torch.testing.assert_close(*found)
+
+
+def test_an_activation_that_occurs_twice() -> None:
+    """It keeps nothing: each place is its own, and a third, behind no batch norm, stays."""
+    tanh = nn.Tanh()
+    theirs = nn.Sequential(
+        nn.BatchNorm1d(4), tanh, nn.Linear(4, 4), tanh, nn.BatchNorm1d(4), tanh, nn.Linear(4, 4)
+    )
+    ours = copy.deepcopy(theirs)
+    assert fused.convert(ours) == [
+        "0: BatchNorm1d with tanh from 1",
+        "4: BatchNorm1d with tanh from 5",
+    ]
+    assert type(ours[1]) is type(ours[5]) is nn.Identity and type(ours[3]) is nn.Tanh
+    x = torch.randn(9, 4)
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_a_batch_norm_that_occurs_twice_in_a_sequence() -> None:
+    norm = nn.BatchNorm1d(4)
+    theirs = nn.Sequential(norm, nn.Tanh(), nn.Linear(4, 4), norm, nn.ReLU())
+    ours = copy.deepcopy(theirs)
+    assert fused.convert(ours) == ["0: BatchNorm1d"]
+    x = torch.randn(9, 4)
+    torch.testing.assert_close(ours(x), theirs(x))

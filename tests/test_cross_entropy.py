@@ -513,6 +513,21 @@ def test_module(implementation, device) -> None:
     torch.testing.assert_close(capped(logits, target), expected)
 
 
+def test_module_shows_its_options() -> None:
+    """Torch's shows none."""
+    assert repr(fused.CrossEntropyLoss()) == "CrossEntropyLoss()"
+    module = fused.CrossEntropyLoss(ignore_index=3, label_smoothing=0.1, z_loss=0.1, softcap=30.0)
+    assert repr(module) == (
+        "CrossEntropyLoss(ignore_index=3, label_smoothing=0.1, z_loss=0.1, softcap=30.0)"
+    )
+    module = fused.CrossEntropyLoss(
+        reduction="sum", logit_scale=0.5, inplace=True, grad_in_forward=False
+    )
+    assert repr(module) == (
+        "CrossEntropyLoss(reduction='sum', logit_scale=0.5, inplace=True, grad_in_forward=False)"
+    )
+
+
 @st.composite
 def calls(draw) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
     """Shapes, strides, dtypes and options of a call that torch accepts."""

@@ -1,5 +1,8 @@
 """What cross-entropy takes, in which dtypes, and what it refuses, with torch's kind of error."""
 
+import math
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -137,6 +140,45 @@ def test_refuses_what_torch_refuses(mistake, monkeypatch) -> None:
         F.cross_entropy(**arguments)
 
 
+class OwnIndex:
+    def __index__(self) -> int:
+        return 2
+
+
+CALLS: dict[str, Any] = {
+    "cross_entropy": lambda **options: fused.cross_entropy(X, Y, **options),
+    "weighted": lambda **options: fused.cross_entropy(X, Y, W, **options),
+    "with_stats": lambda **options: fused.cross_entropy_with_stats(X, Y, **options),
+    "linear": lambda **options: fused.linear_cross_entropy(X, X.new_zeros(27, 27), Y, **options),
+    "vocab_parallel": lambda **options: fused.vocab_parallel_cross_entropy(X, Y, **options),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("ignore_index", [False, True, 2.0, None, "a", torch.tensor(2.0)], ids=repr)
+def test_refuses_an_ignore_index_that_is_no_int(ignore_index, name, monkeypatch) -> None:
+    """In silence False would be class 0: torch's fourth argument once was size_average."""
+    if name == "linear" and ignore_index is None:
+        pytest.skip("there None is -100, as torch has it")
+    for _ in range(2):  # then with small calls, which go another way
+        with pytest.raises(TypeError, match="expected ignore_index to be an int, such as -100"):
+            CALLS[name](ignore_index=ignore_index)
+        monkeypatch.undo()
+    with pytest.raises(TypeError):
+        F.cross_entropy(X, Y, ignore_index=ignore_index)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_takes_as_ignore_index_what_torch_takes_for_an_int(name, monkeypatch) -> None:
+    numpy = pytest.importorskip("numpy")
+    for _ in range(2):
+        expected = CALLS[name](ignore_index=2)
+        for index in (numpy.int64(2), numpy.uint8(2), torch.tensor(2), OwnIndex()):
+            torch.testing.assert_close(CALLS[name](ignore_index=index), expected, rtol=0, atol=0)
+            F.cross_entropy(X, Y, ignore_index=index)
+        monkeypatch.undo()
+
+
 def test_refuses_a_target_of_one_row_that_has_neither_shape_nor_dtype() -> None:
     """A RuntimeError as of torch 2.13, which looks at the dtype first; before, a ValueError."""
     with pytest.raises(RuntimeError, match=r"got \(2,\)"):
@@ -154,6 +196,42 @@ def test_a_weight_with_a_gradient_where_none_is_formed() -> None:
 def test_refuses_a_negative_cap() -> None:
     with pytest.raises(RuntimeError, match="softcap above 0, or None, got -1"):
         fused.cross_entropy(X, Y, softcap=-1.0)
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("softcap", 0.0),
+        ("softcap", -1.0),
+        ("softcap", math.nan),
+        ("z_loss", math.nan),
+        ("z_loss", math.inf),
+        ("logit_scale", math.nan),
+        ("logit_scale", -math.inf),
+    ],
+)
+def test_refuses_numbers_out_of_range(option, value, name, monkeypatch) -> None:
+    what = "above 0, or None" if option == "softcap" else "to be finite"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"expected {option} {what}, got {value}"):
+            CALLS[name](**{option: value})
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("option", ["logit_scale", "z_loss", "label_smoothing"])
+def test_refuses_no_number(option, name, monkeypatch) -> None:
+    for _ in range(2):
+        with pytest.raises(TypeError, match=f"expected {option} to be a number, got None"):
+            CALLS[name](**{option: None})
+        monkeypatch.undo()
+
+
+def test_refuses_a_scale_that_is_learned_and_still_is_1(monkeypatch) -> None:
+    monkeypatch.undo()  # the usual number, of a small call
+    with pytest.raises(TypeError, match="expected logit_scale to be a number.*got a Tensor"):
+        fused.cross_entropy(X, Y, logit_scale=torch.tensor(1.0, requires_grad=True))
 
 
 def test_an_infinite_cap_is_none() -> None:

@@ -176,6 +176,22 @@ def test_compiled_for_an_empty_batch(shape, compiler, implementation, device) ->
     assert torch.autograd.grad(loss, logits)[0].shape == shape
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_for_numbers_that_change(compiler, implementation, device) -> None:
+    """From the second one on they are symbols to the compiler."""
+    logits, target, weight = example((9, 27), torch.float32, device, weighted=True, ignored=0)
+
+    def loss(ignore_index: int, number: float) -> Tensor:
+        numbers = {"softcap": number, "z_loss": number, "logit_scale": number}
+        return fused.cross_entropy(logits, target, weight, ignore_index, **numbers)
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for ignore_index, number in ((-100, 0.5), (3, 1.5), (5, 2.5), (7, 1.0)):
+        torch.testing.assert_close(
+            compiled(ignore_index, number), loss(ignore_index, number), rtol=0, atol=0
+        )
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_by_inductor_with_dynamic_shapes(compiler, implementation, device) -> None:

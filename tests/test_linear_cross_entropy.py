@@ -486,6 +486,17 @@ def test_mistakes_are_refused(mistake) -> None:
         fused.linear_cross_entropy(**(arguments | changed))
 
 
+def test_module_shows_its_options() -> None:
+    """Those of ours, behind torch's, if they are not the usual ones."""
+    plain = fused.LinearCrossEntropyLoss(D, 5)
+    assert "z_loss" not in plain.extra_repr() and not plain.extra_repr().startswith(",")
+    module = fused.LinearCrossEntropyLoss(
+        D, 5, z_loss=0.1, softcap=30.0, logit_scale=0.5, memory_budget_bytes=1 << 20
+    )
+    shown = "z_loss=0.1, softcap=30.0, logit_scale=0.5, memory_budget_bytes=1048576"
+    assert module.extra_repr() == ", ".join(filter(None, [plain.extra_repr(), shown]))
+
+
 @needs_torchs_own
 def test_module_is_torchs(implementation, device) -> None:
     torch.manual_seed(0)

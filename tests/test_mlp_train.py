@@ -285,6 +285,44 @@ def test_in_place_on_request_only(method) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_graph_that_saved_a_parameter_notices(method) -> None:
+    """Of every parameter that is written to; b1 is not."""
+    p, x, y, index = start(small(method), 2, method)
+    saved_with = [torch.ones_like(t, requires_grad=True) for t in p]
+    graphs = [(t * ones).sum() for t, ones in zip(p, saved_with, strict=True)]
+    fused.train_mlp(p, x, y, index, 0.1, method=method, inplace=True)
+    for name, graph in zip(p._fields, graphs, strict=True):
+        if name == "b1":
+            graph.backward()
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                graph.backward()
+
+
+@pytest.mark.parametrize("models", [None, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_returned_has_no_graph(method, models) -> None:
+    p, x, y, index = start(small(method), 2, method, models)
+    for t in p:
+        t.requires_grad_()
+    new, losses = fused.train_mlp(p, x, y, index, 0.1, method=method)
+    assert not any(t.requires_grad for t in (*new, losses))
+    same, losses = fused.train_mlp(p, x, y, index, 0.1, method=method, inplace=True)
+    assert all(a is b for a, b in zip(same, p, strict=True)) and not losses.requires_grad
+    assert_equal(same, new)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_of_inference_mode(method) -> None:
+    """They have no version to count up."""
+    with torch.inference_mode():
+        p, x, y, index = start(small(method), 2, method)
+        new, _ = fused.train_mlp(p, x, y, index, 0.1, method=method)
+        fused.train_mlp(p, x, y, index, 0.1, method=method, inplace=True)
+    assert_equal(p, new)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_network_that_diverges_does_not_touch_the_others(method) -> None:
     p, x, y, index = start(small(method), 4, method, models=2)
     lr = torch.tensor([1e30, 0.1], device=x.device)
@@ -455,6 +493,9 @@ BAD = {
         ValueError,
         "takes float32",
     ),
+    "eps": (lambda a: a | {"eps": -1.0}, ValueError, "eps must be positive, got -1.0"),
+    "no eps": (lambda a: a | {"eps": 0.0}, ValueError, "eps must be positive, got 0.0"),
+    "eps of no size": (lambda a: a | {"eps": float("nan")}, ValueError, "positive, got nan"),
     "examples": (lambda a: a | {"y": a["y"][:5]}, ValueError, r"x of shape \(N, T\)"),
     "context": (lambda a: a | {"x": a["x"][:, :1]}, ValueError, "1 characters of context"),
     "streams": (lambda a: a | {"index": a["index"].expand(2, -1, -1)}, ValueError, "multiple"),
@@ -486,6 +527,15 @@ def test_bad_arguments(case) -> None:
     arguments = {"parameters": p, "x": x, "y": y, "index": index, "lr": 0.1}
     with pytest.raises(error, match=message):
         fused.train_mlp(**change(arguments))
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("method", ["persistent", "graph"])
+def test_a_method_of_triton_where_there_is_none_for_the_device(method, monkeypatch) -> None:
+    monkeypatch.setattr(fused.backend, "_runs_on_cpus", lambda: False)
+    p, x, y, index = start(SMALL, 2, "numba")
+    with pytest.raises(RuntimeError, match="asked for on a cpu tensor; move it to a CUDA device"):
+        fused.train_mlp(p, x, y, index, 0.1, method=method)
 
 
 @pytest.mark.parametrize("method", METHODS[2:])
