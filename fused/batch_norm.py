@@ -133,10 +133,10 @@ def batch_norm(
 
     The kernels never write z to memory; backward recomputes it, or takes f'(z) from its signs
     (relu) or from y (tanh; on the CPU relu as well, where small calls are PyTorch's own kernels).
-    Statistics are computed in float32 (float64 for float64), two-pass or merged in a fixed order, without float atomics: two runs on
-    one device are equal to the last bit. First and second derivatives, `torch.func`,
-    `torch.compile(fullgraph=True)` and CUDA graphs work; derivatives of higher order and functional
-    ones take torch's own operations instead of the kernels.
+    Statistics are computed in float32 (float64 for float64), two-pass or merged in a fixed order,
+    without float atomics: two runs on one device are equal to the last bit. First and second
+    derivatives, `torch.func`, `torch.compile(fullgraph=True)` and CUDA graphs work; derivatives of
+    higher order and functional ones take torch's own operations instead of the kernels.
 
     Args:
         input: shape (N, C) or (N, C, d1, ..., dk), float16, bfloat16, float32 or float64, any

@@ -30,7 +30,7 @@ def convert(model: nn.Module, activations: bool = True) -> list[str]:
 
     The modules stay the same objects: parameters, buffers, hooks, training mode and memory format
     are kept, and `state_dict` keeps its names. Subclasses of torch's modules are left alone, for
-    what they override is not known.
+    what they override is not known, and so is a `LinearCrossEntropyLoss` with `options`.
 
     Args:
         model: any module; itself included.
@@ -49,7 +49,8 @@ def convert(model: nn.Module, activations: bool = True) -> list[str]:
     changes = {}
     for name, module in model.named_modules():
         ours = _OURS.get(type(module))
-        if ours is not None:
+        # Torch's linear loss divides its work as `options` say, for which ours has no place.
+        if ours is not None and getattr(module, "options", None) is None:
             module.__class__ = ours
             changes[name] = f"{name or 'the model itself'}: {ours.__name__}"
     if activations:

@@ -249,8 +249,8 @@ def _ceil_div(n: int, d: int) -> int:
     return (n + d - 1) // d
 
 
-# Of an H100's multiprocessor, which has 65,536 registers and 256 KB of L1; elsewhere they only decide
-# which of two right plans is taken.
+# For an H100, a multiprocessor of which has 65,536 registers and 256 KB of L1; elsewhere they only
+# decide which of two right plans is taken.
 # Float32 values that 8 warps hold of a tile and still compute with: 32 a thread, twice that in the
 # forward pass, which holds one tensor where the backward pass holds two.
 _ON_CHIP_VALUES = 8192

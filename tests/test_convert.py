@@ -220,3 +220,16 @@ def test_a_batch_norm_that_occurs_twice_in_a_sequence() -> None:
     assert fused.convert(ours) == ["0: BatchNorm1d"]
     x = torch.randn(9, 4)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_a_linear_loss_with_options_is_left_alone() -> None:
+    if not hasattr(nn, "LinearCrossEntropyLoss"):
+        pytest.skip("torch has it from 2.13 on")
+    from torch.nn.modules.linear_cross_entropy_options import LinearCrossEntropyOptions
+
+    model = nn.ModuleList(
+        nn.LinearCrossEntropyLoss(4, 5, options=options)
+        for options in (None, LinearCrossEntropyOptions())
+    )
+    assert fused.convert(model) == ["0: LinearCrossEntropyLoss"]
+    assert type(model[1]) is nn.LinearCrossEntropyLoss
