@@ -16,11 +16,16 @@ import torch
 
 from bench import machine, report, runner, tables
 
+_INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
+
 
 def main() -> None:
     arguments = _parser().parse_args()
     try:
         arguments.command(arguments)
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
     except (ValueError, OSError) as error:
         sys.exit(f"bench: {error}")
 
@@ -28,7 +33,8 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--suite", choices=["quick", "full"], default="quick")
-    parser.add_argument("--op", action="append", metavar="NAME", help="an operation; repeatable")
+    one_of = f"one of {', '.join(runner.operations())}; repeatable (default: all)"
+    parser.add_argument("--op", action="append", metavar="NAME", help=one_of)
     parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains it")
     parser.add_argument("--device", type=_device, help="default: cuda where there is one, else cpu")
     parser.add_argument(
@@ -41,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(command=_run)
     commands = parser.add_subparsers(title="commands")
     kernels = commands.add_parser("kernels", help="what the compiler made of the kernels; no GPU")
-    kernels.add_argument("--op", action="append", metavar="NAME")
+    kernels.add_argument("--op", action="append", metavar="NAME", help=one_of)
     kernels.add_argument("--case", metavar="TEXT", help="only cases whose name contains it")
     kernels.add_argument("--target", action="append", metavar="NAME", help="default: all four")
     kernels.add_argument(
@@ -92,16 +98,17 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
         os.environ["NPROC"] = str(arguments.threads)  # XLA's, for JAX; XLA_FLAGS leave it several
-    if arguments.out:  # now, not when everything is measured
-        if arguments.out.is_dir():
-            raise ValueError(f"--out {arguments.out}: expected a file, which is a folder")
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    _check_out(arguments.out)
     budget = arguments.budget or runner.BUDGETS[arguments.suite]
     result = runner.run(arguments.suite, arguments.op, arguments.case, device, budget)
-    name = f"{machine.slug(result['machine'])}-{result['date'][:10]}.json"
-    path = _save(result, arguments.out or report.RESULTS / name)
+    name = f"{machine.slug(result['machine'])}-{result['date'][:10]}"
+    if result["interrupted"]:  # not in the place of a complete run of that day
+        name += "-interrupted"
+    path = _save(result, arguments.out or report.RESULTS / f"{name}.json")
     print(tables.summary(result))
-    print(f"\nwrote {_shown(path)}")
+    print(f"\nwrote {_shown(path)}", flush=True)
+    if result["interrupted"]:
+        raise KeyboardInterrupt
     pictures = report.plot(result, path.stem, path.parent)
     if pictures is None:
         print("no plots: matplotlib is not installed")
@@ -111,7 +118,17 @@ def _run(arguments: argparse.Namespace) -> None:
         sys.exit(f"bench: {len(result['failures'])} failed, listed as skipped")
 
 
+def _check_out(path: Path | None) -> None:
+    """Now, not when everything is measured."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise ValueError(f"--out {path}: expected a file, which is a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def _kernels(arguments: argparse.Namespace) -> None:
+    _check_out(arguments.out)
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("unset TRITON_INTERPRET: interpreted kernels are not compiled")
     import triton
@@ -139,9 +156,9 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    result = json.loads(path.read_text())
-    if "rows" not in result:
-        raise ValueError(f"{path}: expected the JSON of a run of this benchmark")
+    with report.reading(path):
+        result = json.loads(path.read_text())
+        tables.heading(result), tables.compare(result, result)  # has what they need
     return result
 
 

@@ -27,6 +27,7 @@ from bench import assembly, traffic
 from bench.assembly import Code
 from bench.cases import Case, Operation
 from bench.runner import operations, progress
+from fused.makemore.processes import without_interruption
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -244,8 +245,17 @@ def _in_order(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
         return
     spawn = multiprocessing.get_context("spawn")  # torch has threads, which a fork would not
     with ProcessPoolExecutor(processes, mp_context=spawn) as pool:
+
+        def submitted(*arguments: Any) -> Iterator[Any]:
+            with without_interruption():  # the processes start as calls are submitted
+                return pool.map(*arguments)
+
         try:
-            yield pool.map
+            yield submitted
+        except KeyboardInterrupt:
+            for process in multiprocessing.active_children():
+                process.terminate()  # rather than wait for the calls that it is at
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 

@@ -2,6 +2,8 @@
 typed by hand."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,8 @@ def write() -> Path:
     """Writes the page, the plots and the README's figures; returns the page's path."""
     for path, result in _results():
         if "rows" in result:
-            plot(result, path.stem, RESULTS)
+            with reading(path):
+                plot(result, path.stem, RESULTS)
     PAGE.write_text(text())
     README.write_text(readme())
     return PAGE
@@ -59,12 +62,13 @@ def text() -> str:
     """The page."""
     parts = [_PREFACE.rstrip(), _least_bytes()]
     for path, result in _results():
-        if "rows" in result:
-            parts.append(_section(path, result))
-        elif "kernels" in result:
-            parts.append(_kernel_section(path, result))
-        elif "gpt" in result:
-            parts.append(_gpt_section(path, result))
+        with reading(path):
+            if "rows" in result:
+                parts.append(_section(path, result))
+            elif "kernels" in result:
+                parts.append(_kernel_section(path, result))
+            elif "gpt" in result:
+                parts.append(_gpt_section(path, result))
     return "\n\n".join(parts) + "\n"
 
 
@@ -75,9 +79,10 @@ def readme() -> str:
     parts, shown = [], set[tuple[str, str]]()
     for path, result in _results():
         if path.name in _SHOWN:
-            table = tables.headlines(result, _headlines(result["suite"]) - shown)
-            parts.append(f"{tables.heading(result)}:\n\n{table}\n")
-            shown |= {(row["operation"], row["asked"]) for row in result["rows"]}
+            with reading(path):
+                table = tables.headlines(result, _headlines(result["suite"]) - shown)
+                parts.append(f"{tables.heading(result)}:\n\n{table}\n")
+                shown |= {(row["operation"], row["asked"]) for row in result["rows"]}
     return "\n".join([before + _BEGIN, *parts, _END + after])
 
 
@@ -91,7 +96,22 @@ def _headlines(suite: str) -> set[tuple[str, str]]:
 
 
 def _results() -> list[tuple[Path, dict[str, Any]]]:
-    return [(path, json.loads(path.read_text())) for path in sorted(RESULTS.glob("*.json"))]
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        with reading(path):
+            found.append((path, json.loads(path.read_text())))
+    return found
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Within the block, what the JSON lacks is a ValueError that names its file."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        found = f"{type(error).__name__}: {error}"
+        message = f"{path}: expected the JSON of a run of this benchmark ({found})"
+        raise ValueError(message) from error
 
 
 def plot(result: dict[str, Any], stem: str, folder: Path) -> list[Path] | None:
@@ -114,9 +134,10 @@ def _least_bytes() -> str:
 
 def _section(path: Path, result: dict[str, Any]) -> str:
     m = result["machine"]
+    variable = "THP_MEM_ALLOC_ENABLE=1 " if m.get("large_pages") else ""
     parts = [
         f"## {m['name']}, {result['suite']} suite, {result['date'][:10]}",
-        f"`{result['command']}` ({path.name})\n\n{tables.heading(result)}",
+        f"`{variable}{result['command']}` ({path.name})\n\n{tables.heading(result)}",
     ]
     for operation in tables.operations(result):
         parts += [f"### {operation}", tables.table(result, operation)]
@@ -130,8 +151,10 @@ def _section(path: Path, result: dict[str, Any]) -> str:
         phases = {r["phase"] for r in result["rows"] if r["operation"] == operation}
         if "fwd_bwd" in phases:
             parts += ["Peak memory:", tables.memory(result, operation)]
-        for picture in sorted(RESULTS.glob(f"{path.stem}-{operation}-*.png")):
-            parts.append(f"![{picture.stem}](../bench/results/{picture.name})")
+        for kind in ("memory", "speed"):
+            picture = RESULTS / f"{path.stem}-{operation}-{kind}.png"
+            if picture.exists():
+                parts.append(f"![{picture.stem}](../bench/results/{picture.name})")
     if result["skipped"]:
         parts += ["Skipped:", tables.skipped(result)]
     if result["notes"]:

@@ -69,6 +69,8 @@ def run(
 
     The cases share what is left of `budget` seconds: first each operation's headlines, so that what
     the budget cuts is the least. A case that fails is listed under "failures", and the others run.
+    Ctrl-C ends it: what is not measured then is listed under "skipped". Before there is a
+    measurement, it raises KeyboardInterrupt.
     """
     began = time.perf_counter()
     result: dict[str, Any] = {
@@ -80,6 +82,7 @@ def run(
         "skipped": [],
         "failures": [],
         "notes": [],
+        "interrupted": False,
     }
     found = [
         (op, [case for case in op.cases(suite) if (only or "") in str(case)])
@@ -88,31 +91,49 @@ def run(
     todo = in_turn(found)
     if not todo:
         raise ValueError(f"no case of the suite has {only!r} in its name")
-    build_seconds: dict[tuple[str, str], float] = {}
     if device.type == "cuda":
         _build_kernels(todo, result)
-    with progress(len(todo)) as advance:
-        for i, (op, case) in enumerate(todo):
-            left = budget - (time.perf_counter() - began)
-            share = left * _weight(case) / sum(_weight(later) for _, later in todo[i:])
-            advance(f"{op.OPERATION} {case}")
-            if share < 0.5:
-                result["skipped"].append(_skip(case, "all", "the budget was spent"))
-                continue
-            try:
-                forget_compiled()
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                _Measurement(op, case, device, suite, share, build_seconds, result).run()
-            except torch.OutOfMemoryError:
-                result["skipped"].append(_skip(case, "all", "out of memory"))
-            except Exception as error:
-                _fail(result, case, "all", error)
+    _measure(todo, device, suite, began + budget, result)
     places = {(op.OPERATION, str(case)): i for i, (op, case) in enumerate(_in_order(found))}
     result["rows"].sort(key=lambda row: places[row["operation"], row["asked"]])
     result["seconds"] = round(time.perf_counter() - began, 1)
     return result
+
+
+def _measure(
+    todo: list[tuple[Operation, Case]],
+    device: torch.device,
+    suite: str,
+    end: float,
+    result: dict[str, Any],
+) -> None:
+    """The cases one after the other, each with its share of what is left until `end`."""
+    build_seconds: dict[tuple[str, str], float] = {}
+    begun = 0
+    try:
+        with progress(len(todo)) as advance:
+            for begun, (op, case) in enumerate(todo):
+                left = end - time.perf_counter()
+                share = left * _weight(case) / sum(_weight(later) for _, later in todo[begun:])
+                advance(f"{op.OPERATION} {case}")
+                if share < 0.5:
+                    result["skipped"].append(_skip(case, "all", "the budget was spent"))
+                    continue
+                try:
+                    forget_compiled()
+                    gc.collect()
+                    if device.type == "cuda":
+                        torch.cuda.empty_cache()
+                    _Measurement(op, case, device, suite, share, build_seconds, result).run()
+                except torch.OutOfMemoryError:
+                    result["skipped"].append(_skip(case, "all", "out of memory"))
+                except Exception as error:
+                    _fail(result, case, "all", error)
+    except KeyboardInterrupt:
+        if not result["rows"]:
+            raise
+        result["interrupted"] = True
+        result["skipped"] += [_skip(case, "all", "interrupted") for _, case in todo[begun:]]
 
 
 def _build_kernels(todo: list[tuple[Operation, Case]], result: dict[str, Any]) -> None:

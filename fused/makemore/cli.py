@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from fused import backend
 from fused.makemore.errors import InputError
 from fused.makemore.model import Settings
 
@@ -32,7 +33,7 @@ _ENGINES = {
 _SWEEP_ENGINES = ("persistent", "graph", "numba", "manual")
 _MOST_MODELS = 65536
 _LARGEST = 2**31 - 1
-_METRICS = "metrics.json"
+_METRICS, _SWEEP = "metrics.json", "sweep.json"
 # What a shell reports of a program that Ctrl-C ended, and of one whose output nobody reads.
 _INTERRUPTED, _UNREAD = 130, 141
 _NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed")  # torch, on a CPU
@@ -113,9 +114,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--engine", choices=_ENGINES, help=f"how gradients are computed (default auto). {engines}"
     )
-    train.add_argument("--out", metavar="DIR", help="run folder (default runs/<time>)")
+    train.add_argument("--out", type=_path, metavar="DIR", help="run folder (default runs/<time>)")
     train.add_argument(
         "--resume",
+        type=_path,
         metavar="DIR",
         help="run folder to continue; its settings hold, and it ends with exactly the parameters "
         "of a run that was never interrupted",
@@ -152,15 +154,22 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         help="how gradients are computed (default auto: the fastest that can run)",
     )
-    sweep.add_argument("--out", metavar="DIR", help="folder for results (default sweeps/<time>)")
+    sweep.add_argument(
+        "--out", type=_path, metavar="DIR", help="folder for results (default sweeps/<time>)"
+    )
     sweep.set_defaults(command=_sweep)
 
     sample = commands.add_parser(
         "sample", help="sample names from a checkpoint", description="Samples names."
     )
-    sample.add_argument("checkpoint", help="run folder or checkpoint file")
+    sample.add_argument("checkpoint", type=_path, help="run folder or checkpoint file")
     sample.add_argument("--num", type=_positive, default=20, help="how many names (default 20)")
-    sample.add_argument("--seed", type=_seed, help="seed of the draw (default: the run's, plus 10)")
+    sample.add_argument(
+        "--seed",
+        type=_seed,
+        help="seed of the draw (default: the run's, plus 11; train draws its names with the run's, "
+        "plus 10)",
+    )
     _add_device(sample)
     sample.set_defaults(command=_sample)
     return parser
@@ -178,6 +187,7 @@ def _add_device(parser: argparse.ArgumentParser) -> None:
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
+        type=_path,
         metavar="FILE",
         help="text file with one word a line (default: 5,163 given names of the US Census of 1990)",
     )
@@ -197,6 +207,12 @@ def _add_network(parser: argparse.ArgumentParser, defaults: Settings, seed: bool
 def _add(parser: argparse.ArgumentParser, flag: str, kind: Any, default: Any, what: str) -> None:
     # No default of argparse's own: None says that the option was not given.
     parser.add_argument(flag, type=kind, metavar="N", help=f"{what} (default {default})")
+
+
+def _path(text: str) -> str:
+    if not text:  # a shell variable that is not set; as a path it would be the current folder
+        raise argparse.ArgumentTypeError("expected a path, got ''")
+    return text
 
 
 def _positive(text: str) -> int:
@@ -261,6 +277,16 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def _check_backend(engine: str, device: torch.device) -> None:
+    """Raises InputError where the engine looks at FUSED_BACKEND, and that cannot serve `device`."""
+    if engine not in ("auto", "fused"):
+        return
+    try:
+        backend.name_for(torch.empty(0, device=device))
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"FUSED_BACKEND: {error}") from None
+
+
 def _load_data(path: str | None, settings: Settings, device: torch.device) -> Any:
     from fused.makemore import data
 
@@ -279,6 +305,7 @@ def _check(options: argparse.Namespace) -> int:
     from fused.makemore import check
 
     settings, device = _settings(options), _device(options.device)
+    _check_backend("fused", device)
     return check.run(_load_data(options.data, settings, device), settings, device)
 
 
@@ -286,7 +313,8 @@ def _train(options: argparse.Namespace) -> int:
     from fused.makemore import training
 
     device = _device(options.device)
-    run, folder = _resumed(options, device) if options.resume else _started(options, device)
+    resumes = options.resume is not None
+    run, folder = _resumed(options, device) if resumes else _started(options, device)
     s, d = run.settings, run.dataset
     print(
         f"{d.source}: {d.words} words, {len(d.train)} / {len(d.val)} / {len(d.test)} examples, "
@@ -309,13 +337,13 @@ def _train(options: argparse.Namespace) -> int:
 def _started(options: argparse.Namespace, device: torch.device) -> tuple[Any, Path]:
     from fused.makemore import checkpoint, engines, model, training
 
-    settings = _settings(options)
+    settings, engine = _settings(options), options.engine or "auto"
+    _check_backend(engine, device)
     dataset = _load_data(options.data, settings, device)
     folder = _folder(options.out, "runs")
     if (folder / checkpoint.FILE).exists():
         raise InputError(f"{folder} already holds a run; continue it with --resume {folder}")
     parameters, generator = model.initial_parameters(settings, len(dataset.vocabulary), device)
-    engine = options.engine or "auto"
     if engine == "auto":
         engine = engines.fastest(parameters, dataset.train.x, settings.batch)
     losses = torch.empty(0)
@@ -324,16 +352,34 @@ def _started(options: argparse.Namespace, device: torch.device) -> tuple[Any, Pa
 
 
 def _folder(out: str | None, default: str) -> Path:
-    folder = Path(out or Path(default) / time.strftime("%Y-%m-%d-%H%M%S"))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        if out is None:
+            folder = _new_folder(Path(default))
+        else:
+            folder = Path(out)
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror}") from None
+        raise InputError(f"cannot make the folder {error.filename}: {error.strerror}") from None
     try:
         tempfile.TemporaryFile(dir=folder).close()  # now rather than when training is over
     except OSError as error:
         raise InputError(f"cannot write into the folder {folder}: {error.strerror}") from None
     return folder
+
+
+def _new_folder(parent: Path) -> Path:
+    """A folder named after the time, then -2, -3, ...: of runs that start together, each has its
+    own."""
+    parent.mkdir(parents=True, exist_ok=True)
+    name, number = time.strftime("%Y-%m-%d-%H%M%S"), 1
+    folder = parent / name
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = parent / f"{name}-{number}"
 
 
 def _resumed(options: argparse.Namespace, device: torch.device) -> tuple[Any, Path]:
@@ -343,6 +389,7 @@ def _resumed(options: argparse.Namespace, device: torch.device) -> tuple[Any, Pa
         raise InputError("--out: a resumed run stays in its folder")
     path = Path(options.resume)
     saved = checkpoint.load(path, device)
+    _check_backend(saved.engine, device)
     asked = {**dataclasses.asdict(saved.settings), "engine": saved.engine}
     for name, value in asked.items():
         given = getattr(options, name, None)
@@ -352,7 +399,7 @@ def _resumed(options: argparse.Namespace, device: torch.device) -> tuple[Any, Pa
     folder = path if path.is_dir() else path.parent
     if saved.step >= saved.settings.steps and (folder / _METRICS).exists():
         raise InputError(f"the run in {path} is complete: {saved.step} steps")
-    data = options.data or saved.data
+    data = saved.data if options.data is None else options.data
     dataset = _load_data(data, saved.settings, device)
     if dataset.sha256 != saved.sha256:
         raise InputError(f"{dataset.source} is not the data that the run in {path} began with")
@@ -430,12 +477,15 @@ def _sweep(options: argparse.Namespace) -> int:
     from fused.makemore import engines, plots, sweep
 
     settings, device = _settings(options), _device(options.device)
+    _check_backend(options.engine, device)
     dataset = _load_data(options.data, settings, device)
     models = sweep.start(settings, options.lr, options.seed, dataset)
     engine = options.engine
     if engine == "auto":
         engine = engines.fastest(models.parameters, dataset.train.x, settings.batch)
     folder = _folder(options.out, "sweeps")
+    if (folder / _SWEEP).is_file():
+        raise InputError(f"{folder} already holds a sweep; use another --out")
     print(
         f"{dataset.source}: {dataset.words} words, {len(dataset.train)} training examples\n"
         f"{len(models)} networks ({len(options.lr)} learning rates x {len(options.seed)} seeds), "
@@ -455,7 +505,7 @@ def _sweep(options: argparse.Namespace) -> int:
         **_circumstances(dataset, device),
         "results": [dataclasses.asdict(r) for r in results],
     }
-    (folder / "sweep.json").write_text(json.dumps(content, indent=2) + "\n")
+    (folder / _SWEEP).write_text(json.dumps(content, indent=2) + "\n")
     plots.sweep_losses(models.losses, models.lr, folder / "losses.png")
     plots.sweep_validation(results, folder / "validation.png")
     print(
@@ -468,7 +518,8 @@ def _sample(options: argparse.Namespace) -> int:
     from fused.makemore import checkpoint
 
     saved = checkpoint.load(Path(options.checkpoint), _device(options.device))
-    seed = saved.settings.seed + 10 if options.seed is None else options.seed
+    # Other names than those that train printed.
+    seed = saved.settings.seed + 11 if options.seed is None else options.seed
     names = saved.model.sample(saved.vocabulary, saved.settings.context, options.num, seed)
     print("\n".join(names))
     return 0

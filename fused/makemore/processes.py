@@ -69,7 +69,7 @@ class Processes:
         of_all = torch.arange(len(parameters.C)).tensor_split(count)
         self._shares = [slice(int(m[0]), int(m[-1]) + 1) for m in of_all]
         self._connections, self._processes = [], []
-        with _without_interruption():
+        with without_interruption():
             for share in self._shares:
                 ours, theirs = spawn.Pipe()
                 models = MLPParameters(*(p.share_memory_()[share] for p in parameters))
@@ -125,8 +125,8 @@ def _work(
 
 
 @contextmanager
-def _without_interruption() -> Iterator[None]:
-    """Processes started here ignore Ctrl-C, from their first moment: the sweep is to stop them."""
+def without_interruption() -> Iterator[None]:
+    """Processes started here ignore Ctrl-C, from their first moment: the caller is to stop them."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may handle signals
         return

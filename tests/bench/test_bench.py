@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -335,6 +336,7 @@ def test_compare_says_what_changed(tmp_path) -> None:
         (["kernels", "--target", "sm_1"], "bench: expected --target of sm_80"),
         (["kernels", "--case", "nope"], "bench: no kernel case has 'nope' in its name"),
         (["--out", "tests"], "bench: --out tests: expected a file"),
+        (["kernels", "--out", "tests"], "bench: --out tests: expected a file"),
     ],
 )
 def test_bad_input_is_one_line(arguments, message) -> None:
@@ -352,6 +354,134 @@ def test_options_out_of_range_are_refused(option, value, monkeypatch, capsys) ->
     with pytest.raises(SystemExit, match="2"):
         bench_main.main()
     assert f"argument --{option}: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content, found",
+    [
+        (b"", "JSONDecodeError: Expecting value: line 1 column 1 (char 0)"),
+        (b"\xff", "UnicodeDecodeError"),
+        (b"[]", "TypeError"),
+        (b"{}", "KeyError: 'machine'"),
+        (b'{"rows": [{}]}', "KeyError: 'machine'"),
+        (b'{"rows": [{}], "suite": "quick", "machine": []}', "TypeError"),
+    ],
+)
+def test_a_file_that_is_no_run_is_named(content, found, tmp_path, monkeypatch, capsys) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    named = f"bench: {path}: expected the JSON of a run of this benchmark ("
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr(report, "PAGE", tmp_path / "page.md")
+    for arguments in (["compare", str(path), str(path)], ["report"]):
+        if arguments == ["report"] and content in (b"[]", b"{}"):
+            continue  # the page leaves out what others keep there
+        monkeypatch.setattr("sys.argv", ["bench", *arguments])
+        with pytest.raises(SystemExit) as end:
+            bench_main.main()
+        message = str(end.value.code)
+        assert message.startswith(named) and "\n" not in message
+        assert arguments == ["report"] or message.startswith(named + found)
+    assert not (tmp_path / "page.md").exists()
+
+
+def test_the_help_names_the_operations(monkeypatch, capsys) -> None:
+    for command in ([], ["kernels"]):
+        monkeypatch.setattr("sys.argv", ["bench", *command, "--help"])
+        with pytest.raises(SystemExit):
+            bench_main.main()
+        words = " ".join(capsys.readouterr().out.split())
+        assert "one of batch_norm, cross_entropy, linear_cross_entropy, makemore; rep" in words
+
+
+def test_the_page_shows_pictures_of_its_own_run(tmp_path, monkeypatch) -> None:
+    """Not those of another whose name goes on where the first's ends."""
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    for stem in ("cpu", "cpu-cross_entropy"):
+        for kind in ("speed", "memory"):
+            (tmp_path / f"{stem}-cross_entropy-{kind}.png").touch()
+    result = json.loads((report.ROOT / "bench/results/cpu-amd-epyc-1-thread.json").read_text())
+    for stem in ("cpu", "cpu-cross_entropy"):
+        section = report._section(tmp_path / f"{stem}.json", result)
+        assert re.findall(r"results/(.*)\.png", section) == [
+            f"{stem}-cross_entropy-memory",
+            f"{stem}-cross_entropy-speed",
+        ]
+
+
+def test_the_page_says_what_asked_for_large_pages() -> None:
+    path = report.ROOT / "bench/results/cpu-amd-epyc-1-thread-large-pages.json"
+    result = json.loads(path.read_text())
+    variable = "`THP_MEM_ALLOC_ENABLE=1 python -m bench "
+    assert variable in report._section(path, result)
+    result["machine"]["large_pages"] = False
+    assert variable not in report._section(path, result)
+
+
+class Interrupting(Square):
+    """Ctrl-C while the second of three cases is built."""
+
+    interrupts_at = 2
+
+    def cases(self, suite: str) -> list[Case]:
+        return [Case("square", (n, 8), torch.float32) for n in (64, 2, 32)]
+
+    def contenders(self, case: Case, device: torch.device):
+        if case.shape[0] == self.interrupts_at:
+            raise KeyboardInterrupt
+        return super().contenders(case, device)
+
+
+def test_an_interrupted_run_leaves_what_was_measured(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(runner.machine, "copy_bandwidth", lambda device: 1.0)
+    monkeypatch.setattr(runner, "operations", lambda names=None: {"square": Interrupting()})
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["bench", "--device", "cpu", "--budget", "20"])
+    with pytest.raises(SystemExit) as end:
+        bench_main.main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 130 and err.endswith("bench: interrupted\n")
+    assert "Traceback" not in err and "- square, all: interrupted (2x8-f32, 32x8-f32)" in out
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith("-interrupted.json")  # a complete run of that day stays
+    result = json.loads(path.read_text())
+    assert result["interrupted"] and {row["case"] for row in result["rows"]} == {"64x8-f32"}
+    assert "64x8-f32" in report._section(path, result)
+
+
+def test_interrupted_before_anything_is_measured(tmp_path, monkeypatch, capsys) -> None:
+    operation = Interrupting()
+    operation.interrupts_at = 64
+    monkeypatch.setattr(runner.machine, "copy_bandwidth", lambda device: 1.0)
+    monkeypatch.setattr(runner, "operations", lambda names=None: {"square": operation})
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", ["bench", "--device", "cpu", "--budget", "20"])
+    with pytest.raises(SystemExit) as end:
+        bench_main.main()
+    out, err = capsys.readouterr()
+    assert end.value.code == 130 and err.endswith("bench: interrupted\n") and not out
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_kernel_report() -> None:
+    """As on a terminal: Ctrl-C goes to every process of the command."""
+    pytest.importorskip("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "bench", "kernels", "--processes", "2"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it may have been ignored
+    try:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("[1/")
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    lines = [line for line in err.splitlines() if not line.startswith("[")]
+    assert (process.returncode, out, lines) == (130, "", ["bench: interrupted"])
 
 
 def test_the_page_is_what_the_results_say() -> None:

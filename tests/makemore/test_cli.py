@@ -102,7 +102,11 @@ def test_sample(trained, capsys) -> None:
     folder, out = trained
     status, five, _ = run(capsys, "sample", str(folder), "--num", "5", "--device", "cpu")
     assert status == 0 and len(five.splitlines()) == 5
-    assert out.rstrip().split("\n\n")[-1].startswith(five.rstrip())  # the run's own seed
+    of_train = ["--seed", str(2147483647 + 10)]
+    _, first, _ = run(capsys, "sample", str(folder), "--num", "5", *of_train, "--device", "cpu")
+    assert out.rstrip().split("\n\n")[-1].startswith(first.rstrip()) and first != five
+    _, again, _ = run(capsys, "sample", str(folder), "--num", "5", "--device", "cpu")
+    assert again == five
     _, other, _ = run(capsys, "sample", str(folder), "--num", "5", "--seed", "1")
     _, again, _ = run(capsys, "sample", str(folder / "checkpoint.pt"), "--num", "5", "--seed", "1")
     assert other == again != five
@@ -396,6 +400,12 @@ BAD = {
     ),
     "long contexts": (lambda p: ["train", "--context", "100000"], "expected at most 7431"),
     "no folder": (lambda p: ["train", "--out", words(p, b"")], "cannot make the folder"),
+    "no folder to make": (lambda p: ["sweep", "--out", words(p, b"") + "/x"], "cannot make the f"),
+    "resume nothing at all": (lambda p: ["train", "--resume", ""], "--resume: expected a path"),
+    "an unnamed folder": (lambda p: ["train", "--out", ""], "--out: expected a path, got ''"),
+    "an unnamed sweep": (lambda p: ["sweep", "--out", ""], "--out: expected a path, got ''"),
+    "unnamed data": (lambda p: ["check", "--data", ""], "--data: expected a path, got ''"),
+    "unnamed checkpoint": (lambda p: ["sample", ""], "checkpoint: expected a path, got ''"),
     "no cuda": (lambda p: ["check", "--device", "cuda"], "no CUDA device"),
 }
 
@@ -415,6 +425,83 @@ def test_bad_input_is_one_line_and_status_2(case, tmp_path, capsys) -> None:
 def test_a_run_is_not_overwritten(trained, capsys) -> None:
     status, _, err = run(capsys, "train", "--out", str(trained[0]))
     assert status == 2 and "already holds a run" in err
+
+
+def test_a_sweep_is_not_overwritten(tmp_path, capsys) -> None:
+    folder = tmp_path / "sweep"
+    options = [*tiny("manual", tmp_path), "--steps", "1", "--seed", "1", "--out", str(folder)]
+    assert run(capsys, "sweep", *options, "--lr", "0.1")[0] == 0
+    before = (folder / "sweep.json").read_text()
+    status, out, err = run(capsys, "sweep", *options, "--lr", "0.3")
+    assert status == 2 and err.endswith(f"{folder} already holds a sweep; use another --out\n")
+    assert out == "" and (folder / "sweep.json").read_text() == before
+
+
+@pytest.mark.parametrize("command, parent", [("train", "runs"), ("sweep", "sweeps")])
+def test_what_starts_in_the_same_second_has_its_own_folder(
+    command, parent, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fused.makemore.cli.time.strftime", lambda _: "now")
+    options = [*tiny("manual", tmp_path), "--steps", "1", "--seed", "1"]
+    for name in ("now", "now-2", "now-3"):
+        status, out, _ = run(capsys, command, *options)
+        assert status == 0 and f"folder {parent}/{name}\n" in out
+    assert sorted(f.name for f in (tmp_path / parent).iterdir()) == ["now", "now-2", "now-3"]
+
+
+def test_a_link_to_nothing_in_the_place_of_the_runs(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to("nothing")
+    status, _, err = run(capsys, "train", *tiny("manual", tmp_path), "--steps", "1")
+    assert status == 2 and "cannot make the folder runs: File exists" in err
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("foo", "expected backend to be one of auto, triton, eager, got 'foo'"),
+        ("triton", "the Triton kernels were asked for"),
+    ],
+    ids=["foo", "triton"],
+)
+@pytest.mark.parametrize("command", ["check", "train", "train --engine fused", "sweep"])
+def test_a_backend_that_cannot_serve(command, name, message, tmp_path) -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"FUSED_BACKEND": name, "PYTHONPATH": os.pathsep.join(sys.path)}
+    arguments = [sys.executable, "-m", "fused.makemore", *command.split(), "--device", "cpu"]
+    result = subprocess.run(
+        arguments, capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr.startswith(f"fused-makemore: FUSED_BACKEND: {message}")
+    assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_what_looks_at_no_backend_takes_any(tmp_path, capsys, monkeypatch) -> None:
+    def unserved(_: torch.Tensor) -> str:
+        raise RuntimeError("not served")
+
+    monkeypatch.setattr("fused.backend.name_for", unserved)
+    options = [*FAST, "--steps", "2", "--out", str(tmp_path / "manual")]
+    assert run(capsys, "train", *options, "--engine", "manual")[0] == 0
+    assert run(capsys, "sample", str(tmp_path / "manual"), "--num", "1", "--device", "cpu")[0] == 0
+
+
+def test_a_run_that_is_resumed_on_a_backend_that_cannot_serve(
+    tmp_path, capsys, monkeypatch
+) -> None:
+    folder = tmp_path / "run"
+    monkeypatch.setattr(training, "_interruption", interrupted)
+    options = [*tiny("fused", tmp_path), "--steps", "7", "--out", str(folder)]
+    assert run(capsys, "train", *options)[0] == 130
+
+    def unserved(_: torch.Tensor) -> str:
+        raise RuntimeError("not served")
+
+    monkeypatch.setattr("fused.backend.name_for", unserved)
+    status, _, err = run(capsys, "train", "--resume", str(folder), "--device", "cpu")
+    assert (status, err) == (2, "fused-makemore: FUSED_BACKEND: not served\n")
 
 
 def test_resume_refuses_other_settings_and_complete_runs(trained, capsys, tmp_path) -> None:
