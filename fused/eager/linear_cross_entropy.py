@@ -240,7 +240,7 @@ def _logits(kernels: ModuleType, p: Problem) -> Iterator[tuple[slice, Tensor]]:
     """Rows and their logits (n, C, *S), each in the memory of those before."""
     w = p.flat_w
     b = None if p.b is None else p.b.reshape(-1)
-    # A GPU's products are much faster where every row begins at a multiple of 16 bytes.
+    # Rows begin at multiples of 16 bytes, which a GPU's library asks for where it is to be fast.
     beyond = 0 if kernels is cross_entropy else -len(w) % (16 // w.dtype.itemsize)
     memory = p.x.new_empty(min(p.chunk, p.x.shape[0]), len(w) + beyond)[:, : len(w)]
     for rows in p.chunks():
