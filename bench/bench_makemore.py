@@ -67,15 +67,15 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
         )
 
     def engine(name: str) -> Callable[[], Contender]:
-        # What a call starts or captures, training does once in thousands of steps.
-        many = device.type == "cuda" and name in ("persistent", "graph")
-        return lambda: trained(ENGINES[name], 6400 if many else 200)
+        # What a call sets up or captures, training does once in the steps of 0.2 seconds.
+        steps = 200 if name not in METHODS else 6400 if device.type == "cuda" else 2000
+        return lambda: trained(ENGINES[name], steps)
 
     builders = {"torch": engine("autograd")}
     builders |= {name: engine(name) for name in ENGINES if name != "autograd"}
     return builders | {
         "compile": lambda: trained(_compiled(device)),
-        "jax": lambda: trained(_JaxEngine),
+        "jax": lambda: trained(_JaxEngine, 2000),
     }
 
 
