@@ -8,7 +8,7 @@ The formulas are those of fused/kernels/mlp_train.py, with changes that make the
     batch norm gives 2 hpreact, u = sigmoid of that, h = 2u - 1, and d(2 hpreact) = 2 u (1-u) dh;
     b2 is one more row of W2, that of a hidden unit which is always 1;
     embeddings and their gradient lie transposed, each of the E numbers of a character together for
-    all examples: a matrix product is fastest where the side of B lies in a row.
+    all B examples: products are fastest where these lie in a row.
 
 That 2, and -lr/B, enter where the loss does: gradients arrive ready to be added to the parameters.
 The tensors of the loop are torch's inference tensors, whose operations cost the least.
