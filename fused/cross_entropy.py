@@ -42,6 +42,7 @@ class CrossEntropyOutput(NamedTuple):
     row_loss: Tensor  # loss of each row, before the reduction, shaped as class indices
     lse: Tensor  # log-sum-exp of each row's logits, shaped as class indices; 0 where ignored
     correct: Tensor  # 0-d int64: rows, not ignored, whose largest logit is the target's
+    prediction: Tensor  # int64: class of each row's largest logit, shaped so too; -1 where ignored
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -249,9 +250,11 @@ def cross_entropy_with_stats(
 ) -> CrossEntropyOutput:
     """`cross_entropy`, and what the same pass over the logits knows besides.
 
-    Takes and raises what `cross_entropy` does. Returns (loss, row_loss, lse, correct); the last
-    three carry no gradient. `correct` over the number of rows that are not ignored is the accuracy;
-    of several largest logits the first counts. For probabilities the target's largest counts.
+    Takes and raises what `cross_entropy` does. Returns (loss, row_loss, lse, correct, prediction);
+    only the loss has a gradient. `correct` over the number of rows that are not ignored is the
+    accuracy; of several largest logits the first counts. For probabilities the target's largest
+    counts. Logits are here what the loss is of: scaled and capped. Beside a NaN the prediction is
+    some class.
     """
     options = options_of(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
     outputs = _run(input, target, weight, options, inplace, grad_in_forward, True, False)
@@ -326,7 +329,7 @@ def _run(
     want_extras: bool,
     plain: bool,
 ) -> tuple[Tensor, ...]:
-    """Checks, chooses, computes: (loss,), or (loss, row_loss, lse, correct).
+    """Checks, chooses, computes: (loss,), or the fields of CrossEntropyOutput.
 
     `plain` says that `_small` may serve the call.
     """
@@ -390,7 +393,8 @@ def _of_no_classes(
         return (loss(options.reduction),)
     row_loss = loss("none").detach()
     lse = torch.full_like(row_loss, -math.inf if soft else 0.0)
-    return loss(options.reduction), row_loss, lse, row_loss.new_zeros((), dtype=torch.int64)
+    prediction = torch.full_like(row_loss, -1, dtype=torch.int64)
+    return loss(options.reduction), row_loss, lse, prediction.new_zeros(()), prediction
 
 
 def _small(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor | None:

@@ -262,7 +262,7 @@ def _run(
     memory_budget_bytes: int | None,
     want_extras: bool,
 ) -> tuple[Tensor, ...]:
-    """Checks, chooses, computes: (loss,), or (loss, row_loss, lse, correct)."""
+    """Checks, chooses, computes: (loss,), or the fields of CrossEntropyOutput."""
     _check(input, linear_weight, linear_bias, memory_budget_bytes)
     if under_autocast(input):
         input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)

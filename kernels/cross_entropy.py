@@ -58,8 +58,9 @@ def cross_entropy_fwd(
     target is (N, *S) class indices, or probabilities shaped as x; weight (C,); a softcap of 0 is
     none. Returns (loss, stats, scale, extras): loss as `reduction` says, in `loss_dtype`; stats
     (3 or 4, rows), the m, s and a of each row; scale, the factor of every row in the mean or sum,
-    one number, None for "none"; extras, if wanted, the loss and the lse of each row (N, *S) and,
-    one int64, how many rows have their largest logit at their target.
+    one number, None for "none"; extras, if wanted, the loss and the lse of each row (N, *S), one
+    int64, how many rows have their largest score at their target, and the class of each row's
+    largest score (N, *S), the first of several, -1 where the row is ignored.
 
     Bytes: reads x once (and the probabilities once); writes 12 bytes a row, which is the least for
     a forward alone. Launches: as `cross_entropy_fwd_bwd`; one for "none".
@@ -180,6 +181,7 @@ def _forward(
             num_warps=walk.num_warps,
             enable_fp_fusion=False,
         )
+    best = new(n_rows, dtype=torch.int64) if want_extras else None
     parts = None
     if rows_loss is None and (want_extras or not reduced):
         rows_loss = new(n_rows, dtype=acc if reduced else loss_dtype)
@@ -195,6 +197,7 @@ def _forward(
             parts,
             scale,
             stats,
+            best,
             dx3,
             n_rows,
             n_counts,
@@ -214,7 +217,6 @@ def _forward(
             Z_LOSS=z_loss != 0,
             CAPPED=softcap != 0,
             SCALED=logit_scale != 1,
-            CORRECT=want_extras,
             MEAN=mean,
             ACC=TRITON[acc],
             BLOCK_N=plan.BLOCK_N,
@@ -233,10 +235,10 @@ def _forward(
     layout.copy_back(dx, dx3)
     shape = x.shape[:1] + x.shape[2:]
     extras = None
-    if want_extras and stats is not None and rows_loss is not None:
+    if best is not None and stats is not None and rows_loss is not None:
         rows = rows_loss if reduced else rows_loss.clone()
-        correct = stats[3].sum(dtype=torch.int64)
-        extras = (rows.view(shape), (stats[0] + stats[1].log()).view(shape), correct)
+        lse, correct = stats[0] + stats[1].log(), stats[3].sum(dtype=torch.int64)
+        extras = (rows.view(shape), lse.view(shape), correct, best.view(shape))
     if parts is None and rows_loss is not None:
         return rows_loss.view(shape), extras
     assert parts is not None

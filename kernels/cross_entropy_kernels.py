@@ -58,8 +58,9 @@ def _cross_entropy_fwd_kernel(
     loss_ptr,  # out: loss of each row, shape (n_rows,), or None
     sum_ptr,  # out: each program's part of the sum or mean, shape (programs,), or None
     scale_ptr,  # out: what the mean multiplies a row by (1 for the sum), one number, or None
-    stats_ptr,  # out: m, s and a of each row, and whether its prediction is correct if CORRECT;
+    stats_ptr,  # out: m, s and a of each row, and with best_ptr whether its prediction is correct;
     #             shape (3 or 4, n_rows), or None
+    best_ptr,  # out: the class of each row's largest score, -1 of ignored rows; (n_rows,), or None
     dx_ptr,  # out: gradient of the logits, shaped as x, or None; may be x itself
     n_rows,
     n_counts,
@@ -79,7 +80,6 @@ def _cross_entropy_fwd_kernel(
     Z_LOSS: tl.constexpr,
     CAPPED: tl.constexpr,
     SCALED: tl.constexpr,
-    CORRECT: tl.constexpr,
     MEAN: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -105,6 +105,7 @@ def _cross_entropy_fwd_kernel(
         n_all = shard[1]
     dense: tl.constexpr = SOFT or SMOOTHED
     again: tl.constexpr = dx_ptr is not None and not HELD
+    want_best: tl.constexpr = best_ptr is not None
     first_read: tl.constexpr = "evict_last" if again else ""
     # What y takes off is written over the tile, behind a barrier, or compared for in it: where the
     # blocks of a cluster share the row, as no barrier holds them; and of short rows, as it is less.
@@ -149,7 +150,7 @@ def _cross_entropy_fwd_kernel(
                 m, s, b_sum, bz_sum, best, z_best, t_best, t_max,
                 x_ptr, x_rows[:, None] + edge_classes, target_ptr, t_rows, stride_t, weight_ptr,
                 edge_classes, valid[:, None] & edge_mask, n_all, smoothing, z_scale, cap,
-                ACC, SOFT, SMOOTHED, SCALED, CAPPED, CORRECT, 1, VEC, "",
+                ACC, SOFT, SMOOTHED, SCALED, CAPPED, want_best, 1, VEC, "",
             )  # fmt: skip
         if LANES > 1:
             m, s, b_sum, bz_sum = spread(m, s, b_sum, bz_sum, LANES)
@@ -159,7 +160,7 @@ def _cross_entropy_fwd_kernel(
                 m, s, b_sum, bz_sum, best, z_best, t_best, t_max,
                 x_ptr, beside(x_main, places) + places * stride_x[1], target_ptr, t_rows, stride_t,
                 weight_ptr, classes, beside(valid, mask) & mask, n_all, smoothing, z_scale, cap,
-                ACC, SOFT, SMOOTHED, SCALED, CAPPED, CORRECT, LANES, VEC, "",
+                ACC, SOFT, SMOOTHED, SCALED, CAPPED, want_best, LANES, VEC, "",
             )  # fmt: skip
         else:
             n_read = tl.max(valid.to(tl.int32), axis=0) * n_classes  # 0 where all are ignored
@@ -169,7 +170,7 @@ def _cross_entropy_fwd_kernel(
                     m, s, b_sum, bz_sum, best, z_best, t_best, t_max,
                     x_ptr, x_main[:, None] + places * stride_x[1], target_ptr, t_rows, stride_t,
                     weight_ptr, classes, valid[:, None] & mask, n_all, smoothing, z_scale, cap,
-                    ACC, SOFT, SMOOTHED, SCALED, CAPPED, CORRECT, LANES, VEC, first_read,
+                    ACC, SOFT, SMOOTHED, SCALED, CAPPED, want_best, LANES, VEC, first_read,
                 )  # fmt: skip
         m, s, b_sum, bz_sum = merge_lanes(m, s, b_sum, bz_sum, LANES)
         if shard is None:
@@ -199,10 +200,11 @@ def _cross_entropy_fwd_kernel(
             tl.store(stats_rows, m, mask=row_mask)
             tl.store(stats_rows + n_rows, tl.where(valid, s, 1.0), mask=row_mask)
             tl.store(stats_rows + 2 * tl.cast(n_rows, tl.int64), a, mask=row_mask)
-            if CORRECT:
+            if want_best:
                 correct = valid & (best == (t_best if SOFT else y))
                 stats_rows += 3 * tl.cast(n_rows, tl.int64)
                 tl.store(stats_rows, correct.to(ACC), mask=row_mask)
+                tl.store(best_ptr + rows, tl.where(valid, best, -1), mask=row_mask)
 
         if dx_ptr is not None:
             # In place, a warp that is ahead must not write what another has not read: its z_y.

@@ -232,7 +232,7 @@ def take(
     m, s, b_sum, bz_sum, best, z_best, t_best, t_max,
     x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes, mask, n_classes,
     smoothing, logit_scale, softcap, ACC: tl.constexpr, SOFT: tl.constexpr, SMOOTHED: tl.constexpr,
-    SCALED: tl.constexpr, CAPPED: tl.constexpr, CORRECT: tl.constexpr,
+    SCALED: tl.constexpr, CAPPED: tl.constexpr, BEST: tl.constexpr,
     LANES: tl.constexpr, VEC: tl.constexpr, POLICY: tl.constexpr,
 ):  # fmt: skip
     """Reads a tile and takes it into the statistics; (z, b) of the tile, and the statistics."""
@@ -244,7 +244,7 @@ def take(
         m, s, b_sum, bz_sum, z, b, mask, LANES, VEC,
         SOFT or SMOOTHED, not SOFT and weight_ptr is None,
     )  # fmt: skip
-    if CORRECT:
+    if BEST:
         best, z_best = largest(z, classes, best, z_best)
         if SOFT:
             t_offsets = beside(t_rows, classes) + classes.to(tl.int64) * stride_t[1]

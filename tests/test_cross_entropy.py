@@ -478,7 +478,9 @@ def test_stats(shape, reduction, kind, implementation, device) -> None:
     hit = counted & (logits.argmax(dim) == (target.argmax(dim) if soft else target))
     assert output.correct.dtype == torch.int64 and output.correct.shape == ()
     assert output.correct == hit.sum()
-    assert [t.requires_grad for t in output] == [True, False, False, False]
+    prediction = torch.where(counted, logits.detach().argmax(dim), -1)
+    torch.testing.assert_close(output.prediction, prediction)
+    assert [t.requires_grad for t in output] == [True, False, False, False, False]
 
 
 @pytest.mark.parametrize("classes", [2100, 8201])
@@ -487,6 +489,35 @@ def test_first_of_several_largest_logits_is_the_prediction(classes, implementati
     logits[:, [5, 9, classes - 1]] = 1.0
     target = torch.tensor([5, 9, classes - 1], device=device)
     assert fused.cross_entropy_with_stats(logits, target).correct == 1
+    assert fused.cross_entropy_with_stats(logits, target).prediction.tolist() == [5, 5, 5]
+
+
+def test_prediction_is_that_of_the_scores(implementation, device) -> None:
+    """A negative scale turns the order round; a cap makes equals of what it saturates."""
+    logits = torch.tensor([[1.0, 500.0, -2.0, 900.0]], device=device)
+    target = torch.tensor([0], device=device)
+    for options, best in (({}, 3), ({"logit_scale": -1.0}, 2), ({"softcap": 2.0}, 1)):
+        stats = fused.cross_entropy_with_stats(logits, target, **options)
+        assert stats.prediction.tolist() == [best]
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN")  # the interpreter's
+@pytest.mark.parametrize("shape", [(4, 27), (4, 8201), (4, 300, 3)], ids=str)
+def test_prediction_beside_a_nan_is_a_class(shape, implementation, device) -> None:
+    logits, target, _ = example(shape, torch.float32, device, ignored=0)
+    logits[0] = logits[1, 0] = logits[2, -1] = float("nan")
+    prediction = fused.cross_entropy_with_stats(logits, target).prediction
+    assert (prediction >= 0).all() and (prediction < shape[1]).all()
+    torch.testing.assert_close(prediction[3], logits[3].argmax(0))
+
+
+@pytest.mark.parametrize("ignore_index", [-1, 2])
+def test_prediction_of_ignored_rows(ignore_index, implementation, device) -> None:
+    """Is -1, which counts as no hit where that is what ignored rows have for a target."""
+    logits = torch.eye(3, device=device)
+    target = torch.tensor([0, ignore_index, 1], device=device)
+    stats = fused.cross_entropy_with_stats(logits, target, ignore_index=ignore_index)
+    assert stats.prediction.tolist() == [0, -1, 2] and stats.correct == 1
 
 
 def test_notebook_gradient_within_1e_8(implementation, device) -> None:

@@ -361,8 +361,10 @@ def test_no_classes(kind, shape, implementation, device) -> None:
             lse = torch.logsumexp(logits.detach(), min(1, len(shape) - 1))
             lse = lse if kind == "probabilities" else torch.zeros_like(lse)
             torch.testing.assert_close(stats.lse, lse, rtol=0, atol=0)
-            assert [s.requires_grad for s in stats] == [True, False, False, False]
+            assert [s.requires_grad for s in stats] == [True, False, False, False, False]
             assert stats.correct.dtype == torch.int64 and stats.correct.item() == 0
+            nothing = torch.full(rows, -1, device=device)
+            torch.testing.assert_close(stats.prediction, nothing, rtol=0, atol=0)
 
 
 CAPTURED = [

@@ -90,7 +90,7 @@ def test_opcheck(reduction, dtype, implementation, device) -> None:
         x = x.detach()
         with torch.no_grad():
             outputs = torch.ops.fused.linear_cross_entropy_fwd(*arguments, True)
-        backward = (outputs[0], outputs[4], x, *arguments[1:])
+        backward = (outputs[0], outputs[5], x, *arguments[1:])
         torch.library.opcheck(torch.ops.fused.linear_cross_entropy_bwd, backward)
 
 

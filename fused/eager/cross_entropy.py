@@ -28,8 +28,8 @@ from fused.eager.cross_entropy_rows import (
 # Above this -log p_y is taken from p_y, below it from the exponent.
 _LEAST_P = 2.0**-10
 
-# Of each row the loss and, if wanted, the lse, and whether its prediction is right.
-_RowLosses = tuple[Tensor, Tensor | None, Tensor | None]
+# Of each row the loss and, if wanted, the lse, whether its prediction is right, and that.
+_RowLosses = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 class _Parts(NamedTuple):
@@ -63,8 +63,9 @@ def cross_entropy_fwd(
     target is (N, *S) class indices, or probabilities shaped as x; weight (C,); a softcap of 0 is
     none. Returns (loss, stats, scale, extras): loss as `reduction` says, in `loss_dtype`; stats is
     None here; scale is the factor of every row in the mean or sum, one number, None for "none";
-    extras, if wanted, the loss and the lse of each row (N, *S) and, one int64, how many rows have
-    their largest logit at their target. An index outside [0, C) that is not `ignore_index` raises
+    extras, if wanted, the loss and the lse of each row (N, *S), one int64, how many rows have their
+    largest score at their target, and the class of each row's largest score (N, *S), the first of
+    several, -1 where the row is ignored. An index outside [0, C) that is not `ignore_index` raises
     IndexError on the CPU; elsewhere, where looking would stall the device, its loss is NaN.
     """
     rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
@@ -187,11 +188,11 @@ def _forward(
     factors = None if scale is None else rows.factors(scale)
     want_lse = bool(rows.z_loss) or want_extras
     scratch = Scratch(rows, loss_dtype)
-    parts, hits = [], []
+    parts, predicted = [], []
     for chunk, factor, own_dx in rows.chunks(factors, dx):
         z = scratch.scores(chunk)
         if want_extras:  # before z is gone
-            hits.append(_hits(z, chunk))
+            predicted.append(_predicted(z, chunk))
         dense = scratch.dense(chunk)
         powers, terms = scratch.powers(z, chunk, own_dx, partial(_terms, scratch, chunk, dense))
         parts.append(_Parts(powers.sums, *terms, powers.lse if want_lse else None))
@@ -201,11 +202,12 @@ def _forward(
     of_all = _Parts(*map(_joined, zip(*parts, strict=True)))
     losses = _losses(of_all, rows).squeeze(1)
     if not want_extras:
-        return losses, None, None
+        return losses, None, None, None
     lse = of_all.lse.squeeze(1)
     if rows.labels is not None and rows.labels.ignored is not None:
         lse = lse.masked_fill_(rows.labels.ignored, 0.0)
-    return losses, lse, torch.cat(hits)
+    hits, predictions = zip(*predicted, strict=True)
+    return losses, lse, torch.cat(hits), torch.cat(predictions)
 
 
 def _joined(parts: tuple[Any, ...]) -> Any:
@@ -228,11 +230,13 @@ def _terms(
     return t_y, None, scratch.dot(per_class(weight, t), t)
 
 
-def _hits(z: Tensor, rows: Rows) -> Tensor:
-    """Which rows (n, *S) of a chunk have their largest score at their target."""
-    labels = rows.labels
-    hit = z.argmax(1) == (rows.target.argmax(1) if labels is None else rows.target)
-    return hit if labels is None or labels.ignored is None else hit.logical_and_(~labels.ignored)
+def _predicted(z: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Which rows (n, *S) of a chunk have their largest score at their target, and where it is."""
+    labels, prediction = rows.labels, z.argmax(1)
+    hit = prediction == (rows.target.argmax(1) if labels is None else rows.target)
+    if labels is None or labels.ignored is None:
+        return hit, prediction
+    return hit.logical_and_(~labels.ignored), prediction.masked_fill_(labels.ignored, -1)
 
 
 def _losses(parts: _Parts, rows: Rows) -> Tensor:
@@ -328,12 +332,12 @@ def _reduced(
     scale: Tensor | None,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """(loss, extras) of the rows' losses, lse and hits."""
-    rows, lse, hit = losses
+    """(loss, extras) of what is known of the rows."""
+    rows, lse, hit, prediction = losses
     extras = None
-    if lse is not None and hit is not None:
+    if lse is not None and hit is not None and prediction is not None:
         row_loss = rows if scale is not None else rows.to(loss_dtype, copy=True)
-        extras = (row_loss, lse, hit.sum())
+        extras = (row_loss, lse, hit.sum(), prediction)
     if scale is None:
         return rows.to(loss_dtype), extras
     return (rows.sum() * scale).to(loss_dtype), extras
@@ -402,9 +406,11 @@ def cross_entropy_composed(
     loss = loss.to(loss_dtype)
     if not want_extras:
         return (loss,)
-    hit = counted & (z.argmax(1) == (index.argmax(1) if soft else index))
+    best = z.argmax(1)
+    hit = counted & (best == (index.argmax(1) if soft else index))
     row_loss = rows.to(loss_dtype) if reduction == "none" else rows
-    return loss, row_loss.detach(), torch.where(counted, lse, 0.0).detach(), hit.sum()
+    lse, prediction = torch.where(counted, lse, 0.0), torch.where(counted, best, -1)
+    return loss, row_loss.detach(), lse.detach(), hit.sum(), prediction
 
 
 def _pick(values: Tensor, index: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Forward(NamedTuple):
     """What a forward leaves."""
 
     loss: Tensor  # as `reduction` says, in `loss_dtype`
-    extras: tuple[Tensor, ...] | None  # loss and lse of each row (N, *S), number of correct rows
+    extras: tuple[Tensor, ...] | None  # as cross_entropy_fwd gives them
     stats: list[Tensor | None]  # of each chunk, what a backward of "none" needs
     gradients: Gradients | None  # for "mean" and "sum", where any are wanted
     scale: Tensor | None  # what the gradients are still to be multiplied by; None for 1
@@ -127,7 +127,9 @@ def linear_cross_entropy_fwd(
     if p.reduction == "none":
         loss = _spread(loss, kept, n)
     if extras is not None:
-        extras = (_spread(extras[0], kept, n), _spread(extras[1], kept, n), extras[2])
+        row_loss, lse, correct, prediction = extras
+        rows = (_spread(row_loss, kept, n), _spread(lse, kept, n))
+        extras = (*rows, correct, _spread(prediction, kept, n, of_others=-1))
     if done.gradients is not None:
         done.gradients.spread(kept, n)
     return done._replace(loss=loss, extras=extras)
@@ -173,8 +175,9 @@ def _forward(
         loss = loss.to(p.loss_dtype)
     merged = None
     if want_extras:
-        row_losses, lses, correct = zip(*extras, strict=True)
-        merged = (torch.cat(row_losses), torch.cat(lses), torch.stack(correct).sum())
+        row_losses, lses, correct, predictions = zip(*extras, strict=True)
+        rows_of_all = (torch.cat(row_losses), torch.cat(lses))
+        merged = (*rows_of_all, torch.stack(correct).sum(), torch.cat(predictions))
     return Forward(loss, merged, stats, gradients, scale)
 
 
@@ -232,8 +235,8 @@ def _kept(kernels: ModuleType, p: Problem) -> Tensor | None:
     return None if len(kept) == len(p.target) else kept
 
 
-def _spread(values: Tensor, rows: Tensor, n: int) -> Tensor:
-    return values.new_zeros(n, *values.shape[1:]).index_copy_(0, rows, values)
+def _spread(values: Tensor, rows: Tensor, n: int, of_others: int = 0) -> Tensor:
+    return values.new_full((n, *values.shape[1:]), of_others).index_copy_(0, rows, values)
 
 
 def _logits(kernels: ModuleType, p: Problem) -> Iterator[tuple[slice, Tensor]]:

@@ -25,7 +25,8 @@ _OPTIONS = "float label_smoothing, float z_loss, float softcap, float logit_scal
 library.define(
     "cross_entropy_fwd(Tensor input, Tensor target, Tensor? weight, int ignore_index, "
     f"str reduction, {_OPTIONS}, ScalarType loss_dtype, bool want_extras, bool early, bool plain) "
-    "-> (Tensor loss, Tensor stats, Tensor scale, Tensor row_loss, Tensor lse, Tensor correct)"
+    "-> (Tensor loss, Tensor stats, Tensor scale, Tensor row_loss, Tensor lse, Tensor correct, "
+    "Tensor prediction)"
 )
 library.define(
     "cross_entropy_bwd(Tensor dloss, Tensor input, Tensor target, Tensor? weight, Tensor stats, "
@@ -36,7 +37,7 @@ library.define(
 
 
 def call(*arguments: Any) -> tuple[Tensor, ...]:
-    """(loss,), or (loss, row_loss, lse, correct); the arguments are `cross_entropy_fwd`'s."""
+    """(loss,), or the fields of CrossEntropyOutput; the arguments are `cross_entropy_fwd`'s."""
     loss, _, _, *extras = torch.ops.fused.cross_entropy_fwd(*arguments)
     want_extras = arguments[-3]
     return (loss, *(t.detach() for t in extras)) if want_extras else (loss,)
@@ -64,7 +65,7 @@ def _fwd_operator(
     if stats is None:  # eager has none; of infinities a kernel's backward would make NaN, not lies
         stats = _stats_like(input, target, want_extras).fill_(float("inf"))
     scale = stats.new_empty(0) if scale is None else scale.to(stats.dtype)
-    return (loss, stats, scale, *(extras or (stats.new_empty(0) for _ in range(3))))
+    return (loss, stats, scale, *(extras or (stats.new_empty(0) for _ in range(4))))
 
 
 def _is_torchs(plain: bool, input: Tensor, target: Tensor) -> bool:
@@ -91,10 +92,10 @@ def _fwd_fake(
     stats = _stats_like(input, target, want_extras)
     scale = stats.new_empty(0 if reduction == "none" else ())
     if not want_extras:
-        return loss, stats, scale, *(stats.new_empty(0) for _ in range(3))
+        return loss, stats, scale, *(stats.new_empty(0) for _ in range(4))
     row_loss = stats.new_empty(rows, dtype=loss_dtype if reduction == "none" else stats.dtype)
-    correct = stats.new_empty((), dtype=torch.int64)
-    return loss, stats, scale, row_loss, stats.new_empty(rows), correct
+    lse, prediction = stats.new_empty(rows), stats.new_empty(rows, dtype=torch.int64)
+    return loss, stats, scale, row_loss, lse, prediction.new_empty(()), prediction
 
 
 def _bwd_operator(

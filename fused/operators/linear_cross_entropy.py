@@ -20,8 +20,8 @@ _PROBLEM = (
 _WANTS = "bool want_dx, bool want_dw, bool want_db"
 library.define(
     f"linear_cross_entropy_fwd({_PROBLEM}, {_WANTS}, bool want_extras) -> (Tensor loss, "
-    "Tensor row_loss, Tensor lse, Tensor correct, Tensor stats, Tensor scale, Tensor dx, "
-    "Tensor dw, Tensor db)"
+    "Tensor row_loss, Tensor lse, Tensor correct, Tensor prediction, Tensor stats, Tensor scale, "
+    "Tensor dx, Tensor dw, Tensor db)"
 )
 library.define(
     f"linear_cross_entropy_bwd(Tensor dloss, Tensor stats, {_PROBLEM}, {_WANTS}) "
@@ -30,13 +30,13 @@ library.define(
 
 
 def call(*arguments: Any) -> tuple[Tensor, ...]:
-    """(loss,), or (loss, row_loss, lse, correct); the arguments are those of `Problem`, and
-    whether the last three are wanted."""
+    """(loss,), or the fields of CrossEntropyOutput; the arguments are those of `Problem`, and
+    whether these are wanted."""
     *problem, want_extras = arguments
     enabled = torch.is_grad_enabled() or outlives_the_call()
     wants = [t is not None and t.requires_grad and enabled for t in problem[:3]]
     loss, *outputs = torch.ops.fused.linear_cross_entropy_fwd(*problem, *wants, want_extras)
-    return (loss, *(t.detach() for t in outputs[:3])) if want_extras else (loss,)
+    return (loss, *(t.detach() for t in outputs[:4])) if want_extras else (loss,)
 
 
 def _fwd_operator(*arguments: Any) -> tuple[Tensor, ...]:
@@ -50,7 +50,7 @@ def _fwd_operator(*arguments: Any) -> tuple[Tensor, ...]:
     gradients = (None, None, None) if g is None else (g.dx, g.dw, g.db)
     return (
         done.loss,
-        *(done.extras or (nothing.new_empty(0) for _ in range(3))),
+        *(done.extras or (nothing.new_empty(0) for _ in range(4))),
         torch.cat(stats, 1) if stats and p.reduction == "none" else nothing,
         torch.ones_like(nothing.sum()) if done.scale is None else done.scale,
         *(nothing.new_empty(0) if t is None else t for t in gradients),
@@ -62,11 +62,12 @@ def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
     rows = (p.x.shape[0], *p.w.shape[1:-1])
     none = p.reduction == "none"
     wide = p.x.new_empty((), dtype=p.computed_in)
-    extras = [wide.new_empty(0) for _ in range(3)]
+    extras = [wide.new_empty(0) for _ in range(4)]
     if want_extras:
         extras[0] = wide.new_empty(rows, dtype=p.loss_dtype if none else None)
         extras[1] = wide.new_empty(rows)
         extras[2] = wide.new_empty((), dtype=torch.int64)
+        extras[3] = wide.new_empty(rows, dtype=torch.int64)
     stats = wide.new_empty(0)
     if none and backend.implementation("cross_entropy", p.x) is not eager:
         stats = wide.new_empty(4 if want_extras else 3, p.w.shape[1:-1].numel() * p.x.shape[0])
@@ -106,7 +107,7 @@ def _bwd_fake(dloss: Tensor, stats: Tensor, *arguments: Any) -> tuple[Tensor, ..
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.numbers = inputs[5:13]
-    ctx.save_for_backward(*inputs[:5], *output[4:])
+    ctx.save_for_backward(*inputs[:5], *output[5:])
 
 
 def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
