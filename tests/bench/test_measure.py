@@ -1,12 +1,13 @@
 """What a time, a bandwidth and a peak are of, on clocks and devices that a test sets."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import machine, measure, runner
+from bench import bench_makemore, machine, measure, runner
 from bench.cases import Case, Phase
 from bench.measure import interleave, peak_bytes, wall
 
@@ -98,3 +99,22 @@ def test_phases_and_upstream_gradients() -> None:
         torch.testing.assert_close(dinput, contender.outputs()["dinput"])
         found.append(dinput)
     assert not torch.allclose(*found)
+
+
+def test_a_step_of_many_models_is_timed_without_their_start(monkeypatch) -> None:
+    """As one model's is, and JAX's."""
+    started: list[int] = []
+    problem = bench_makemore._problem
+
+    def counted(case: Case, device: torch.device, steps: int) -> Any:
+        started.append(steps)
+        return problem(case, device, steps)
+
+    monkeypatch.setattr(bench_makemore, "_problem", counted)
+    case = Case("makemore", (32, 3, 27), torch.float32, "2models")
+    for name in ("torch", "manual"):
+        phase = bench_makemore.contenders(case, CPU)[name]().phases["step"]
+        prepared = phase.prepare()
+        started.clear()
+        phase.run(prepared)
+        assert not started, name
