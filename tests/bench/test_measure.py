@@ -1,13 +1,16 @@
 """What a time, a bandwidth and a peak are of, on clocks and devices that a test sets."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_makemore, machine, measure, runner
+from bench import bench_makemore, cases, machine, measure, runner
 from bench.cases import Case, Phase
 from bench.measure import interleave, peak_bytes, wall
 
@@ -118,3 +121,39 @@ def test_a_step_of_many_models_is_timed_without_their_start(monkeypatch) -> None
         started.clear()
         phase.run(prepared)
         assert not started, name
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_capture_that_fails_is_ended(ended, monkeypatch) -> None:
+    """Where CUDA refuses to end it, PyTorch's allocator would believe it to go on: it would give
+    back no memory, and the next case's `empty_cache` raise."""
+    done: list[object] = []
+
+    @contextmanager
+    def capture(graph: object, pool: object) -> Iterator[None]:
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end(device: int, pool: object) -> None:
+        if ended:
+            raise RuntimeError("not currently recording to mempool_id")
+        done.append(("end", pool))
+
+    side, current = MagicMock(), MagicMock()
+    for name, value in {
+        "Stream": lambda: side,
+        "current_stream": lambda: current,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": object,
+        "graph": capture,
+        "graph_pool_handle": lambda: (0, 7),
+        "current_device": lambda: 0,
+        "set_stream": done.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    release = lambda device, pool: done.append(("release", pool))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+    with pytest.raises(RuntimeError, match="previous error"):
+        cases._replay(Phase(lambda _: None))
+    assert done == [current, *([] if ended else [("end", (0, 7)), ("release", (0, 7))])]
