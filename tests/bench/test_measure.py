@@ -1,8 +1,10 @@
 """What a time, a bandwidth and a peak are of, on clocks and devices that a test sets."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_makemore, cases, machine, measure, runner
+from bench import bench_cross_entropy, bench_makemore, cases, machine, measure, runner
 from bench.cases import Case, Phase
 from bench.measure import interleave, peak_bytes, wall
 
@@ -157,3 +159,27 @@ def test_a_capture_that_fails_is_ended(ended, monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="previous error"):
         cases._replay(Phase(lambda _: None))
     assert done == [current, *([] if ended else [("end", (0, 7)), ("release", (0, 7))])]
+
+
+def test_a_forward_of_liger_forms_no_gradient(monkeypatch) -> None:
+    """As nobody else's does in the phase `fwd`."""
+    asked: list[bool] = []
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        asked.append(logits.requires_grad)
+        return logits.sum()
+
+    for name in (
+        "liger_kernel",
+        "liger_kernel.transformers",
+        "liger_kernel.transformers.functional",
+    ):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(module, "liger_cross_entropy", loss, raising=False)
+    x: Any = SimpleNamespace(device=torch.device("cuda"), detach=lambda: torch.zeros(4, 27))
+    phases = bench_cross_entropy._liger(x, torch.zeros(4), torch.ones(())).phases
+    phases["fwd"].run(None)
+    phases["fwd_bwd"].run(None)
+    assert asked == [False, True]
