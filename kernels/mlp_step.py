@@ -402,8 +402,8 @@ def mlp_train(
 ) -> torch.Tensor:
     """K steps of M models, together; takes and returns what fused/kernels/mlp_train.py does.
 
-    Steps that do not fill a chunk are launched one by one, by the same kernels. (S, K, B) rows
-    `index` as there.
+    Steps that do not fill a chunk are launched one by one, by the same kernels; a call of none
+    compiles them. (S, K, B) rows `index` as there.
 
     Bytes of a step and model, read and written, with P blocks of hidden units: W1 and W2 are read
     twice and written once, which is one reading more than the least; h, xhat, dy, dz, of B*H or
@@ -414,6 +414,8 @@ def mlp_train(
     n_streams, n_steps, B = index.shape
     steps = Steps(C, W1, W2, b2, gain, bias, lr, eps, n_streams, B, x.shape[1])
     losses = C.new_empty(len(C), n_steps)
+    if n_steps == 0:
+        compile_kernels(steps)
     graph = None
     for start in range(0, n_steps, tuning.MLP_STEP_CHUNK):
         rows = index[:, start : start + tuning.MLP_STEP_CHUNK]
@@ -429,13 +431,17 @@ def mlp_train(
     return losses
 
 
-def captured(steps: Steps) -> torch.cuda.CUDAGraph:
-    """The steps of a chunk as a graph; the parameters stay as they are."""
-    # Kernels are compiled and loaded at their first launch, which must not happen while capturing.
+def compile_kernels(steps: Steps) -> None:
+    """As their first launch does, and loads them; the parameters stay as they are."""
     before = [tensor.clone() for tensor in steps.parameters]
     steps.take(0)
     for tensor, value in zip(steps.parameters, before, strict=True):
         tensor.copy_(value)
+
+
+def captured(steps: Steps) -> torch.cuda.CUDAGraph:
+    """The steps of a chunk as a graph; the parameters stay as they are."""
+    compile_kernels(steps)  # which must not happen while capturing
     graph = torch.cuda.CUDAGraph()
     # PyTorch's own stream for capturing is on the device where it was first asked for.
     with torch.cuda.graph(graph, stream=torch.cuda.Stream(steps.lr.device)):

@@ -228,6 +228,25 @@ def test_a_chunk_of_graph_is_captured_and_replayed(monkeypatch) -> None:
         )
 
 
+def test_a_call_of_no_steps_of_graph_compiles(monkeypatch) -> None:
+    """So that who times steps need not count it, as with the other methods; nothing else."""
+    pytest.importorskip("triton")
+    from fused.kernels import mlp_step
+
+    taken: list[int] = []
+    take = mlp_step.Steps.take
+
+    def counted(steps: mlp_step.Steps, i: int) -> None:
+        taken.append(i)
+        take(steps, i)
+
+    monkeypatch.setattr(mlp_step.Steps, "take", counted)
+    p, x, y, index = start(FEW_CHARACTERS, 0, "graph")
+    found, losses = fused.train_mlp(p, x, y, index, float("inf"), method="graph")
+    assert taken == [0] and losses.shape == (0,)
+    assert_equal(found, p)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("streams", [1, 2, 4])
 def test_models_together_are_models_alone(method, streams) -> None:
