@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import bench_cross_entropy, bench_makemore, cases, machine, measure, runner
+from bench import (
+    bench_cross_entropy,
+    bench_makemore,
+    cases,
+    conftest,
+    machine,
+    measure,
+    runner,
+)
 from bench.cases import Case, Phase
 from bench.measure import interleave, peak_bytes, wall
 
@@ -183,3 +191,12 @@ def test_a_forward_of_liger_forms_no_gradient(monkeypatch) -> None:
     phases["fwd"].run(None)
     phases["fwd_bwd"].run(None)
     assert asked == [False, True]
+
+
+def test_a_pytest_benchmark_leaves_the_first_call_out() -> None:
+    """Which builds, as in the runner."""
+    calls: list[object] = []
+    timed = conftest.built(Phase(calls.append, lambda: len(calls)), CPU)
+    assert calls == [0]
+    timed.run(timed.prepare())
+    assert calls == [0, 1]
