@@ -209,7 +209,12 @@ def _liger(x: Tensor, target: Tensor, upstream: Tensor) -> Contender:
     # It writes the gradient over the logits, so it has its own; from the second call on it takes
     # its own gradient for logits, which lasts as long.
     own = x.detach().clone().requires_grad_()
-    return differentiable(lambda: liger_cross_entropy(own, target), {"input": own}, upstream)
+
+    def loss() -> Tensor:
+        # Of logits that require a gradient it forms one, whether a graph is recorded or not.
+        return liger_cross_entropy(own if torch.is_grad_enabled() else own.detach(), target)
+
+    return differentiable(loss, {"input": own}, upstream)
 
 
 def _jax(x: Tensor, target: Tensor, upstream: Tensor) -> Contender:

@@ -54,29 +54,32 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
     if case.variant:
         return _many_models(case, device)
 
-    def trained(make: Callable[[MLPParameters], Engine], steps: int = 200) -> Contender:
-        def outputs() -> dict[str, Tensor]:
-            parameters, x, y, index = _problem(case, device, steps=10)
-            make(parameters).run(x, y, index, _LR)
-            return _compared(parameters)
-
-        parameters, x, y, index = _problem(case, device, steps)
-        engine = make(parameters)
-        return Contender(
-            outputs, {"step": Phase(lambda _: engine.run(x, y, index, _LR), units=steps)}
-        )
-
     def engine(name: str) -> Callable[[], Contender]:
         # What a call sets up or captures, training does once in the steps of 0.2 seconds.
         steps = 200 if name not in METHODS else 6400 if device.type == "cuda" else 2000
-        return lambda: trained(ENGINES[name], steps)
+        return lambda: _trained(case, device, ENGINES[name], steps)
 
     builders = {"torch": engine("autograd")}
     builders |= {name: engine(name) for name in ENGINES if name != "autograd"}
     return builders | {
-        "compile": lambda: trained(_compiled(device)),
-        "jax": lambda: trained(_JaxEngine, 2000),
+        "compile": lambda: _trained(case, device, _compiled(device), 200),
+        "jax": lambda: _trained(case, device, _JaxEngine, 2000),
     }
+
+
+def _trained(
+    case: Case, device: torch.device, make: Callable[[MLPParameters], Engine], steps: int
+) -> Contender:
+    """One model that an engine trains, `steps` steps a call."""
+
+    def outputs() -> dict[str, Tensor]:
+        parameters, x, y, index = _problem(case, device, steps=10)
+        make(parameters).run(x, y, index, _LR)
+        return _compared(parameters)
+
+    parameters, x, y, index = _problem(case, device, steps)
+    engine = make(parameters)
+    return Contender(outputs, {"step": Phase(lambda _: engine.run(x, y, index, _LR), units=steps)})
 
 
 def _compiled(device: torch.device) -> Callable[[MLPParameters], Engine]:
@@ -90,14 +93,6 @@ def _many_models(case: Case, device: torch.device) -> dict[str, Callable[[], Con
     """Every method of `fused.train_mlp` with many models, the processes of a sweep, and
     `jax.vmap` of JAX's loop, against one model in torch at a time."""
     models = int(case.variant.removesuffix("models"))
-
-    def alone(make: Callable[[MLPParameters], Engine]) -> Contender:
-        def run(steps: int) -> MLPParameters:
-            parameters, x, y, index = _problem(case, device, steps)
-            make(parameters).run(x, y, index, _LR)
-            return parameters
-
-        return Contender(lambda: _compared(run(10)), {"step": Phase(lambda _: run(100), units=100)})
 
     def jax_together() -> Contender:
         def started(steps: int) -> tuple[MLPParameters, Callable[[], Tensor]]:
@@ -116,18 +111,23 @@ def _many_models(case: Case, device: torch.device) -> dict[str, Callable[[], Con
         return Contender(outputs, {"step": Phase(lambda _: run(), units=steps * models)})
 
     def together(method: str) -> Contender:
-        def run(steps: int) -> MLPParameters:
+        def started(steps: int) -> Callable[[], MLPParameters]:
             parameters, x, y, index = _problem(case, device, steps)
             stacked = MLPParameters(*(torch.stack([p] * models) for p in parameters))
-            done, _ = fused.train_mlp(stacked, x, y, index, _LR, eps=EPS, method=method)
-            return MLPParameters(*(p[-1] for p in done))
+
+            def run() -> MLPParameters:
+                done, _ = fused.train_mlp(stacked, x, y, index, _LR, eps=EPS, method=method)
+                return done
+
+            return run
+
+        def outputs() -> dict[str, Tensor]:
+            return _compared(MLPParameters(*(p[-1] for p in started(10)())))
 
         # In these all models are in the same launches; "eager" takes one model after the other.
-        steps = 1000 if device.type == "cuda" and method in ("persistent", "graph") else 50
-        return Contender(
-            lambda: _compared(run(10)),
-            {"step": Phase(lambda _: run(steps), units=steps * models)},
-        )
+        steps = 6400 if device.type == "cuda" and method in ("persistent", "graph") else 50
+        run = started(steps)
+        return Contender(outputs, {"step": Phase(lambda _: run(), units=steps * models)})
 
     def divided() -> Contender:
         count = torch.get_num_threads()
@@ -151,11 +151,11 @@ def _many_models(case: Case, device: torch.device) -> dict[str, Callable[[], Con
     def builder(method: str) -> Callable[[], Contender]:
         return lambda: together(method)
 
-    builders = {"torch": lambda: alone(ENGINES["autograd"])}
+    builders = {"torch": lambda: _trained(case, device, ENGINES["autograd"], 100)}
     builders |= {name: builder(method) for name, method in METHODS.items()}
     return builders | {
         "manual divided": divided,
-        "compile": lambda: alone(_compiled(device)),
+        "compile": lambda: _trained(case, device, _compiled(device), 100),
         "jax": jax_together,
     }
 

@@ -154,11 +154,14 @@ def _replay(phase: Phase) -> Callable[[Any], Any]:
             phase.run(None)
     torch.cuda.current_stream().wait_stream(side)
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    pool = torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             kept = phase.run(None)
-    finally:
+    except BaseException:
         torch.cuda.set_stream(current)  # a capture that fails leaves its own
+        _end_capture(pool)
+        raise
     graph.replay()
     torch.testing.assert_close(kept, phase.run(None))
 
@@ -166,6 +169,17 @@ def _replay(phase: Phase) -> Callable[[Any], Any]:
         graph.replay()
 
     return replay
+
+
+def _end_capture(pool: Any) -> None:
+    """Where CUDA refuses to end a capture, PyTorch's allocator takes it to go on: from then on it
+    gives nothing back, and `empty_cache`, which every case begins with, raises."""
+    device = torch.cuda.current_device()
+    try:
+        torch._C._cuda_endAllocateToPool(device, pool)
+    except RuntimeError:
+        return  # it ended, and what failed is something else
+    torch._C._cuda_releasePool(device, pool)
 
 
 def require(module: str) -> None:

@@ -586,17 +586,35 @@ def test_a_second_read_shows_in_the_kernel_report() -> None:
     assert found["1"] == [["_copy_kernel", size, size], ["_copy_kernel", 2 * size, size]]
 
 
-def test_runs_where_only_torch_and_triton_are_installed(tmp_path) -> None:
-    """Tables and a JSON, but no plots."""
+def bench_alone(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Where only torch and Triton are installed."""
     others = ("jax", "liger_kernel", "matplotlib", "numba", "numpy", "pytest", "tqdm")
     code = "import runpy, sys; sys.modules |= dict.fromkeys(sys.argv[1].split(',')); "
     code += "sys.argv[:] = ['bench', *sys.argv[2:]]; runpy.run_module('bench', run_name='__main__')"
+    return python("-c", code, ",".join(others), *arguments)
+
+
+def test_runs_where_only_torch_and_triton_are_installed(tmp_path) -> None:
+    """Tables and a JSON, but no plots."""
     options = ["--op", "cross_entropy", "--case", "32x27-f32", "--budget", "8"]
     out = tmp_path / "result.json"
-    done = python("-c", code, ",".join(others), *options, "--out", str(out))
+    done = bench_alone(*options, "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "| 32x27-f32 " in done.stdout and "no plots: matplotlib is not" in done.stdout
     result = json.loads(out.read_text())
     assert result["rows"] and not result["failures"]
     assert "liger_kernel is not installed" in str(result["skipped"])
     assert [*tmp_path.iterdir()] == [out]
+
+
+def test_the_kernel_report_where_only_torch_and_triton_are_installed(tmp_path) -> None:
+    """All but the bytes: Triton's interpreter needs NumPy."""
+    pytest.importorskip("triton")
+    options = ["--op", "cross_entropy", "--case", "32x27-f32", "--target", "sm_90"]
+    out = tmp_path / "result.json"
+    done = bench_alone("kernels", *options, "--processes", "1", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "reads and writes are not counted: NumPy is not installed" in done.stderr
+    rows = json.loads(out.read_text())["kernels"]
+    assert [row["kernel"] for row in rows] == ["cross_entropy_fwd", "cross_entropy_scale"]
+    assert all(row["reads"] is None and row["targets"]["sm_90"]["registers"] for row in rows)

@@ -1,12 +1,26 @@
 """What a time, a bandwidth and a peak are of, on clocks and devices that a test sets."""
 
-from types import SimpleNamespace
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import machine, measure, runner
+from bench import (
+    bench_cross_entropy,
+    bench_makemore,
+    cases,
+    conftest,
+    machine,
+    measure,
+    runner,
+)
 from bench.cases import Case, Phase
 from bench.measure import interleave, peak_bytes, wall
 
@@ -98,3 +112,91 @@ def test_phases_and_upstream_gradients() -> None:
         torch.testing.assert_close(dinput, contender.outputs()["dinput"])
         found.append(dinput)
     assert not torch.allclose(*found)
+
+
+def test_a_step_of_many_models_is_timed_without_their_start(monkeypatch) -> None:
+    """As one model's is, and JAX's."""
+    started: list[int] = []
+    problem = bench_makemore._problem
+
+    def counted(case: Case, device: torch.device, steps: int) -> Any:
+        started.append(steps)
+        return problem(case, device, steps)
+
+    monkeypatch.setattr(bench_makemore, "_problem", counted)
+    case = Case("makemore", (32, 3, 27), torch.float32, "2models")
+    for name in ("torch", "manual"):
+        phase = bench_makemore.contenders(case, CPU)[name]().phases["step"]
+        prepared = phase.prepare()
+        started.clear()
+        phase.run(prepared)
+        assert not started, name
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_capture_that_fails_is_ended(ended, monkeypatch) -> None:
+    """Where CUDA refuses to end it, PyTorch's allocator would believe it to go on: it would give
+    back no memory, and the next case's `empty_cache` raise."""
+    done: list[object] = []
+
+    @contextmanager
+    def capture(graph: object, pool: object) -> Iterator[None]:
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    def end(device: int, pool: object) -> None:
+        if ended:
+            raise RuntimeError("not currently recording to mempool_id")
+        done.append(("end", pool))
+
+    side, current = MagicMock(), MagicMock()
+    for name, value in {
+        "Stream": lambda: side,
+        "current_stream": lambda: current,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": object,
+        "graph": capture,
+        "graph_pool_handle": lambda: (0, 7),
+        "current_device": lambda: 0,
+        "set_stream": done.append,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", end, raising=False)
+    release = lambda device, pool: done.append(("release", pool))  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_releasePool", release, raising=False)
+    with pytest.raises(RuntimeError, match="previous error"):
+        cases._replay(Phase(lambda _: None))
+    assert done == [current, *([] if ended else [("end", (0, 7)), ("release", (0, 7))])]
+
+
+def test_a_forward_of_liger_forms_no_gradient(monkeypatch) -> None:
+    """As nobody else's does in the phase `fwd`."""
+    asked: list[bool] = []
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        asked.append(logits.requires_grad)
+        return logits.sum()
+
+    for name in (
+        "liger_kernel",
+        "liger_kernel.transformers",
+        "liger_kernel.transformers.functional",
+    ):
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(module, "liger_cross_entropy", loss, raising=False)
+    x: Any = SimpleNamespace(device=torch.device("cuda"), detach=lambda: torch.zeros(4, 27))
+    phases = bench_cross_entropy._liger(x, torch.zeros(4), torch.ones(())).phases
+    phases["fwd"].run(None)
+    phases["fwd_bwd"].run(None)
+    assert asked == [False, True]
+
+
+def test_a_pytest_benchmark_leaves_the_first_call_out() -> None:
+    """Which builds, as in the runner."""
+    calls: list[object] = []
+    timed = conftest.built(Phase(calls.append, lambda: len(calls)), CPU)
+    assert calls == [0]
+    timed.run(timed.prepare())
+    assert calls == [0, 1]
