@@ -31,7 +31,8 @@ section names the command that made its file.
 - `fwd` runs without a graph, `bwd` is the backward alone, `fwd_bwd` both. `torch` is PyTorch's
   eager operation; every other contender is given as the ratio of its time to torch's, below 1 being
   faster: the median over the rounds. On a GPU that is device time with a cold L2 cache; `jax`, on
-  streams of its own, has the host's part of a call in it.
+  streams of its own, has the host's part of a call in it, as has `liger`, which waits for the
+  device within one.
 - `fused correction=1` is batch norm with Bessel's correction, given the weight and eps that make
   its output the others'.
 - `chunked` is the notebook's unfused form. `compile` is `torch.compile` of torch's operation, with
