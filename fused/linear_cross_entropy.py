@@ -381,6 +381,6 @@ def _wants_more(target: Tensor, weight: Tensor | None) -> bool:
 def _composed(p: Problem, want_extras: bool) -> tuple[Tensor, ...]:
     """The same from operations that torch can differentiate any number of times."""
     b = None if p.b is None else p.b.reshape(-1)
-    flat_w = p.w.reshape(-1, p.w.shape[-1])  # Dynamo before 2.11 fails on a NamedTuple's property
+    flat_w = p.w.flatten(0, -2)  # Dynamo before 2.11 fails on a NamedTuple's property
     logits = F.linear(p.x, flat_w, b).view(p.x.shape[0], *p.w.shape[:-1])
     return eager.cross_entropy_composed(logits, *p[3:12], want_extras)

@@ -294,7 +294,7 @@ def cross_entropy_bwd(
     n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
     # Without a reduction nothing keeps a cluster's blocks from writing over what others will read.
     plan = tuning.cross_entropy(x3, inplace, clusters=False)
-    dloss = dloss.reshape(-1)
+    dloss = dloss.resolve_neg().reshape(-1)
     _cross_entropy_bwd_kernel[(triton.cdiv(n_rows, plan.BLOCK_N),)](
         dloss,
         x3,
@@ -351,7 +351,7 @@ def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
         walk = tuning.scale(dx.numel(), dx.device)
         _cross_entropy_scale_kernel[(walk.n_programs,)](
             dx,
-            dloss,
+            dloss.resolve_neg(),
             dx.numel(),
             ACC=TRITON[computed_in(dx, dx)],
             BLOCK=walk.BLOCK,

@@ -285,6 +285,14 @@ def gradient(
 
 
 @triton.jit
+def narrowed(values, ptr):
+    """values on the way to ptr: float64 to bfloat16 by float32, which the interpreter needs"""
+    if ptr.dtype.element_ty == tl.bfloat16:
+        values = values.to(tl.float32)
+    return values
+
+
+@triton.jit
 def put_dx(
     dx_ptr, offsets, z, b, classes, y, b_y, valid, mask, m, p_factor, factor, logit_scale, softcap,
     DENSE: tl.constexpr, INDEXED: tl.constexpr, SCALED: tl.constexpr, CAPPED: tl.constexpr,
@@ -307,7 +315,7 @@ def put_dx(
     )  # fmt: skip
     if CAPPED:  # where p_factor is 0 and z -inf
         dx = tl.where(beside(valid, z), dx, 0.0)
-    tl.store(dx_ptr + offsets, dx, mask=mask, eviction_policy=POLICY)
+    tl.store(dx_ptr + offsets, narrowed(dx, dx_ptr), mask=mask, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -330,7 +338,7 @@ def put_dx_y(
         z_y, b_y * factor, m, p_factor, logit_scale, softcap, True, SCALED, CAPPED
     )  # fmt: skip
     tl.debug_barrier()  # until every warp has written its part of the tiles
-    tl.store(dx_ptr + offsets, dx, mask=inside)
+    tl.store(dx_ptr + offsets, narrowed(dx, dx_ptr), mask=inside)
 
 
 @triton.jit
@@ -357,4 +365,5 @@ def read_and_put(
         dt = (smoothing - 1.0) * beside(factor, z) * (z - beside(m, z) - beside(log_s, z))
         if weight_ptr is not None:
             dt *= tl.load(weight_ptr + classes, mask=classes < n_classes, other=0.0).to(ACC)
-        tl.store(dt_ptr + beside(dt_rows, z) + classes.to(tl.int64) * stride_dt[1], dt, mask=mask)
+        dt_offsets = beside(dt_rows, z) + classes.to(tl.int64) * stride_dt[1]
+        tl.store(dt_ptr + dt_offsets, narrowed(dt, dt_ptr), mask=mask)

@@ -1,16 +1,21 @@
-"""Tensors of shape (N, C, *S) as the kernels see them: (N, C, S), a row being one (n, s)."""
+"""Tensors of shape (N, C, *S) as the kernels see them: (N, C, S), a row being one (n, s).
+
+A tensor may be the negative of what is in its memory, as the imaginary part of a conjugate is; that
+is resolved here, for a kernel does not know of it.
+"""
 
 import torch
 
 
 def inner(x: torch.Tensor) -> torch.Tensor:
     """x (N, C, *S) as (N, C, S); a view wherever one exists."""
+    x = x.resolve_neg()
     return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
 
 
 def vector(x: torch.Tensor | None) -> torch.Tensor | None:
     """x (C,) with its elements side by side, as the kernels read it; itself wherever it is so."""
-    return None if x is None else x.contiguous()
+    return None if x is None else x.resolve_neg().contiguous()
 
 
 def copy_back(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> None:

@@ -65,6 +65,14 @@ def ulps_for(dtype: torch.dtype, implementation: str) -> float:
     return 3.0 if dtype == torch.bfloat16 else 2.0
 
 
+def negated(t: Tensor) -> Tensor:
+    """The same values as the imaginary part of a conjugate: in its memory they have the other sign,
+    and only a flag of the tensor says so."""
+    view = torch.complex(torch.zeros_like(t), -t).conj().imag
+    assert view.is_neg()
+    return view
+
+
 def free_memory(gigabytes: int, device: torch.device) -> None:
     """Skips the test where the device has less: a smaller one, or one that others are using."""
     if device.type == "cuda":

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
-from tests.exactness import free_memory, same_bits
+from tests.exactness import free_memory, negated, same_bits
 from tests.graphs import check_replay
 from tests.test_batch_norm import ACTIVATIONS, check_against_torch, example, run
 
@@ -357,6 +357,23 @@ def test_strides_of_what_belongs_to_channels(training, shape, implementation, de
     torch.testing.assert_close(*dx, rtol=1e-4, atol=1e-5)
     expected = [t[name] for name in ("running_mean", "running_var", "weight")]
     torch.testing.assert_close(columns, torch.stack(expected, 1))
+
+
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_negated_views(training, activation, implementation, device) -> None:
+    """Of everything that goes in and of the upstream gradient, and running statistics in one."""
+    tensors = example((9, 5, 2), torch.float32, device, residual=True)
+
+    def run(convert) -> list[Tensor]:
+        t = {name: convert(tensor) for name, tensor in tensors.items()}
+        leaves = [t[name].requires_grad_() for name in ("input", "weight", "bias", "residual")]
+        y = fused.batch_norm(**t, training=training, activation=activation)
+        upstream = convert(torch.linspace(-1, 1, y.numel(), device=device).view(y.shape))
+        gradients = torch.autograd.grad(y, leaves, upstream)
+        return [y, *gradients, t["running_mean"], t["running_var"]]
+
+    torch.testing.assert_close(run(negated), run(torch.clone), **same_bits(device))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])

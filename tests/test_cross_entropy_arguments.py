@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fused
+from tests.exactness import assert_as_exact_as, ulps_for
 from tests.test_cross_entropy import check_against_torch, example, small_chunks  # noqa: F401
 
 
@@ -54,6 +55,31 @@ def test_result_dtypes_promote_as_torchs(implementation, device) -> None:
         if double in (a, b):  # either suffices to compute in it
             exact = F.cross_entropy(*(t.double() for t in arguments))
             torch.testing.assert_close(ours, exact, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("of", ["logits", "probabilities"])
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": False}], ids=str)
+@pytest.mark.parametrize("narrow", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_gradients_of_a_narrower_dtype_than_is_computed_in(
+    narrow, options, of, implementation, device
+) -> None:
+    logits, target, _ = example((5, 9), torch.float64, device, "probabilities")
+    if of == "logits":
+        logits = logits.to(narrow)
+    else:
+        target = target.to(narrow)
+    exact = logits.double().requires_grad_(), target.double().requires_grad_()
+    found = logits.requires_grad_(), target.requires_grad_(of == "probabilities")
+    fused.cross_entropy(*found, **options).backward()
+    F.cross_entropy(*exact).backward()
+    for ours, expected in zip(found, exact, strict=True):
+        if ours.requires_grad:
+            assert_as_exact_as(
+                ours.grad,
+                expected.grad.to(ours.dtype),
+                expected.grad,
+                ulps=ulps_for(ours.dtype, implementation),
+            )
 
 
 def test_autocast_computes_in_float32(implementation, device) -> None:

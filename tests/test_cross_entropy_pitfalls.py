@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fused
 from fused.eager import cross_entropy_rows
-from tests.exactness import free_memory, same_bits
+from tests.exactness import free_memory, negated, same_bits
 from tests.graphs import check_replay
 from tests.test_cross_entropy import DTYPES, REDUCTIONS, check_against_torch, example, small_chunks  # noqa: F401
 
@@ -542,6 +542,25 @@ def test_classes_last_in_a_part_of_wider_rows(implementation, device) -> None:
     logits, target, _ = example((2, 32, 4), torch.float32, device)
     wider = F.pad(logits.transpose(1, 2), (0, 1))[:, :, :-1].transpose(1, 2)
     check_against_torch(wider, target, None, implementation)
+
+
+@pytest.mark.parametrize("options", [{}, {"inplace": True}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("shape", [(9, 27), (2, 27, 3)], ids=str)
+def test_negated_views(shape, kind, options, implementation, device) -> None:
+    """Of logits, probabilities, class weights and upstream gradients."""
+    tensors = example(shape, torch.float32, device, kind, weighted=True)
+
+    def run(convert) -> list[Tensor]:
+        x, target, weight = (convert(t) if t.is_floating_point() else t for t in tensors)
+        leaves = [x, *((target, weight) if kind == "probabilities" else ())]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        loss = fused.cross_entropy(convert(x), target, weight, **options)
+        upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(1)).to(loss)
+        return [loss, *torch.autograd.grad(loss, leaves, convert(upstream))]
+
+    torch.testing.assert_close(run(negated), run(torch.clone), **same_bits(device))
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])

@@ -86,6 +86,71 @@ def test_launchers() -> None:
     assert set(names) == launched_kernels()
 
 
+# Whole steps, of which the launchers are a part: every tensor in them is on the device.
+STEPS = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import itertools
+import torch
+import fused
+from bench import kernels
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+class OnDevice(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        outputs = function(*args, **(kwargs or {{}}))
+        for t in tree_leaves((args, kwargs, outputs)):
+            assert not isinstance(t, torch.Tensor) or t.is_meta, f"on the host: {{function}}"
+        return outputs
+
+def floats(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+def indices(*shape):
+    return torch.empty(shape, dtype=torch.int64, device="meta")
+
+def step(call, *inputs):
+    with OnDevice():
+        y = call(*inputs)
+        for _ in range(2):  # the second forms again what the first gave away
+            torch.autograd.grad(y, inputs, torch.ones_like(y), retain_graph=True)
+
+every = dict(label_smoothing=0.1, z_loss=0.1, softcap=3.0, logit_scale=0.7)
+halves = torch.float16, torch.bfloat16, torch.float32
+with fused.backend.use("triton"), kernels.catch_launches() as launches:
+    for reduction, options in itertools.product(("mean", "none"), ({{}}, every)):
+        options = options | {{"reduction": reduction}}
+        for shape, dtype in itertools.product(((9, 27), (9000, 27), (3, 5, 4), (2, 8201)), halves):
+            x, p = floats(*shape, dtype=dtype), floats(*shape, dtype=dtype)
+            y, weight = indices(shape[0], *shape[2:]), p.detach()[0].flatten()[:shape[1]]
+            step(lambda x: fused.cross_entropy(x, y, weight, **options), x)
+            step(lambda x: fused.cross_entropy_with_stats(x, y, **options).loss, x)
+            step(lambda x, p: fused.cross_entropy(x, p, **options), x, p)
+        for classes, dtype, rows in itertools.product(((27,), (5, 3)), halves, (40, 7)):
+            x, w, b = (floats(*s, dtype=dtype) for s in ((40, 8), (*classes, 8), classes))
+            y, weight = indices(40, *classes[1:]), w.detach().flatten()[:classes[0]]
+            budget = rows * b.numel() * dtype.itemsize
+            step(lambda x, w, b: fused.linear_cross_entropy(
+                x, w, y, linear_bias=b, weight=weight, memory_budget_bytes=budget, **options
+            ), x, w, b)
+    for shape, activation, momentum, training in itertools.product(
+        ((9, 37, 2, 2), (64, 16, 56, 56)), ("relu", "gelu", None), (0.1, None), (True, False)
+    ):
+        norm = fused.BatchNorm2d(shape[1], momentum=momentum, activation=activation, device="meta")
+        for x in (floats(*shape), floats(*shape).to(memory_format=torch.channels_last)):
+            step(norm.train(training), x, floats(*shape))
+print(*sorted({{launch.kernel.__name__ for launch in launches}}))
+"""
+
+
+def test_steps() -> None:
+    """A capture refuses what lies on the host: it is copied from memory that is not pinned."""
+    pytest.importorskip("triton")
+    result = python(STEPS)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.split()) == 9, result.stdout
+
+
 # Of small calls, each way: the launches, PyTorch's operations, and how often arguments are checked.
 SMALL_CALLS = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})

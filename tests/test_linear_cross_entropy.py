@@ -52,13 +52,13 @@ def example(
 
 def unfused(x: Tensor, w: Tensor, b: Tensor | None, target: Tensor, **options: Any) -> Tensor:
     b = None if b is None else b.reshape(-1)
-    logits = F.linear(x, w.reshape(-1, w.shape[-1]), b).view(*x.shape[:-1], *w.shape[:-1])
+    logits = F.linear(x, w.flatten(0, -2), b).view(*x.shape[:-1], *w.shape[:-1])
     return torchs(logits, target, **options)
 
 
 def three_rows(w: Tensor) -> int:
     """A budget that holds three rows of logits."""
-    return 3 * w[..., 0].numel() * w.dtype.itemsize
+    return 3 * w.shape[:-1].numel() * w.dtype.itemsize
 
 
 def check_against_torch(
@@ -219,6 +219,33 @@ def test_all_rows_ignored(reduction, dtype, implementation, device) -> None:
         torch.testing.assert_close(loss, expected, equal_nan=True, rtol=0, atol=0)
         for gradient in torch.autograd.grad(loss, leaves, torch.ones_like(loss)):
             assert not gradient.any()
+
+
+@pytest.mark.parametrize("n", [8, 0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("classes", [(27,), (9, 2)], ids=str)
+def test_all_rows_ignored_with_class_weights(classes, dtype, n, implementation, device) -> None:
+    """The gradients are 0 then, and NaN where rows count whose classes weigh nothing: as torch's"""
+    x, w, b, target = example(n, classes, dtype, device, ignored=2.0)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    weight = torch.arange(classes[0], device=device).to(dtype)  # 0 of class 0
+    for rows in (target, target * 0):
+        expected = torch.autograd.grad(unfused(x, w, b, rows, weight=weight), leaves)
+        for budget in (None, three_rows(w)):
+            loss = fused.linear_cross_entropy(
+                x, w, rows, linear_bias=b, weight=weight, memory_budget_bytes=budget
+            )
+            assert loss.isnan()
+            found = torch.autograd.grad(loss, leaves)
+            torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("classes", [(27,), (9, 2)], ids=str)
+def test_no_features(classes, implementation, device) -> None:
+    """The logits are the bias."""
+    x, w, b, target = example(8, classes, torch.float32, device, features=0)
+    for budget in (None, three_rows(w)):
+        check_against_torch((x, w, b, target), implementation, budget)
 
 
 def test_targets_of_few_bits(device) -> None:

@@ -40,7 +40,7 @@ class Problem(NamedTuple):
 
     @property
     def flat_w(self) -> Tensor:
-        return self.w.reshape(-1, self.w.shape[-1])
+        return self.w.flatten(0, -2)
 
     @property
     def computed_in(self) -> torch.dtype:
@@ -171,7 +171,10 @@ def _forward(
             scale = cross_entropy.row_scale(logits, p.target, p.weight, p.ignore_index, p.reduction)
             assert scale is not None
             loss = loss * scale
-            scale = scale.masked_fill(scale.isinf(), 0.0)  # a mean over no rows: gradients are 0
+            # A mean over no rows: gradients are 0. Over rows that weigh nothing they are NaN.
+            soft = p.target.is_floating_point()
+            none = scale.isinf() if soft else (p.target.long() == p.ignore_index).all()
+            scale = scale.masked_fill(none, 0.0)
         loss = loss.to(p.loss_dtype)
     merged = None
     if want_extras:
