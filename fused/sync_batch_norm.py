@@ -8,8 +8,14 @@ from torch import Tensor, nn
 
 from fused import backend
 from fused.batch_norm import _BatchNorm, check, check_options, run, will_differentiate
-from fused.eager.batch_norm import update_running
-from fused.transforms import as_leaf, is_symbolic
+from fused.operators import sync_batch_norm as operators
+from fused.transforms import (
+    as_leaf,
+    is_recorded,
+    is_symbolic,
+    outlives_the_call,
+    refuse_transforms,
+)
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -30,15 +36,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         kernels, o = backend.implementation("batch_norm", input), options
-        mean, m2 = kernels.batch_norm_moments(input)
-        mean, m2, count = _merged(mean, m2, input.numel() // input.shape[1], group)
-        update_running(
-            running_mean, running_var, tracked, o.momentum, mean, m2 / (count - 1), o.skip_nonfinite
-        )
-        var = m2 / (count - o.correction)
-        y, mean, rstd, kept = kernels.batch_norm_eval(
-            input, weight, bias, residual, mean, var, o.eps, o.activation, keep
-        )
+        y, mean, rstd, kept, count = operators.forward(
+            kernels, input, weight, bias, residual, running_mean, running_var, tracked, group,
+            keep, *o[1:],
+        )  # fmt: skip
         ctx.save_for_backward(input, weight, bias, kept, mean, rstd, count)
         ctx.kernels, ctx.options, ctx.group = kernels, options, group
         return y
@@ -50,16 +51,11 @@ class SyncBatchNormFunction(torch.autograd.Function):
                 "SyncBatchNorm: expected create_graph=False: its gradient cannot be differentiated "
                 "again, which would take another collective"
             )
-        *tensors, count = ctx.saved_tensors
+        tensors, wants, o = ctx.saved_tensors, ctx.needs_input_grad, ctx.options
         _, weight, bias, *_ = tensors
-        wants, o = ctx.needs_input_grad, ctx.options
-        own, dresidual = ctx.kernels.batch_norm_sums(dy, *tensors, o.activation, wants[3])
-        total = own.clone()
-        dist.all_reduce(total, group=ctx.group)
-        activation = o.activation
-        if dresidual is not None:  # it is dz
-            dy, activation = dresidual, None
-        dx = ctx.kernels.batch_norm_dx(dy, *tensors, total, count, o.correction, activation)
+        dx, own, dresidual = operators.backward(
+            ctx.kernels, ctx.group, o.correction, o.activation, wants[3], dy, *tensors
+        )
         # Parameters get the gradient of this process's rows: whoever averages gradients over the
         # processes, as DistributedDataParallel does, averages these as well.
         dweight = own[0].to(weight.dtype) if wants[1] else None
@@ -71,11 +67,12 @@ class SyncBatchNorm(_BatchNorm):
     """`torch.nn.SyncBatchNorm`, computed by the operations of `fused.batch_norm`, on CPUs too.
 
     In training with torch.distributed running, the statistics are those of all processes of
-    `process_group` (default: all), whose batches may differ in size, even be empty. One all-gather
-    forward (count, mean and sum of squared deviations, merged in the order of the ranks) and one
-    all-reduce backward. Otherwise it is `BatchNorm`. Takes what torch's takes, and `correction`,
-    `activation` and `skip_nonfinite` of `fused.batch_norm`; the backward is differentiable once.
-    It is no subclass of torch's, which DistributedDataParallel refuses on a CPU.
+    `process_group` (default: all), whose batches may differ in size, even be empty where another is
+    not. One all-gather forward (count, mean and sum of squared deviations, merged in the order of
+    the ranks) and one all-reduce backward. Otherwise it is `BatchNorm`. Takes what torch's takes,
+    and `correction`, `activation` and `skip_nonfinite` of `fused.batch_norm`; the backward is
+    differentiable once, and not by torch.func. `torch.compile(fullgraph=True)` gives the bits of
+    eager mode. It is no subclass of torch's, which DistributedDataParallel refuses on a CPU.
     """
 
     process_group: Any
@@ -127,12 +124,15 @@ class SyncBatchNorm(_BatchNorm):
         options: Any,
     ) -> Tensor:
         check_options(options.correction, options.activation, options.eps)
+        refuse_transforms("SyncBatchNorm")
         # One row here is no mistake: there are more elsewhere.
         check(input, weight, bias, residual, running_mean, running_var, True)
-        return SyncBatchNormFunction.apply(
-            input, weight, bias, residual, running_mean, running_var, tracked, options,
-            self.process_group, will_differentiate(input, weight, bias, residual),
-        )  # fmt: skip
+        tensors = (input, weight, bias, residual)
+        buffers, keep = (running_mean, running_var, tracked), will_differentiate(*tensors)
+        if is_recorded():
+            keep = keep or outlives_the_call()
+            return operators.call(*tensors, *buffers, self.process_group, keep, *options[1:])
+        return SyncBatchNormFunction.apply(*tensors, *buffers, options, self.process_group, keep)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
@@ -146,15 +146,3 @@ class SyncBatchNorm(_BatchNorm):
                 child.__class__ = cls
                 child.process_group = process_group
         return module
-
-
-def _merged(mean: Tensor, m2: Tensor, rows: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """(mean, m2, count) of all processes' rows, from this one's; the same bits in each."""
-    own = torch.cat((mean, m2.to(mean.dtype), torch.full_like(mean[:1], rows)))
-    everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(everyone, own, group=group)
-    channels = mean.numel()
-    means, m2s, counts = torch.stack(everyone).split((channels, channels, 1), dim=1)
-    count = counts.sum()
-    mean = (counts * means).sum(0) / count
-    return mean, m2s.sum(0) + (counts * (means - mean).square()).sum(0), count

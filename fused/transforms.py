@@ -19,6 +19,15 @@ def is_transformed(input: Tensor) -> bool:
     )
 
 
+def refuse_transforms(name: str) -> None:
+    """Of what talks to other processes, whose part of a transformed call nobody would take."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name}: expected no transform of torch.func among several processes: it is "
+            "differentiated by autograd, once"
+        )
+
+
 def is_recorded() -> bool:
     """Whether operations are written down to run later, or run on tensors without memory: by
     torch.compile, torch.export, make_fx, torch.jit.trace and in FakeTensorMode."""

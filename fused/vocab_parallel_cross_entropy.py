@@ -12,7 +12,7 @@ from fused import backend
 from fused.cross_entropy import cross_entropy
 from fused.cross_entropy_arguments import check, check_inplace, loss_dtype_of, options_of
 from fused.operators import vocab_parallel_cross_entropy as operators
-from fused.transforms import is_recorded
+from fused.transforms import is_recorded, refuse_transforms
 
 
 class VocabParallelCrossEntropyFunction(torch.autograd.Function):
@@ -117,7 +117,8 @@ def vocab_parallel_cross_entropy(
     Raises:
         ValueError: as `cross_entropy`; `widths` that do not fit; and, on the CPU, slices of unequal
             width without `widths`. On a GPU looking would stall the device: there the loss is NaN.
-        RuntimeError: as `cross_entropy`; a target of probabilities; a process outside the group.
+        RuntimeError: as `cross_entropy`; a target of probabilities; a process outside the group; a
+            transform of torch.func.
         TypeError: as `cross_entropy`.
         NotImplementedError: an input that is not floating point.
         IndexError: a class index outside [0, C), on the CPU. On a GPU such a row has loss and
@@ -136,6 +137,7 @@ def vocab_parallel_cross_entropy(
             input, target, None, *options[:3], z_loss=z_loss, softcap=softcap,
             logit_scale=logit_scale, inplace=inplace,
         )  # fmt: skip
+    refuse_transforms("vocab_parallel_cross_entropy")
     loss_dtype = loss_dtype_of(input, target, None)
     if is_recorded():
         return operators.call(input, target, group, n_shards, *shard, *options, loss_dtype)

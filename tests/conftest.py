@@ -126,3 +126,14 @@ def names_file() -> Path:
     if not path.is_file():
         pytest.skip("names.txt is not here; set FUSED_NAMES to its path")
     return path
+
+
+@pytest.fixture
+def half_a_group() -> Iterator[None]:
+    """This process is the first of two; the other one is nowhere, and has what this one has."""
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()

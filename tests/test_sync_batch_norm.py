@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 import fused
 from fused import backend, sync_batch_norm
+from fused.operators import sync_batch_norm as operators
 from tests import processes
+from tests.exactness import same_bits
 
 
 def worker(rank: int, folder: str) -> None:
@@ -51,17 +53,18 @@ def step(
     rows: slice,
     with_residual: bool,
     parallel: nn.Module | None = None,
+    again: bool = True,
 ) -> dict[str, Any]:
     """Forward and backward of some rows, through `parallel` where it wraps the norm: then a
-    gradient to be differentiated again is refused first."""
-    call = parallel or norm
+    gradient to be differentiated `again` is refused first."""
+    call = norm if parallel is None else parallel
     norm.to(data["x"].device)
     with torch.no_grad():
         norm.weight.copy_(data["weight"])
         norm.bias.copy_(data["bias"])
     x, residual = (data[name][rows].clone().requires_grad_() for name in ("x", "residual"))
     y = call(x, residual) if with_residual else call(x)
-    if parallel is not None:
+    if parallel is not None and again:
         with pytest.raises(RuntimeError, match="expected create_graph=False"):
             torch.autograd.grad(y, x, data["upstream"][rows], create_graph=True)
     y.backward(data["upstream"][rows])
@@ -104,6 +107,89 @@ def test_equals_one_process_with_the_whole_batch(case, tmp_path) -> None:
     check_equal_to_the_whole_batch(results, data, options)
 
 
+def compiled_worker(rank: int, folder: str) -> None:
+    """As `worker`, of a module that is compiled without a break."""
+    sizes, data, options = torch.load(f"{folder}/case.pt")
+    begin = sum(sizes[:rank])
+    norm = fused.SyncBatchNorm(data["x"].shape[1], **options)
+    compiled = torch.compile(norm, fullgraph=True, backend="aot_eager")
+    results = step(norm, data, slice(begin, begin + sizes[rank]), True, compiled, again=False)
+    torch.save(results, f"{folder}/{rank}.pt")
+
+
+@pytest.mark.parametrize("activation", ["relu", None])
+def test_compiled_equals_one_process_with_the_whole_batch(activation, tmp_path) -> None:
+    sizes, options = [3, 4], {"activation": activation, "correction": 1}
+    data = example((7, 3, 5, 2), "cpu")
+    torch.save((sizes, data, options), tmp_path / "case.pt")
+    processes.run(compiled_worker, len(sizes), tmp_path)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(sizes))]
+    check_equal_to_the_whole_batch(results, data, options | {"residual": True})
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("affine, residual", [(True, True), (False, False)])
+@pytest.mark.parametrize("activation", ["tanh", "relu", "gelu", None])
+def test_compiled_without_a_break_and_with_the_bits_of_eager(
+    activation, affine, residual, momentum, half_a_group, implementation, device
+) -> None:
+    """Whatever the shape, which is a variable of the graph; the other process has the same rows."""
+    torch.compiler.reset()
+    norms = [
+        fused.SyncBatchNorm(
+            3, momentum=momentum, affine=affine, activation=activation, correction=1
+        )
+        for _ in range(2)
+    ]
+    eager, ours = (norm.to(device) for norm in norms)
+    compiled = torch.compile(ours, fullgraph=True, dynamic=True, backend="aot_eager")
+    for shape in ((4, 3, 5, 2), (3, 3, 2, 7)):
+        results = []
+        for norm, call in ((eager, eager), (ours, compiled)):
+            data = example(shape, device)
+            x = data["x"].contiguous(memory_format=torch.channels_last)
+            leaves = [x.requires_grad_(), *norm.parameters()]
+            if residual:
+                leaves.append(data["residual"].requires_grad_())
+            y = call(x, leaves[-1] if residual else None)
+            gradients = torch.autograd.grad(y, leaves, data["upstream"])
+            results.append((y, *gradients, *norm.buffers()))
+        torch.testing.assert_close(*results, **same_bits(device))
+    assert ours.num_batches_tracked == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("activation", ["relu", "silu", None])
+def test_opcheck(activation, half_a_group, implementation, device) -> None:
+    data = example((4, 3, 5, 2), device)
+    x = data["x"].contiguous(memory_format=torch.channels_last).requires_grad_()
+    parameters = [data[name].requires_grad_() for name in ("weight", "bias", "residual")]
+    running = (torch.zeros(3, device=device), torch.ones(3, device=device))
+    group = torch.distributed.group.WORLD.group_name
+    arguments = (x, *parameters, *running, None, group, True, 0.1, 1e-5, 1, activation, False)
+    torch.library.opcheck(torch.ops.fused.sync_batch_norm_fwd.default, arguments)
+    with torch.no_grad():
+        y, mean, rstd, signs, _, _, count = torch.ops.fused.sync_batch_norm_fwd(*arguments)
+    kept = {"relu": signs, "silu": parameters[2].detach(), None: None}[activation]
+    tensors = [t.detach() for t in (y, x, *parameters[:2])]
+    backward = (*tensors, kept, mean, rstd, count, group, 1, activation, activation is not None)
+    torch.library.opcheck(torch.ops.fused.sync_batch_norm_bwd.default, backward)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of jvp itself
+@pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
+def test_functional_transforms_are_refused_in_words(transform, half_a_group) -> None:
+    norm, x = fused.SyncBatchNorm(3), torch.randn(2, 4, 3)
+    calls = {
+        "grad": lambda: torch.func.grad(lambda x: norm(x).sum())(x),
+        "vmap": lambda: torch.func.vmap(norm)(x),
+        "jvp": lambda: torch.func.jvp(norm, (x,), (x,)),
+    }
+    with pytest.raises(RuntimeError, match="SyncBatchNorm: expected no transform of torch.func"):
+        calls[transform]()
+
+
 GROUP = "some processes"
 
 
@@ -113,6 +199,10 @@ class OneAfterTheOther:
     def __init__(self, size: int) -> None:
         self.size, self.rank = size, 0
         self.sent: dict[tuple[str, int], Tensor] = {}
+
+    def take_over(self, patch: pytest.MonkeyPatch) -> None:
+        for module in (sync_batch_norm, operators):
+            patch.setattr(module, "dist", self)
 
     def is_available(self) -> bool:
         return True
@@ -155,7 +245,7 @@ def test_equals_the_whole_batch_in_turn(case, implementation, monkeypatch, devic
     for _ in range(3):
         results = []
         with monkeypatch.context() as patch:
-            patch.setattr(sync_batch_norm, "dist", turns)
+            turns.take_over(patch)
             for turns.rank, size in enumerate(sizes):
                 begin = sum(sizes[: turns.rank])
                 norm = fused.SyncBatchNorm(shape[1], process_group=GROUP, **own)
@@ -191,7 +281,7 @@ def test_moments_and_sums_of_a_part_of_wider_memory(shape, implementation, devic
 def test_evaluation_and_mistakes_among_several_processes(monkeypatch) -> None:
     """Evaluation is each process's own; what is refused, is before anything is sent."""
     turns, x = OneAfterTheOther(2), torch.randn(4, 3)
-    monkeypatch.setattr(sync_batch_norm, "dist", turns)
+    turns.take_over(monkeypatch)
     ours, theirs = fused.SyncBatchNorm(3, process_group=GROUP), nn.BatchNorm1d(3)
     for norm in (ours, theirs):
         norm.running_mean.fill_(0.5)
@@ -225,7 +315,7 @@ def test_options_among_several_processes(case, monkeypatch) -> None:
     whole = fused.BatchNorm1d(3, **options)
     expected = whole(torch.cat((x, x)))
     turns = OneAfterTheOther(2)
-    monkeypatch.setattr(sync_batch_norm, "dist", turns)
+    turns.take_over(monkeypatch)
     ours = fused.SyncBatchNorm(3, process_group=GROUP, **options)
     leaf = x.clone().requires_grad_()
     y = ours(leaf)
@@ -245,7 +335,7 @@ def test_options_among_several_processes(case, monkeypatch) -> None:
 
 def test_alone_nothing_is_sent(monkeypatch) -> None:
     turns = OneAfterTheOther(1)
-    monkeypatch.setattr(sync_batch_norm, "dist", turns)
+    turns.take_over(monkeypatch)
     fused.SyncBatchNorm(3, process_group=GROUP)(torch.randn(4, 3))
     assert not turns.sent
 

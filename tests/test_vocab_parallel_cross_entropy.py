@@ -5,7 +5,7 @@ function itself over real processes.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -372,7 +372,7 @@ SAID = {
     "unequal": "ValueError: .*expected slices of equal width, or the same `widths`",
     "outside": r"IndexError: .*target in \[0, 12\)",
     "twice": "RuntimeError: .*expected create_graph=False",
-    "functional": "RuntimeError: .*setup_context",
+    "functional": "RuntimeError: .*expected no transform of torch.func",
     "overwritten": "RuntimeError: .*modified by an inplace operation",
     "elsewhere": "RuntimeError: .*expected a group that this process is one of",
     "kernels": "nan",
@@ -408,14 +408,12 @@ def test_equals_one_process_with_all_logits(tmp_path) -> None:
             assert re.match(SAID[name], message), (rank, name, message)
 
 
-@pytest.fixture
-def half_a_group() -> Iterator[None]:
-    """This process is the first of two; the other one is nowhere, and has what this one has."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield
-    dist.destroy_process_group()
+def test_functional_transforms_are_refused_in_words(half_a_group) -> None:
+    target = torch.tensor([0, 1])
+    loss = lambda x: fused.vocab_parallel_cross_entropy(x, target)  # noqa: E731
+    for transform in (torch.func.grad(loss), torch.func.jacrev(loss)):
+        with pytest.raises(RuntimeError, match="expected no transform of torch.func among several"):
+            transform(torch.randn(2, 4))
 
 
 def test_inplace_is_seen_by_autograd(half_a_group, implementation, device) -> None:

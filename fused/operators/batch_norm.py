@@ -5,7 +5,7 @@ by the graph. The signs for the backward of relu with a residual are an output w
 implementation serves the graph, as it may be another one than when it was compiled.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -65,12 +65,23 @@ def call(
         tracked if momentum is None else None, momentum, eps, correction, activation,
         skip_nonfinite, keep,
     )  # fmt: skip
+    update_buffers(running_mean, running_var, tracked, momentum, new_mean, new_var)
+    return y
+
+
+def update_buffers(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    tracked: Tensor | None,
+    momentum: float | None,
+    new_mean: Tensor,
+    new_var: Tensor,
+) -> None:
     if running_mean is not None and running_var is not None:
         running_mean.copy_(new_mean.detach())
         running_var.copy_(new_var.detach())
     if tracked is not None and momentum is not None:
         tracked.add_(1)
-    return y
 
 
 def _fwd_operator(
@@ -101,8 +112,8 @@ def _fwd_operator(
             input, weight, bias, residual, new_mean, new_var, *arguments
         )
     new = (mean.new_empty(0) if t is None else t for t in (new_mean, new_var))
-    signs = _signs(input, residual, activation, keep, kept)
-    return _laid_out_as(y, input), mean, rstd, signs, *new
+    signs = kept_signs(input, residual, activation, keep, kept)
+    return laid_out_as(y, input), mean, rstd, signs, *new
 
 
 def _fwd_fake(
@@ -114,9 +125,9 @@ def _fwd_fake(
     running_var: Tensor | None,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    mean = _channels(input)
+    mean = of_channels(input)
     *_, activation, _, keep = arguments
-    signs = _empty_signs(input, residual, activation, keep)
+    signs = empty_signs(input, residual, activation, keep)
     new = (torch.empty_like(mean.new_empty(0) if t is None else t)
            for t in (running_mean, running_var))  # fmt: skip
     return torch.empty_like(input), mean, torch.empty_like(mean), signs, *new
@@ -128,19 +139,19 @@ def _eval_operator(
     kernels = backend.implementation("batch_norm", input)
     y, mean, rstd, kept = kernels.batch_norm_eval(input, weight, bias, residual, *rest)
     *_, activation, keep = rest
-    signs = _signs(input, residual, activation, keep, kept)
-    return _laid_out_as(y, input), mean, rstd, signs
+    signs = kept_signs(input, residual, activation, keep, kept)
+    return laid_out_as(y, input), mean, rstd, signs
 
 
 def _eval_fake(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     *_, activation, keep = rest
-    signs = _empty_signs(input, residual, activation, keep)
-    return torch.empty_like(input), _channels(input), _channels(input), signs
+    signs = empty_signs(input, residual, activation, keep)
+    return torch.empty_like(input), of_channels(input), of_channels(input), signs
 
 
-def _empty_signs(
+def empty_signs(
     input: Tensor, residual: Tensor | None, activation: str | None, keep: bool
 ) -> Tensor:
     taken = _takes_signs(residual, activation, keep)
@@ -148,14 +159,21 @@ def _empty_signs(
     return input.new_empty(shape, dtype=torch.uint8)
 
 
-def _signs(
+def kept_signs(
     input: Tensor, residual: Tensor | None, activation: str | None, keep: bool, kept: Tensor | None
 ) -> Tensor:
     """What an implementation kept as signs: it may have kept y."""
     if not _takes_signs(residual, activation, keep) or input.numel() == 0:
-        return _empty_signs(input, residual, activation, keep)
+        return empty_signs(input, residual, activation, keep)
     assert kept is not None
     return kept if kept.dtype == torch.uint8 else _layout().pack_signs(kept, input)
+
+
+def as_kept_by(kernels: Any, kept: Tensor | None, input: Tensor) -> Tensor | None:
+    """What another implementation may have kept, or `kept_signs`, as this one keeps it."""
+    if kept is not None and kept.dtype == torch.uint8 and kernels is eager:
+        return cast(Tensor, _layout().unpack_signs(kept, input))
+    return kept
 
 
 def _may_be_small(momentum: float | None, skip_nonfinite: bool) -> bool:
@@ -180,8 +198,7 @@ def _bwd_operator(
     batch_statistics: bool, may_be_small: bool, want_dresidual: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     kernels = backend.implementation("batch_norm", input)
-    if kept is not None and kept.dtype == torch.uint8 and kernels is eager:
-        kept = _layout().unpack_signs(kept, input)
+    kept = as_kept_by(kernels, kept, input)
     dresidual: Tensor | None
     small = None
     if may_be_small and is_small(input) and kernels is eager:
@@ -195,53 +212,55 @@ def _bwd_operator(
             want_dresidual,
         )  # fmt: skip
     if dresidual is None:
-        return _laid_out_as(dx, input), dgamma, dbeta, dgamma.new_empty(0)
-    return _laid_out_as(dx, input), dgamma, dbeta, _laid_out_as(dresidual, input)
+        return laid_out_as(dx, input), dgamma, dbeta, dgamma.new_empty(0)
+    return laid_out_as(dx, input), dgamma, dbeta, laid_out_as(dresidual, input)
 
 
 def _bwd_fake(dy: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    vector, want_dresidual = _channels(input), arguments[-1]
+    vector, want_dresidual = of_channels(input), arguments[-1]
     dresidual = torch.empty_like(input) if want_dresidual else vector.new_empty(0)
     return torch.empty_like(input), vector, torch.empty_like(vector), dresidual
 
 
-def _laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
+def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` with the strides of torch.empty_like(like), as the fake implementations promise."""
     promised = torch.empty_like(like)
     return tensor if tensor.stride() == promised.stride() else promised.copy_(tensor)
 
 
-def _channels(input: Tensor) -> Tensor:
+def of_channels(input: Tensor) -> Tensor:
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return input.new_empty(input.shape[1], dtype=dtype)
 
 
 def _setup_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     momentum, eps, correction, activation, skip_nonfinite, _ = inputs[7:]
-    _setup(ctx, inputs, output, eps, correction, activation)
+    set_up(ctx, inputs, output, eps, correction, activation)
     ctx.batch_statistics, ctx.may_be_small = True, _may_be_small(momentum, skip_nonfinite)
 
 
 def _setup_eval(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _setup(ctx, inputs, output, eps=0.0, correction=0, activation=inputs[7])
+    set_up(ctx, inputs, output, eps=0.0, correction=0, activation=inputs[7])
     ctx.batch_statistics = ctx.may_be_small = False
 
 
-def _setup(
+def set_up(
     ctx: Any,
     inputs: tuple[Any, ...],
     output: tuple[Tensor, ...],
     eps: float,
     correction: int,
     activation: str | None,
+    *more: Tensor,
 ) -> None:
+    """Saves what the backward takes, `more` besides."""
     input, weight, bias, residual, *rest = inputs
     y, mean, rstd, signs, *_ = output
     what = backend.implementation("batch_norm", input).keeps(activation, input, residual)
     if _takes_signs(residual, activation, keep=True):
         what = "signs"
     kept = {"signs": signs, "output": y, "residual": residual, None: None}[what]
-    ctx.save_for_backward(input, weight, bias, kept, mean, rstd)
+    ctx.save_for_backward(input, weight, bias, kept, mean, rstd, *more)
     ctx.eps, ctx.correction, ctx.activation, ctx.rest = eps, correction, activation, len(rest)
 
 
