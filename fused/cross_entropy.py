@@ -204,7 +204,8 @@ def cross_entropy(
             Better where that is known not to be 1: a loss scale, or a weighted sum of losses. So
             done in any case for float16, in which gradients would underflow before a loss scale
             arrives, and where target or weight wants a gradient too. Under torch.compile either
-            forms it in the backward, and rounds as without.
+            forms it in the backward, and rounds as without. Take False where a CUDA graph of the
+            backward alone is replayed more than once a forward: each replay would scale again.
 
     Returns:
         The loss: a 0-d tensor, or for "none" the shape of class indices. Its dtype is input's, and
