@@ -3,7 +3,9 @@
 pytest-benchmark: python -m pytest bench/bench_cross_entropy.py
 """
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +42,7 @@ _SHAPES = [
     (16384, 32000),
     (2048, 262144),
 ]
+_IMAGES = [(8, 21, 512, 512), (8, 150, 128, 128)]  # of segmentation; for the kernel report only
 _PROCESSES = 8  # of a vocabulary split over them
 _QUICK = [(32, 27), (4096, 27), (8192, 1000), (2048, 32000), (512, 128256)]
 
@@ -63,7 +66,7 @@ def kernel_cases() -> list[Case]:
     Triton can."""
     from fused.kernels import tuning  # not where only the benchmarks run, without Triton
 
-    variants = [(shape, "") for shape in _SHAPES]
+    variants: list[tuple[tuple[int, ...], str]] = [(shape, "") for shape in [*_SHAPES, *_IMAGES]]
     variants += [(shape, "none") for shape in _SHAPES if shape[0] == 8192]
     variants.append(((8192, 128256 // _PROCESSES), "slice"))
     if tuning.clusters_reduce(torch.device("meta")):
@@ -80,16 +83,18 @@ def traffic_case(case: Case) -> Case:
     rows, where the case takes it."""
     from fused.kernels import tuning
 
-    n = case.shape[0]
-    plan = tuning.cross_entropy(torch.empty(*case.shape, 1, dtype=case.dtype, device="meta"))
+    n, c, *inner = case.shape
+    x = torch.empty(n, c, math.prod(inner), dtype=case.dtype, device="meta")
+    plan, n = tuning.cross_entropy(x), x.shape[0] * x.shape[2]
     at_once, least = min(plan.n_programs * plan.BLOCK_N, n), 2
     if n > plan.max_rows_to_count:
         least = max(least, plan.max_rows_to_count // at_once + 1)
-    return case.with_rows(min(n // at_once, least) * at_once)
+    fewer = min(n // at_once, least) * at_once
+    return replace(case, shape=(1, c, fewer)) if inner else case.with_rows(fewer)
 
 
 def least_bytes(case: Case) -> dict[str, int]:
-    labels = 8 * case.shape[0]
+    labels = 8 * (math.prod(case.shape) // case.shape[1])
     if case.variant == "slice":  # which does not stay on chip while the processes meet
         return {"fwd_bwd": 3 * case.bytes + labels}
     late = case.variant == "none"  # its upstream gradients are not known in the forward
@@ -103,11 +108,11 @@ def least_bytes(case: Case) -> dict[str, int]:
 def launch(case: Case, device: torch.device) -> None:
     from fused.kernels import tuning
 
-    n, c = case.shape
-    x = torch.empty(n, c, dtype=case.dtype, device=device, requires_grad=True)
+    n, _, *inner = case.shape
+    x = torch.empty(case.shape, dtype=case.dtype, device=device, requires_grad=True)
     if case.variant == "slice":
         return _launch_slice(x.detach())
-    target = torch.zeros(n, dtype=torch.int64, device=device)
+    target = torch.zeros(n, *inner, dtype=torch.int64, device=device)
     reduction = "none" if case.variant == "none" else "mean"
     before, tuning.CLUSTERS = tuning.CLUSTERS, case.variant == "clusters"
     try:

@@ -226,6 +226,7 @@ def _forward(
             VEC=plan.VEC,
             EDGES=plan.EDGES,
             THREADS=plan.THREADS,
+            PARTS=plan.PARTS,
             HELD=plan.HELD,
             NUM_CTAS=plan.num_ctas,
             num_warps=plan.num_warps,
@@ -327,6 +328,7 @@ def cross_entropy_bwd(
         VEC=plan.VEC,
         EDGES=plan.EDGES,
         THREADS=plan.THREADS,
+        PARTS=plan.PARTS,
         num_warps=plan.num_warps,
         enable_fp_fusion=False,
     )

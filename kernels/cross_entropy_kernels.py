@@ -6,6 +6,7 @@ import triton.language as tl
 from fused.kernels.cross_entropy_tile import (
     beside,
     edge_tile,
+    main_offsets,
     main_tile,
     merge_lanes,
     put_dx,
@@ -89,6 +90,7 @@ def _cross_entropy_fwd_kernel(
     VEC: tl.constexpr,
     EDGES: tl.constexpr,
     THREADS: tl.constexpr,
+    PARTS: tl.constexpr,
     HELD: tl.constexpr,
     NUM_CTAS: tl.constexpr,
 ):
@@ -155,21 +157,23 @@ def _cross_entropy_fwd_kernel(
         if LANES > 1:
             m, s, b_sum, bz_sum = spread(m, s, b_sum, bz_sum, LANES)
         if HELD:
-            places, classes, mask = main_tile(0, head, n_main, BLOCK_C, VEC, EDGES, THREADS)
+            classes, mask = main_tile(0, head, n_main, BLOCK_C, VEC, EDGES, THREADS, PARTS)
+            x_offsets = main_offsets(x_main, 0, stride_x, BLOCK_C, THREADS, PARTS)
             z, b, m, s, b_sum, bz_sum, best, z_best, t_best, t_max = take(
                 m, s, b_sum, bz_sum, best, z_best, t_best, t_max,
-                x_ptr, beside(x_main, places) + places * stride_x[1], target_ptr, t_rows, stride_t,
-                weight_ptr, classes, beside(valid, mask) & mask, n_all, smoothing, z_scale, cap,
+                x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes,
+                beside(valid, mask) & mask, n_all, smoothing, z_scale, cap,
                 ACC, SOFT, SMOOTHED, SCALED, CAPPED, want_best, LANES, VEC, "",
             )  # fmt: skip
         else:
             n_read = tl.max(valid.to(tl.int32), axis=0) * n_classes  # 0 where all are ignored
             for start in range(0, n_read, BLOCK_C):
-                places, classes, mask = main_tile(start, head, n_main, BLOCK_C, VEC, EDGES, 0)
+                classes, mask = main_tile(start, head, n_main, BLOCK_C, VEC, EDGES, THREADS, PARTS)
+                x_offsets = main_offsets(x_main, start, stride_x, BLOCK_C, THREADS, PARTS)
                 z, b, m, s, b_sum, bz_sum, best, z_best, t_best, t_max = take(
                     m, s, b_sum, bz_sum, best, z_best, t_best, t_max,
-                    x_ptr, x_main[:, None] + places * stride_x[1], target_ptr, t_rows, stride_t,
-                    weight_ptr, classes, valid[:, None] & mask, n_all, smoothing, z_scale, cap,
+                    x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes,
+                    beside(valid, mask) & mask, n_all, smoothing, z_scale, cap,
                     ACC, SOFT, SMOOTHED, SCALED, CAPPED, want_best, LANES, VEC, first_read,
                 )  # fmt: skip
         m, s, b_sum, bz_sum = merge_lanes(m, s, b_sum, bz_sum, LANES)
@@ -220,20 +224,24 @@ def _cross_entropy_fwd_kernel(
                     dense, at_y, SCALED, CAPPED, "",
                 )  # fmt: skip
             if HELD:
+                dx_offsets = main_offsets(dx_main, 0, stride_dx, BLOCK_C, THREADS, PARTS)
                 put_dx(
-                    dx_ptr, beside(dx_main, places) + places * stride_dx[1], z, b, classes, y, b_y,
-                    valid, beside(row_mask, mask) & mask, m, p_factor, factor, z_scale, cap,
+                    dx_ptr, dx_offsets, z, b, classes, y, b_y, valid,
+                    beside(row_mask, mask) & mask, m, p_factor, factor, z_scale, cap,
                     dense, at_y, SCALED, CAPPED, "",
                 )  # fmt: skip
             else:
                 for start in range(0, n_classes, BLOCK_C):
-                    places, classes, mask = main_tile(start, head, n_main, BLOCK_C, VEC, EDGES, 0)
+                    classes, mask = main_tile(
+                        start, head, n_main, BLOCK_C, VEC, EDGES, THREADS, PARTS
+                    )
+                    x_offsets = main_offsets(x_main, start, stride_x, BLOCK_C, THREADS, PARTS)
+                    dx_offsets = main_offsets(dx_main, start, stride_dx, BLOCK_C, THREADS, PARTS)
                     read_and_put(
-                        dx_ptr, dx_main[:, None] + places * stride_dx[1], None, t_rows, stride_t,
-                        x_ptr, x_main[:, None] + places * stride_x[1], target_ptr, t_rows, stride_t,
-                        weight_ptr, classes, mask, row_mask, n_all, valid,
-                        m, log_s, p_factor, factor, smoothing, z_scale, cap,
-                        ACC, SOFT, SMOOTHED, SCALED, CAPPED, "evict_first",
+                        dx_ptr, dx_offsets, None, t_rows, stride_t,
+                        x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes,
+                        mask, row_mask, n_all, valid, m, log_s, p_factor, factor, smoothing,
+                        z_scale, cap, ACC, SOFT, SMOOTHED, SCALED, CAPPED, "evict_first",
                     )  # fmt: skip
             if not SOFT and not at_y:
                 put_dx_y(
@@ -308,6 +316,7 @@ def _cross_entropy_bwd_kernel(
     VEC: tl.constexpr,
     EDGES: tl.constexpr,
     THREADS: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     """dx_c = dloss * (a * p_c - b_c) * dz/dx,  dt_c = dloss * (1 - e) * w_c * (lse - z_c)"""
     cap, z_scale = tl.full((), softcap, ACC), tl.full((), logit_scale, ACC)
@@ -340,12 +349,13 @@ def _cross_entropy_bwd_kernel(
     x_main, head, n_main = row_parts(x_rows, n_classes, VEC, EDGES)
     dx_main, _, _ = row_parts(dx_rows, n_classes, VEC, EDGES)
     for start in range(0, n_classes, BLOCK_C):
-        places, classes, mask = main_tile(start, head, n_main, BLOCK_C, VEC, EDGES, THREADS)
+        classes, mask = main_tile(start, head, n_main, BLOCK_C, VEC, EDGES, THREADS, PARTS)
+        x_offsets = main_offsets(x_main, start, stride_x, BLOCK_C, THREADS, PARTS)
+        dx_offsets = main_offsets(dx_main, start, stride_dx, BLOCK_C, THREADS, PARTS)
         read_and_put(
-            dx_ptr, beside(dx_main, places) + places * stride_dx[1], dt_ptr, dt_rows, stride_dt,
-            x_ptr, beside(x_main, places) + places * stride_x[1], target_ptr, t_rows, stride_t,
-            weight_ptr, classes, mask, row_mask, n_all, valid,
-            m, log_s, p_factor, factor, smoothing, z_scale, cap,
+            dx_ptr, dx_offsets, dt_ptr, dt_rows, stride_dt,
+            x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes,
+            mask, row_mask, n_all, valid, m, log_s, p_factor, factor, smoothing, z_scale, cap,
             ACC, SOFT, SMOOTHED, SCALED, CAPPED, "",
         )  # fmt: skip
     if EDGES:

@@ -9,16 +9,25 @@ Accesses are fastest where a thread takes 16 bytes, VEC elements, from an addres
 Main tiles are masked by the group, so that every access of theirs is a full one; head and tail
 together, fewer than 2 * VEC classes, make one small tile, the edges. Without EDGES all is main.
 
-A tile is (BLOCK_N, BLOCK_C). For short rows that begin anywhere it is (BLOCK_C / THREADS, BLOCK_N,
-THREADS): the compiler puts THREADS threads side by side on a row, each of which adds up its own
-numbers first. Of two dimensions it would make a warp a row, a number a thread, and add them up in
-five exchanges.
+A tile is (BLOCK_N, BLOCK_C), or, with THREADS, (turns, PARTS, BLOCK_N, THREADS): its rows are in
+the third dimension, a row's classes in the other three. The compiler lays the last ones side by
+side; before Triton 3.7 it was the first ones, and the four are the other way round.
+
+- Short rows that begin anywhere have THREADS threads side by side on a row, each of which adds up
+  its own numbers first. Of two dimensions it would make a warp a row, a number a thread, and add
+  them up in five exchanges.
+- Rows that are neighbours in memory, of (N, C, S), have a thread each, and of many classes PARTS
+  warps, each of which has every PARTS-th class. Of two dimensions it would make 8 rows a thread,
+  each with all that belongs to a row, or, where they begin anywhere, read an element a sector.
 """
 
 import triton
 import triton.language as tl
 
+from fused.kernels import tuning
 from fused.kernels.activation import exp, plus, tanh
+
+_REVERSED = tl.constexpr(not tuning.last_dimension_first())
 
 
 @triton.jit
@@ -29,38 +38,62 @@ def safe_shift(m):
 
 @triton.jit
 def row_offsets(rows, n_inner, stride):
-    return (rows // n_inner) * stride[0] + (rows % n_inner) * stride[2]
+    # Of neighbours in memory a thread would take several rows, and hold all that belongs to each.
+    return tl.max_contiguous((rows // n_inner) * stride[0] + (rows % n_inner) * stride[2], 1)
+
+
+@triton.jit
+def along(values, DIMENSION: tl.constexpr):
+    """values (n,) along one of the four dimensions of a tile."""
+    place: tl.constexpr = 3 - DIMENSION if _REVERSED else DIMENSION
+    if place == 0:
+        return values[:, None, None, None]
+    elif place == 1:
+        return values[None, :, None, None]
+    elif place == 2:
+        return values[None, None, :, None]
+    else:
+        return values[None, None, None, :]
 
 
 @triton.jit
 def beside(rows, tile):
     """Numbers of rows (BLOCK_N,), as they are beside those of a tile."""
-    if len(tile.shape) == 3:
-        return rows[None, :, None]
+    if len(tile.shape) == 4:
+        return along(rows, 2)
     else:
         return rows[:, None]
 
 
 @triton.jit
 def max_of_row(tile):
-    if len(tile.shape) == 3:
-        return tl.max(tl.max(tile, axis=0), axis=1)
+    if len(tile.shape) == 4:
+        if _REVERSED:
+            return tl.max(tl.max(tl.max(tile, axis=3), axis=2), axis=0)
+        else:
+            return tl.max(tl.max(tl.max(tile, axis=0), axis=0), axis=1)
     else:
         return tl.max(tile, axis=1)
 
 
 @triton.jit
 def min_of_row(tile):
-    if len(tile.shape) == 3:
-        return tl.min(tl.min(tile, axis=0), axis=1)
+    if len(tile.shape) == 4:
+        if _REVERSED:
+            return tl.min(tl.min(tl.min(tile, axis=3), axis=2), axis=0)
+        else:
+            return tl.min(tl.min(tl.min(tile, axis=0), axis=0), axis=1)
     else:
         return tl.min(tile, axis=1)
 
 
 @triton.jit
 def sum_of_row(tile):
-    if len(tile.shape) == 3:
-        return tl.sum(tl.sum(tile, axis=0), axis=1)
+    if len(tile.shape) == 4:
+        if _REVERSED:
+            return tl.sum(tl.sum(tl.sum(tile, axis=3), axis=2), axis=0)
+        else:
+            return tl.sum(tl.sum(tl.sum(tile, axis=0), axis=0), axis=1)
     else:
         return tl.sum(tile, axis=1)
 
@@ -81,19 +114,37 @@ def row_parts(x_rows, n_classes, VEC: tl.constexpr, EDGES: tl.constexpr):
 @triton.jit
 def main_tile(
     start, head, n_main, BLOCK_C: tl.constexpr, VEC: tl.constexpr, EDGES: tl.constexpr,
-    THREADS: tl.constexpr,
+    THREADS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Places in main, their classes, and which there are: of one row, or of all in a tile."""
+    """Classes of a tile, and which there are: of one row, or of all in the tile."""
     if THREADS > 0:
-        turns = tl.arange(0, BLOCK_C // THREADS)[:, None, None]
-        places = start + turns * THREADS + tl.arange(0, THREADS)[None, None, :]
+        turns = start + tl.arange(0, BLOCK_C // (PARTS * THREADS)) * (PARTS * THREADS)
+        parts, threads = tl.arange(0, PARTS) * THREADS, tl.arange(0, THREADS)
+        places = along(turns, 0) + along(parts, 1) + along(threads, 3)
     else:
         places = start + tl.arange(0, BLOCK_C)[None, :]
     mask = places // VEC < beside(n_main // VEC, places)
     if EDGES:
-        return places.to(tl.int64), places + beside(head, places), mask
+        return places + beside(head, places), mask
     else:
-        return places.to(tl.int64), places, mask
+        return places, mask
+
+
+@triton.jit
+def main_offsets(
+    rows, start, stride, BLOCK_C: tl.constexpr, THREADS: tl.constexpr, PARTS: tl.constexpr
+):
+    """Offsets of the elements of `main_tile`, of rows that begin at `rows`."""
+    if THREADS > 0:
+        # Term by term, as the first is the same for all threads: one register for all of them.
+        turns = start + tl.arange(0, BLOCK_C // (PARTS * THREADS)) * (PARTS * THREADS)
+        parts, threads = tl.arange(0, PARTS) * THREADS, tl.arange(0, THREADS)
+        own = along(rows, 2) + along(parts.to(tl.int64) * stride[1], 1)
+        own += along(threads.to(tl.int64) * stride[1], 3)
+        return own + along(turns.to(tl.int64) * stride[1], 0)
+    else:
+        places = start + tl.arange(0, BLOCK_C)[None, :]
+        return rows[:, None] + places.to(tl.int64) * stride[1]
 
 
 @triton.jit

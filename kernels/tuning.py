@@ -29,7 +29,8 @@ class CrossEntropyPlan:
     VEC: int  # classes in one access
     EDGES: bool  # whether rows begin and end anywhere, between the full accesses
     HELD: bool  # whether a row is one tile, so that it is read once
-    THREADS: int  # side by side on each of several short rows; 0 leaves that to the compiler
+    THREADS: int  # side by side on each of several rows; 0 leaves that to the compiler
+    PARTS: int  # of a row whose neighbours are rows: every PARTS-th class is in the same thread
     num_warps: int
     num_ctas: int  # blocks of a cluster, which make one program
     n_programs: int
@@ -55,14 +56,27 @@ def cross_entropy(
     """
     n_rows, n_classes, size = x.shape[0] * x.shape[2], x.shape[1], x.dtype.itemsize
     processors, l2 = _device(x.device)
-    num_ctas, threads = 1, 0
+    num_ctas, threads, parts = 1, 0, 1
     if x.stride(1) != 1 and x.shape[2] > 1:
         # (N, C, S): neighbours in memory are rows. 128 bytes of them are one full access of a warp.
-        block_n = min(128 // size, next_power_of_2(n_rows))
-        block_c = min(next_power_of_2(n_classes), 2048 // block_n)
-        # 8 numbers a thread: with 16 and every option it spilled on sm_80.
-        held, lanes, vec, edges, num_warps = block_c >= n_classes, 1, 1, False, 8
-        per_processor = 8  # 64 warps, as below
+        vec, edges, lanes, threads = 1, False, 1, 1
+        # 16 numbers a thread in 8 warps take 64 registers; 32 numbers of one row, where no other
+        # thread has any of it, take no more. A sector of memory is the narrowest that is read.
+        block_c, most = next_power_of_2(n_classes), 4096 if size <= 4 else 2048
+        held = 32 * block_c <= most * size
+        if held:
+            block_n = min(128 // size, most // block_c, next_power_of_2(n_rows))
+            num_warps = max(1, block_n // 32 if block_c <= 32 else block_n * block_c // 512)
+            per_processor = min(32, (48 if block_c <= 16 else 32) // num_warps)
+        else:
+            # Registers let two programs be resident. Their rows are as wide as all of their classes
+            # fit L2, two thirds of it; beyond, the second read comes from memory, whatever is done.
+            per_processor, num_warps = 2, 8
+            most_bytes = 2 * l2 // (3 * per_processor * processors * n_classes)
+            width = next((w for w in (128, 64, 32) if w <= most_bytes), 128)
+            block_n = min(width // size, next_power_of_2(n_rows))
+            block_c = (4096 if size <= 4 else 1024) // block_n
+        parts = min(block_c, max(1, 32 * num_warps // block_n))
     else:
         vec, edges = _accesses(x, inplace)
         block_c = next_power_of_2(n_classes)
@@ -78,9 +92,8 @@ def cross_entropy(
                 block_n = max(1, 512 // block_c) if block_c <= 128 else 1
             elements = block_n * block_c // num_ctas
             num_warps = min(max(4, elements // 128) if block_n > 1 else max(1, elements // 512), 16)
-            if vec == 1 and block_n > 1 and 4 <= block_c <= 128 and _triton() >= (3, 7):
+            if vec == 1 and block_n > 1 and 4 <= block_c <= 128:
                 # 4 or 8 classes of one row a thread, and 8 or 16 neighbours in memory at a time.
-                # Before 3.7 Triton laid such tiles out in another order, at more instructions.
                 threads = max(2, block_c // (4 if block_c <= 32 else 8))
                 block_n = block_n if one_program else 128 // threads
                 num_warps = max(1, block_n * threads // 32)
@@ -101,8 +114,9 @@ def cross_entropy(
     resident = processors * per_processor // num_ctas
     n_programs = min(tiles, INTERPRETED_PROGRAMS or resident if x.is_cpu else resident)
     return CrossEntropyPlan(
-        block_n, block_c, lanes, vec, edges, held, threads, num_warps, num_ctas, n_programs
-    )
+        block_n, block_c, lanes, vec, edges, held, threads, parts, num_warps, num_ctas,
+        n_programs,
+    )  # fmt: skip
 
 
 def _blocks_a_row(x: torch.Tensor) -> int:
@@ -190,6 +204,12 @@ def _triton() -> tuple[int, int]:
 
     major, minor = triton.__version__.split(".")[:2]
     return int(major), int(minor)
+
+
+def last_dimension_first() -> bool:
+    """Which dimension of a tile Triton lays side by side where it knows of no neighbours in memory:
+    the last; before 3.7 it was the first."""
+    return _triton() >= (3, 7)
 
 
 @functools.cache

@@ -11,6 +11,9 @@ from tests.test_cross_entropy import check_against_torch, example
 
 pytest.importorskip("triton")
 
+import triton.language as tl
+
+from fused.kernels import cross_entropy_tile as tile
 from fused.kernels import tuning
 
 
@@ -19,8 +22,8 @@ def blocks(rows: int, classes: int, dtype: torch.dtype = torch.bfloat16) -> int:
     return tuning.cross_entropy(torch.empty(rows, classes, 1, dtype=dtype, device="meta")).num_ctas
 
 
-def test_short_rows_that_begin_anywhere(monkeypatch) -> None:
-    """Several threads of one row each, as many rows as fill the warps; not before Triton 3.7."""
+def test_short_rows_that_begin_anywhere() -> None:
+    """Several threads of one row each, as many rows as fill the warps."""
 
     def threads(rows: int, classes: int) -> int:
         x = torch.empty(rows, classes, 1, dtype=torch.bfloat16, device="meta")
@@ -28,13 +31,25 @@ def test_short_rows_that_begin_anywhere(monkeypatch) -> None:
         assert not plan.THREADS or plan.THREADS * plan.BLOCK_N == 32 * plan.num_warps
         return plan.THREADS
 
-    monkeypatch.setattr(tuning, "_triton", lambda: (3, 7))
     # 64 classes are groups of 16 bytes.
     found = [threads(4096, c) for c in (2, 3, 10, 27, 64, 65, 127, 129)]
     assert found == [0, 2, 4, 8, 0, 16, 16, 0]
     assert [threads(n, 27) for n in (1, 4, 32)] == [0, 8, 8]
-    monkeypatch.setattr(tuning, "_triton", lambda: (3, 6))
-    assert threads(4096, 27) == 0
+
+
+@pytest.mark.interpreted("the form of a tile is set while kernels are read")
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("shape", [(33, 27), (3, 21, 5), (2, 300, 7), (2, 1100, 5)], ids=str)
+def test_tiles_the_other_way_round(shape, kind, monkeypatch, device) -> None:
+    """As other releases of Triton want them."""
+    monkeypatch.setattr(tile, "_REVERSED", tl.constexpr(not tile._REVERSED.value))
+    logits, target, weight = example(shape, torch.float32, device, kind, weighted=True)
+    with fused.backend.use("triton"):
+        for options in ({}, {"reduction": "none", "label_smoothing": 0.1, "softcap": 3.0}):
+            check_against_torch(logits, target, weight, "triton", **options)
+        prediction = fused.cross_entropy_with_stats(logits, target).prediction
+    counted = torch.ones_like(prediction) > 0 if kind == "probabilities" else target != -100
+    torch.testing.assert_close(prediction, torch.where(counted, logits.argmax(1), -1))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 from fused.kernels import tuning
 
 # (N, C, S): a tile of neighbouring rows holds all classes, or some of them.
-INNER = [(2, 40, 3), (9, 130, 5)]
+INNER = [(2, 1, 9), (2, 20, 33), (2, 40, 3), (9, 130, 5), (2, 1100, 5), (2, 1100, 67)]
 CLASSES = sorted(
     {*range(1, 140)} | {2**k + d for k in range(8, 16) for d in (-1, 0, 1, 8)} | {50257, 1000000}
 )
@@ -47,13 +47,33 @@ def test_one_program_or_several(rows) -> None:
 def test_what_is_held_and_how_it_is_read() -> None:
     for dtype, most in ((torch.bfloat16, 8192), (torch.float32, 8192), (torch.float64, 4096)):
         assert plan((9, most), dtype).HELD and not plan((9, most + 1), dtype).HELD
-        # Neighbours that are rows: 128 bytes of them.
-        assert plan((9, 130, 50), dtype).BLOCK_N * dtype.itemsize == 128
     assert [plan((9000, c)).BLOCK_N for c in (8, 128, 129)] == [64, 4, 1]
     assert [plan((9, c)).EDGES for c in (4095, 4096, 4097)] == [False, False, True]
     memory = torch.empty(9 * 8192 + 1)
     found = [tuning.cross_entropy(x.view(9, 8192, 1)).VEC for x in (memory[:-1], memory[1:])]
     assert found == [4, 1]  # 16 bytes at a time, where memory begins so
+
+
+def test_neighbours_that_are_rows_are_held_or_fit_l2() -> None:
+    """128 bytes of them, narrower for more classes; at least a sector of memory, 32 bytes."""
+
+    def found(classes: int, dtype: torch.dtype) -> tuple[bool, int, int]:
+        p = plan((64, classes, 4096), dtype)
+        assert p.THREADS == 1 and p.PARTS * p.BLOCK_N == 32 * p.num_warps
+        return p.HELD, p.BLOCK_N * dtype.itemsize, p.num_warps
+
+    half = [found(c, torch.bfloat16) for c in (32, 64, 65, 128, 129, 256)]
+    assert half == [(True, 128, 2), (True, 128, 8)] + [(True, 64, 8)] * 2 + [(True, 32, 8)] * 2
+    twice = [found(c, torch.bfloat16) for c in (257, 1034, 1035, 4137, 4138)]
+    assert twice == [(False, width, 8) for width in (128, 128, 64, 32, 128)]
+    single = [found(c, torch.float32) for c in (32, 64, 128, 129, 512, 513)]
+    assert single == [(True, 128, n) for n in (1, 4, 8)] + [(True, 64, 8), (True, 32, 8)] + [
+        (False, 128, 8)
+    ]
+    assert [found(c, torch.float64)[:2] for c in (512, 513)] == [(True, 32), (False, 128)]
+    for classes in (300, 1034, 1035, 4137):
+        p = plan((64, classes, 4096))
+        assert 3 * p.n_programs * p.BLOCK_N * 2 * classes <= 2 * 50 * 2**20
 
 
 def test_many_short_rows_share_programs_that_stay() -> None:

@@ -213,6 +213,31 @@ def test_cross_entropy_streams_without_spills() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "case, targets, reads", [("8x21x512x512-bf16", 0.2, 1.3), ("8x150x128x128-bf16", 0.0, 1.0)]
+)
+def test_cross_entropy_of_images_reads_neighbours_side_by_side(case, targets, reads) -> None:
+    """A thread has classes of one row, which it reads once. (Of 21 classes, 42 bytes, the target's
+    8 are a fifth more, each time that it is read.)"""
+    rows = report("cross_entropy", case)
+    check_nothing_is_spilled(rows)
+    assert asked(rows) == {
+        "cross_entropy_count": (targets, 0.0),
+        "cross_entropy_fwd": (reads, 1.0),
+        "cross_entropy_sum": (0.0, 0.0),
+        "cross_entropy_scale": (0.0, 0.0),
+    }
+    (forward,) = [row for row in rows if row["kernel"] == "cross_entropy_fwd"]
+    for target in ("sm_80", "sm_90", "sm_100"):
+        compiled = forward["targets"][target]
+        over_rows = compiled["loops"][-1]
+        elements = over_rows["stores"]["2"]
+        # A read and a write an element, and what one takes of what the device has to give.
+        assert elements in (16, 32) and elements <= over_rows["loads"]["2"] <= elements + 1
+        assert over_rows["instructions"] <= 36 * elements
+        assert compiled["programs"] * compiled["warps"] >= 24
+
+
 @pytest.mark.skipif(
     not tuning.clusters_reduce(torch.device("meta")),
     reason="reductions over the blocks of a cluster take Triton 3.9",
