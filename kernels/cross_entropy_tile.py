@@ -198,6 +198,15 @@ def row_targets(
 
 
 @triton.jit
+def weights(weight_ptr, classes, n_classes, tile):
+    """Of the classes of a tile."""
+    if len(tile.shape) == 4:
+        # Each thread its own: of classes alone they would be side by side, and the tile turned.
+        classes = tl.max_contiguous(tl.broadcast_to(classes, tile.shape), [1, 1, 1, 1])
+    return tl.load(weight_ptr + classes, mask=classes < n_classes, other=0.0)
+
+
+@triton.jit
 def read(
     x_ptr, x_offsets, target_ptr, t_rows, stride_t, weight_ptr, classes, mask, n_classes,
     smoothing, logit_scale, softcap, ACC: tl.constexpr, SOFT: tl.constexpr, SMOOTHED: tl.constexpr,
@@ -215,7 +224,7 @@ def read(
         if SMOOTHED:
             b += smoothing / n_classes
         if weight_ptr is not None:
-            b *= tl.load(weight_ptr + classes, mask=classes < n_classes, other=0.0).to(ACC)
+            b *= weights(weight_ptr, classes, n_classes, z).to(ACC)
         return z, tl.where(mask, b, 0.0)
     else:
         return z, z
@@ -415,6 +424,6 @@ def read_and_put(
     if dt_ptr is not None:
         dt = (smoothing - 1.0) * beside(factor, z) * (z - beside(m, z) - beside(log_s, z))
         if weight_ptr is not None:
-            dt *= tl.load(weight_ptr + classes, mask=classes < n_classes, other=0.0).to(ACC)
+            dt *= weights(weight_ptr, classes, n_classes, z).to(ACC)
         dt_offsets = beside(dt_rows, z) + classes.to(tl.int64) * stride_dt[1]
         tl.store(dt_ptr + dt_offsets, narrowed(dt, dt_ptr), mask=mask)

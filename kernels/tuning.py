@@ -69,13 +69,14 @@ def cross_entropy(
             num_warps = max(1, block_n // 32 if block_c <= 32 else block_n * block_c // 512)
             per_processor = min(32, (48 if block_c <= 16 else 32) // num_warps)
         else:
-            # Registers let two programs be resident. Their rows are as wide as all of their classes
-            # fit L2, two thirds of it; beyond, the second read comes from memory, whatever is done.
-            per_processor, num_warps = 2, 8
+            # Registers let three programs be resident (of 16 numbers a thread two, and every option
+            # spilled). Their rows are as wide as all of their classes fit L2, two thirds of it;
+            # beyond, the second read comes from memory, whatever is done.
+            per_processor, num_warps = 3, 8
             most_bytes = 2 * l2 // (3 * per_processor * processors * n_classes)
             width = next((w for w in (128, 64, 32) if w <= most_bytes), 128)
             block_n = min(width // size, next_power_of_2(n_rows))
-            block_c = (4096 if size <= 4 else 1024) // block_n
+            block_c = most // (2 * block_n)
         parts = min(block_c, max(1, 32 * num_warps // block_n))
     else:
         vec, edges = _accesses(x, inplace)

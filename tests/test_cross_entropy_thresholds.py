@@ -64,14 +64,14 @@ def test_neighbours_that_are_rows_are_held_or_fit_l2() -> None:
 
     half = [found(c, torch.bfloat16) for c in (32, 64, 65, 128, 129, 256)]
     assert half == [(True, 128, 2), (True, 128, 8)] + [(True, 64, 8)] * 2 + [(True, 32, 8)] * 2
-    twice = [found(c, torch.bfloat16) for c in (257, 1034, 1035, 4137, 4138)]
+    twice = [found(c, torch.bfloat16) for c in (257, 689, 690, 2758, 2759)]
     assert twice == [(False, width, 8) for width in (128, 128, 64, 32, 128)]
     single = [found(c, torch.float32) for c in (32, 64, 128, 129, 512, 513)]
     assert single == [(True, 128, n) for n in (1, 4, 8)] + [(True, 64, 8), (True, 32, 8)] + [
         (False, 128, 8)
     ]
     assert [found(c, torch.float64)[:2] for c in (512, 513)] == [(True, 32), (False, 128)]
-    for classes in (300, 1034, 1035, 4137):
+    for classes in (300, 689, 690, 2758):
         p = plan((64, classes, 4096))
         assert 3 * p.n_programs * p.BLOCK_N * 2 * classes <= 2 * 50 * 2**20
 
