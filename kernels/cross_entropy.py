@@ -232,6 +232,7 @@ def _forward(
             num_warps=plan.num_warps,
             enable_fp_fusion=False,
             num_ctas=plan.num_ctas,
+            **plan.options,
         )
     layout.copy_back(dx, dx3)
     shape = x.shape[:1] + x.shape[2:]
@@ -331,6 +332,7 @@ def cross_entropy_bwd(
         PARTS=plan.PARTS,
         num_warps=plan.num_warps,
         enable_fp_fusion=False,
+        **plan.options,
     )
     layout.copy_back(dx, dx3)
     layout.copy_back(dtarget, dt3)

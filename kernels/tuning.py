@@ -34,6 +34,7 @@ class CrossEntropyPlan:
     num_warps: int
     num_ctas: int  # blocks of a cluster, which make one program
     n_programs: int
+    options: dict[str, int]  # the compiler's
 
     @property
     def BLOCK_COUNT(self) -> int:
@@ -57,6 +58,7 @@ def cross_entropy(
     n_rows, n_classes, size = x.shape[0] * x.shape[2], x.shape[1], x.dtype.itemsize
     processors, l2 = _device(x.device)
     num_ctas, threads, parts = 1, 0, 1
+    options: dict[str, int] = {}
     if x.stride(1) != 1 and x.shape[2] > 1:
         # (N, C, S): neighbours in memory are rows. 128 bytes of them are one full access of a warp.
         vec, edges, lanes, threads = 1, False, 1, 1
@@ -77,6 +79,8 @@ def cross_entropy(
             width = next((w for w in (128, 64, 32) if w <= most_bytes), 128)
             block_n = min(width // size, next_power_of_2(n_rows))
             block_c = most // (2 * block_n)
+            if not torch.version.hip:  # it would rather spill some bytes, with every option
+                options = {"maxnreg": 96}
         parts = min(block_c, max(1, 32 * num_warps // block_n))
     else:
         vec, edges = _accesses(x, inplace)
@@ -116,7 +120,7 @@ def cross_entropy(
     n_programs = min(tiles, INTERPRETED_PROGRAMS or resident if x.is_cpu else resident)
     return CrossEntropyPlan(
         block_n, block_c, lanes, vec, edges, held, threads, parts, num_warps, num_ctas,
-        n_programs,
+        n_programs, options,
     )  # fmt: skip
 
 
