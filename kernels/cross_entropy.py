@@ -154,6 +154,9 @@ def _forward(
     ignore_index, label_smoothing, z_loss, softcap, logit_scale = numbers
     x3, target3, soft = layout.inner(x), rows_of_target(x, target), target.shape == x.shape
     dx3 = None if dx is None else x3 if dx is x else layout.inner(dx)
+    if layout.rows_are_neighbours(x):
+        x3, target3 = x3.transpose(0, -1), target3.transpose(0, -1)
+        dx3 = None if dx3 is None else dx3.transpose(0, -1)
     n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
     acc, t_strides = computed_in(x, target), _target_strides(target3, soft)
     reduced, mean = reduction != "none", reduction == "mean"
@@ -293,6 +296,10 @@ def cross_entropy_bwd(
     # Of a layout that no view collapses, the gradient is written contiguous and copied.
     dx3 = None if dx is None else x3 if dx is x else layout.inner(dx)
     dt3 = None if dtarget is None else layout.inner(dtarget)
+    if layout.rows_are_neighbours(x):
+        x3, target3 = x3.transpose(0, -1), target3.transpose(0, -1)
+        dx3 = None if dx3 is None else dx3.transpose(0, -1)
+        dt3 = None if dt3 is None else dt3.transpose(0, -1)
     n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
     # Without a reduction nothing keeps a cluster's blocks from writing over what others will read.
     plan = tuning.cross_entropy(x3, inplace, clusters=False)

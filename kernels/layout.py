@@ -13,6 +13,13 @@ def inner(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
 
 
+def rows_are_neighbours(x: torch.Tensor) -> bool:
+    """Whether x is (N, C) column by column in memory. It is then better seen as (1, C, N), whose
+    neighbours are rows: `inner` transposed."""
+    # A negative's `inner` is a copy, which `copy_back` takes as it is.
+    return x.dim() == 2 and 0 < x.stride(0) < x.stride(1) and x.shape[0] > 1 and not x.is_neg()
+
+
 def vector(x: torch.Tensor | None) -> torch.Tensor | None:
     """x (C,) with its elements side by side, as the kernels read it; itself wherever it is so."""
     return None if x is None else x.resolve_neg().contiguous()

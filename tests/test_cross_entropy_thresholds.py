@@ -1,10 +1,13 @@
 """The shapes of cross-entropy's tests are on both sides of every threshold of kernels/tuning.py."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fused
+from tests.exactness import negated
 from tests.test_cross_entropy import DTYPES, SHAPES, check_against_torch, example
 
 pytest.importorskip("triton")
@@ -98,6 +101,41 @@ def test_neighbours_that_are_rows(shape, reduction, implementation, device) -> N
     tensors = example(shape, torch.float32, device, weighted=True)
     options = {"label_smoothing": 0.1, "softcap": 5.0}
     check_against_torch(*tensors, implementation, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+@pytest.mark.parametrize("options", [{}, {"reduction": "none"}, {"inplace": True}], ids=str)
+@pytest.mark.parametrize("shape", [(67, 20), (33, 1100)], ids=str)
+def test_columns_have_neighbours_that_are_rows(shape, options, kind, device, monkeypatch) -> None:
+    """(N, C) column by column: read as (1, C, N)."""
+    plan_of, found = tuning.cross_entropy, []
+
+    def planned(x: torch.Tensor, *arguments: Any, **keywords: Any) -> tuning.CrossEntropyPlan:
+        found.append((tuple(x.shape), plan_of(x, *arguments, **keywords)))
+        return found[-1][1]
+
+    monkeypatch.setattr(tuning, "cross_entropy", planned)
+    logits, target, weight = example(shape, torch.float32, device, kind, weighted=True)
+
+    def ours(x: torch.Tensor, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        assert x.shape == shape and x.stride() == (1, shape[0])
+        return fused.cross_entropy(x.mul(1), *arguments, **{**keywords, **options})
+
+    torchs = {key: value for key, value in options.items() if key != "inplace"}
+    with fused.backend.use("triton"):
+        check_against_torch(logits.t().contiguous().t(), target, weight, "triton", ours, **torchs)
+    assert found and all(s == (1, *reversed(shape)) and p.PARTS for s, p in found)
+
+
+def test_the_negative_of_columns_in_place(device) -> None:
+    """What a kernel wrote to a copy is copied back, row for row."""
+    logits, target, _ = example((5, 7), torch.float32, device)
+    leaf = logits.t().contiguous().t().requires_grad_()
+    columns = negated(leaf)
+    assert columns.is_neg() and columns.stride(0) < columns.stride(1)
+    with fused.backend.use("triton"):
+        fused.cross_entropy(columns, target, inplace=True).backward()
+    torch.testing.assert_close(leaf.grad, torch.func.grad(F.cross_entropy)(logits, target))
 
 
 def test_a_million_classes(implementation, device) -> None:
