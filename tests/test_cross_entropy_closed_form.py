@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused
 from fused.eager import cross_entropy as eager
 from fused.eager import cross_entropy_rows
+from fused.eager.layout import View
 from tests.test_cross_entropy import DTYPES, example, small_chunks  # noqa: F401
 
 
@@ -37,16 +38,54 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("shape", [(9, 27), (7, 3, 9), (2, 300), (1, 5)], ids=str)
-def test_chunks_are_whole_rows_and_fit(shape) -> None:
-    logits, target, _ = example(shape, torch.float32, "cpu")
-    rows = cross_entropy_rows.Rows.of(logits, target, None, -100, 0.0, 0.0, 0.0, 1.0)
-    of_row = torch.arange(shape[0])
+def chunks_of(logits: Tensor, target: Tensor) -> tuple[View, list[tuple[Any, ...]]]:
+    """How they are seen, and of each chunk its rows and the indices of those."""
+    view = View.of(logits, target)
+    rows = cross_entropy_rows.Rows.of(view(logits), view(target), None, -100, 0.0, 0.0, 0.0, 1.0)
+    of_row = view(torch.arange(target.numel()).view(target.shape))
     chunks = list(rows.chunks(of_row))
-    assert all(len(c.x) == 1 or c.x.numel() <= cross_entropy_rows.CHUNK for c, _ in chunks)
-    assert all(len(c.x) == len(c.target) == len(c.labels.classes) == len(n) for c, n in chunks)
-    assert torch.equal(torch.cat([c.x for c, _ in chunks]), logits)
-    assert torch.equal(torch.cat([n for _, n in chunks]), of_row)
+    assert torch.equal(rows.joined(tuple(n for _, n in chunks)), of_row)
+    assert all(c.target.shape == c.labels.classes.squeeze(1).shape == n.shape for c, n in chunks)
+    for c, n in chunks:
+        assert torch.equal(c.target, target.flatten()[n])
+        assert torch.equal(c.x.movedim(1, -1), logits.movedim(1, -1).flatten(0, -2)[n])
+    return view, chunks
+
+
+@pytest.mark.parametrize(
+    "shape", [(9, 27), (7, 3, 9), (2, 300), (1, 5), (2, 27, 9), (3, 27, 2, 5), (1, 200, 3)], ids=str
+)
+def test_chunks_are_whole_rows_and_fit(shape) -> None:
+    """Or two positions, which are the least here."""
+    logits, target, _ = example(shape, torch.float32, "cpu")
+    most = max(cross_entropy_rows.CHUNK, 2 * shape[1])
+    assert all(c.x.numel() <= most for c, _ in chunks_of(logits, target)[1])
+
+
+@pytest.mark.parametrize(
+    "kind, shape, lay",
+    [
+        ("as it is", (9, 27), lambda x: x),
+        ("columns", (27, 9), lambda x: x.t()),
+        ("columns", (27, 12), lambda x: x[:, :9].t()),
+        ("rows", (2, 3, 5, 27), lambda x: x.movedim(-1, 1)),
+        ("rows", (1, 5, 27), lambda x: x.movedim(-1, 1)),
+        ("positions", (2, 27, 3, 5), lambda x: x),
+        ("positions", (2, 30, 3, 5), lambda x: x[:, :27]),
+        ("positions", (27, 2, 15), lambda x: x.transpose(0, 1)),
+        ("as it is", (2, 27, 3, 6), lambda x: x[..., :5]),
+        ("as it is", (2, 3, 30, 5), lambda x: x.transpose(1, 2)),
+        ("as it is", (3, 5, 27, 2), lambda x: x.movedim(-1, 0).movedim(-1, 1)),
+    ],
+)
+def test_neighbours_in_memory_are_seen_as_neighbours(kind, shape, lay) -> None:
+    logits = lay(torch.randn(shape))
+    target = torch.randint(0, 27, logits.shape[:1] + logits.shape[2:])
+    view, chunks = chunks_of(logits, target)
+    assert view.kind == kind and len(chunks) > 1
+    seen = view(logits)
+    assert seen.data_ptr() == logits.data_ptr()
+    assert seen.stride(1 if kind == "rows" else -1) == 1 or kind == "as it is"
 
 
 @pytest.mark.parametrize("log2_of_sums", [-100, -21, -19, -11, -9, 0, 23, 25, 79, 81, 100])

@@ -177,7 +177,7 @@ def test_opcheck(activation, half_a_group, implementation, device) -> None:
     torch.library.opcheck(torch.ops.fused.sync_batch_norm_bwd.default, backward)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")  # of jvp itself
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of jvp itself
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
 def test_functional_transforms_are_refused_in_words(transform, half_a_group) -> None:
     norm, x = fused.SyncBatchNorm(3), torch.randn(2, 4, 3)

@@ -24,6 +24,7 @@ from fused.eager.cross_entropy_rows import (
     per_class,
     scores,
 )
+from fused.eager.layout import View
 
 # Above this -log p_y is taken from p_y, below it from the exponent.
 _LEAST_P = 2.0**-10
@@ -68,11 +69,14 @@ def cross_entropy_fwd(
     several, -1 where the row is ignored. An index outside [0, C) that is not `ignore_index` raises
     IndexError on the CPU; elsewhere, where looking would stall the device, its loss is NaN.
     """
-    rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    numbers = (label_smoothing, z_loss, softcap, logit_scale)
+    view = View.of(x, target)
     with index_errors(target, x.shape[1], ignore_index):
+        rows = Rows.of(view(x), view(target), weight, ignore_index, *numbers)
         scale = _scale(rows, reduction)
         losses = _forward(rows, None, None, loss_dtype, want_extras)
-    loss, extras = _reduced(losses, reduction, scale, loss_dtype)
+    shape = x.shape[:1] + x.shape[2:]
+    loss, extras = _reduced(losses, shape, reduction, scale, loss_dtype)
     return loss, None, scale, extras
 
 
@@ -94,12 +98,15 @@ def cross_entropy_fwd_bwd(
 
     dx is in x's dtype and memory format, or in x's own memory if `inplace`.
     """
-    rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    numbers = (label_smoothing, z_loss, softcap, logit_scale)
     dx = x if inplace else torch.empty_like(x)
+    view = View.of(x, target, dx)
     with index_errors(target, x.shape[1], ignore_index):
+        rows = Rows.of(view(x), view(target), weight, ignore_index, *numbers)
         scale = _scale(rows, reduction)
-        losses = _forward(rows, scale, dx, loss_dtype, want_extras)
-    loss, extras = _reduced(losses, reduction, scale, loss_dtype)
+        losses = _forward(rows, scale, view(dx), loss_dtype, want_extras)
+    shape = x.shape[:1] + x.shape[2:]
+    loss, extras = _reduced(losses, shape, reduction, scale, loss_dtype)
     return loss, extras, dx
 
 
@@ -126,15 +133,17 @@ def cross_entropy_bwd(
     their dtype.
     """
     assert stats is None, "stats belong to the Triton kernels"
-    rows = Rows.of(x, target, weight, ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    factor = dloss.to(computed_in(x, target))
-    factor = factor if scale is None else factor * scale
-    factor = factor.unsqueeze(1) if factor.dim() else factor
+    numbers = (label_smoothing, z_loss, softcap, logit_scale)
     dx = None if not want_dx else x if inplace else torch.empty_like(x)
     dtarget = torch.empty_like(target) if want_dtarget else None
+    view = View.of(x, target, dx, dtarget)
+    rows = Rows.of(view(x), view(target), weight, ignore_index, *numbers)
+    factor = view(dloss).to(rows.computed_in)
+    factor = factor if scale is None else factor * scale
+    factor = factor.unsqueeze(1) if factor.dim() else factor
     scratch = Scratch(rows, *([] if dtarget is None else [dtarget.dtype]))
     for chunk, f, f_dx, own_dx, own_dtarget in rows.chunks(
-        factor, rows.factors(factor), dx, dtarget
+        factor, rows.factors(factor), view(dx), view(dtarget)
     ):
         z = scratch.scores(chunk)
         if own_dtarget is not None:
@@ -199,19 +208,15 @@ def _forward(
         if own_dx is not None:
             _gradient(powers, z, chunk, dense, factor, own_dx)
     # Once for all rows: an operation on a chunk's rows takes longer than its arithmetic.
-    of_all = _Parts(*map(_joined, zip(*parts, strict=True)))
+    of_all = _Parts(*map(rows.joined, zip(*parts, strict=True)))
     losses = _losses(of_all, rows).squeeze(1)
     if not want_extras:
         return losses, None, None, None
     lse = of_all.lse.squeeze(1)
     if rows.labels is not None and rows.labels.ignored is not None:
         lse = lse.masked_fill_(rows.labels.ignored, 0.0)
-    hits, predictions = zip(*predicted, strict=True)
-    return losses, lse, torch.cat(hits), torch.cat(predictions)
-
-
-def _joined(parts: tuple[Any, ...]) -> Any:
-    return parts[0] if len(parts) == 1 or parts[0] is None else torch.cat(parts)
+    hits, predictions = map(rows.joined, zip(*predicted, strict=True))
+    return losses, lse, hits, predictions
 
 
 def _terms(
@@ -328,16 +333,18 @@ def _clear(e: Tensor, rows: Tensor) -> None:
 
 def _reduced(
     losses: _RowLosses,
+    shape: torch.Size,
     reduction: str,
     scale: Tensor | None,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """(loss, extras) of what is known of the rows."""
+    """(loss, extras) of what is known of the rows, of which there are `shape`."""
     rows, lse, hit, prediction = losses
+    rows = rows.view(shape)
     extras = None
     if lse is not None and hit is not None and prediction is not None:
         row_loss = rows if scale is not None else rows.to(loss_dtype, copy=True)
-        extras = (row_loss, lse, hit.sum(), prediction)
+        extras = (row_loss, lse.view(shape), hit.sum(), prediction.view(shape))
     if scale is None:
         return rows.to(loss_dtype), extras
     return (rows.sum() * scale).to(loss_dtype), extras

@@ -3,7 +3,8 @@
     z = cap * tanh(scale * x / cap)        e_c = exp(z_c - shift)        p_c = e_c / sum_k e_k
 
 The logits are read from memory once and their gradient is written once; what is in between is one
-chunk of float32 (float64 for float64) that never leaves the cache. On other devices (there are some
+chunk of float32 (float64 for float64) that never leaves the cache: some rows, or some positions of
+an image that is larger. On other devices (there are some
 without Triton) everything is one chunk.
 """
 
@@ -20,6 +21,9 @@ from fused.eager.activation import tanh_, tanh_by_sigmoid_
 # Elements of a chunk: 4 MB of float32. Of 0.25 to 8 MB, 4 were fastest or nearly so: a chunk takes
 # some 50 us of calls, and a larger one leaves the cache.
 CHUNK = 2**20
+# Of an image. The positions of a class are together in memory, other classes far away: 16 took half
+# as long again at 32,000 classes.
+LEAST_POSITIONS = 64
 LOG2_E = math.log2(math.e)
 # A cap times the error of tanh_by_sigmoid_, 2e-7, is to be far below what half precision shows.
 _LARGEST_CAP = 32.0
@@ -45,9 +49,10 @@ class Labels(NamedTuple):
         outside = (index < 0) | (index >= n_classes)
         return Labels(index.masked_fill_(outside, 0).unsqueeze(1), ignored, outside)
 
-    def split(self, n: int) -> "Iterator[Labels]":
-        """Parts of n rows."""
-        return itertools.starmap(Labels, zip(*(_split(t, n) for t in self), strict=False))
+    def split(self, n: int, positions: int) -> "Iterator[Labels]":
+        """See _split."""
+        parts = zip(*(_split(t, n, positions) for t in self), strict=False)
+        return itertools.starmap(Labels, parts)
 
 
 class Rows(NamedTuple):
@@ -80,11 +85,22 @@ class Rows(NamedTuple):
         if size <= CHUNK or not x.is_cpu:
             yield self, *others
             return
-        step = max(1, CHUNK * n // size)
-        parts = itertools.repeat(None) if labels is None else labels.split(step)
-        columns = (x.split(step), target.split(step), parts, *(_split(t, step) for t in others))
-        for x, target, labels, *own in zip(*columns, strict=False):
+        step, positions = CHUNK * n // size, 0
+        if step == 0 and x.dim() == 3 and x.shape[2] > LEAST_POSITIONS:
+            positions = max(LEAST_POSITIONS, CHUNK // x.shape[1])
+        step = max(1, step)
+        parts = itertools.repeat(None) if labels is None else labels.split(step, positions)
+        tensors = (_split(t, step, positions) for t in (x, target, *others))
+        for labels, x, target, *own in zip(parts, *tensors, strict=False):
             yield Rows(x, target, labels, *self[3:]), *own
+
+    def joined(self, parts: tuple[Any, ...]) -> Any:
+        """What is of each chunk, (n, 1, *S) or (n, *S), of all rows; none of none."""
+        if len(parts) == 1 or parts[0] is None:
+            return parts[0]
+        if self.x.dim() == 2 or parts[0].shape[-1] == self.x.shape[-1]:
+            return torch.cat(parts)
+        return torch.cat(parts, -1).view(self.x.shape[0], *parts[0].shape[1:-1], -1)
 
     @property
     def computed_in(self) -> torch.dtype:
@@ -225,16 +241,21 @@ class Scratch:
         """Contiguous memory of a chunk's shape."""
         if name not in self._buffers:
             self._buffers[name] = torch.empty(like.shape, dtype=dtype, device=like.device)
-        return _first(self._buffers[name], like.shape[0])
+        buffer = self._buffers[name]
+        if buffer.shape == like.shape:
+            return buffer
+        return buffer.view(-1)[: like.numel()].view(like.shape)  # the last chunk is smaller
 
 
-def _split(t: Tensor | None, n: int) -> Iterable[Tensor | None]:
-    """Parts of n rows of what has rows; the rest again and again."""
-    return itertools.repeat(t) if t is None or t.dim() == 0 else t.split(n)
-
-
-def _first(t: Tensor, n: int) -> Tensor:
-    return t if t.shape[0] == n else t[:n]
+def _split(t: Tensor | None, n: int, positions: int) -> Iterable[Any]:
+    """Parts of n rows of what has rows, and of so many positions (last), if any; the rest again and
+    again."""
+    if t is None or t.dim() == 0:
+        return itertools.repeat(t)
+    parts = t.split(n)
+    if not positions:
+        return parts
+    return itertools.chain.from_iterable(part.split(positions, -1) for part in parts)
 
 
 def computed_in(x: Tensor, target: Tensor) -> torch.dtype:
