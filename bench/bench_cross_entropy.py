@@ -1,4 +1,4 @@
-"""Cross-entropy of logits (N, C) with class indices, mean, in the logits' dtype.
+"""Cross-entropy of logits (N, C), or of images, with class indices, mean, in the logits' dtype.
 
 pytest-benchmark: python -m pytest bench/bench_cross_entropy.py
 """
@@ -42,18 +42,26 @@ _SHAPES = [
     (16384, 32000),
     (2048, 262144),
 ]
-_IMAGES = [(8, 21, 512, 512), (8, 150, 128, 128)]  # of segmentation; for the kernel report only
+_IMAGES = [(8, 21, 512, 512), (8, 150, 128, 128)]  # of segmentation
 _PROCESSES = 8  # of a vocabulary split over them
 _QUICK = [(32, 27), (4096, 27), (8192, 1000), (2048, 32000), (512, 128256)]
 
 
 def cases(suite: str) -> list[Case]:
-    """Upstream gradient 1, as `loss.backward()` gives it; and another, as of a loss scale."""
+    """Upstream gradient 1, as `loss.backward()` gives it; and another, as of a loss scale; images
+    in both memory formats."""
     shapes = _QUICK if suite == "quick" else _SHAPES
     headline = {(8192, 1000), (2048, 32000), (8192, 32000), (8192, 128256), (512, 128256)}
     found = [
         Case(OPERATION, shape, dtype, headline=shape in headline)
         for shape in shapes
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    images = [(8, 21, 256, 256)] if suite == "quick" else _IMAGES
+    found += [
+        Case(OPERATION, shape, dtype, format)
+        for shape in images
+        for format in ("", "channels_last")
         for dtype in (torch.float32, torch.bfloat16)
     ]
     scaled = (2048 if suite == "quick" else 8192, 32000)
@@ -137,10 +145,13 @@ def _launch_slice(x: Tensor) -> None:
 
 
 def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:
-    n, c = case.shape
+    n, c, *inner = case.shape
     numbers = generator(device)
-    x = torch.randn(n, c, device=device, generator=numbers).to(case.dtype).requires_grad_()
-    target = torch.randint(0, c, (n,), device=device, generator=numbers)
+    x = torch.randn(case.shape, device=device, generator=numbers).to(case.dtype)
+    if case.variant == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    target = torch.randint(0, c, (n, *inner), device=device, generator=numbers)
     scale = 1.0 if case.variant != "scaled" else 0.7310585
     upstream = torch.full((), scale, dtype=case.dtype, device=device)
 
@@ -166,8 +177,7 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
 
 def chunked(x: Tensor, target: Tensor, upstream: Tensor) -> Contender:
     """The notebook's: every intermediate tensor written down, forward and backward."""
-    n = x.shape[0]
-    rows = torch.arange(n, device=x.device)
+    classes, n = target.unsqueeze(1), target.numel()
 
     def forward(_: Any = None) -> tuple[Tensor, ...]:
         norm_logits = x - x.max(1, keepdim=True).values
@@ -175,12 +185,12 @@ def chunked(x: Tensor, target: Tensor, upstream: Tensor) -> Contender:
         counts_sum = counts.sum(1, keepdim=True)
         probs = counts * counts_sum**-1
         logprobs = probs.log()
-        return -logprobs[rows, target].mean(), counts, counts_sum, probs, logprobs
+        return -logprobs.gather(1, classes).mean(), counts, counts_sum, probs, logprobs
 
     def backward(tensors: tuple[Tensor, ...]) -> Tensor:
         _, counts, counts_sum, probs, logprobs = tensors
         dlogprobs = torch.zeros_like(logprobs)
-        dlogprobs[rows, target] = -upstream / n
+        dlogprobs.scatter_(1, classes, (-upstream / n).expand_as(classes))
         dprobs = dlogprobs / probs
         dcounts_sum_inv = (counts * dprobs).sum(1, keepdim=True)
         dcounts_sum = -(counts_sum**-2) * dcounts_sum_inv
@@ -209,6 +219,8 @@ def _liger(x: Tensor, target: Tensor, upstream: Tensor) -> Contender:
     require("liger_kernel")
     if x.device.type != "cuda":
         raise Unavailable("Liger's kernels need a GPU")
+    if x.dim() > 2:
+        raise Unavailable("Liger takes (N, C)")
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     # It writes the gradient over the logits, so it has its own; from the second call on it takes
@@ -233,7 +245,7 @@ def _jax(x: Tensor, target: Tensor, upstream: Tensor) -> Contender:
 
     def loss(logits: Any, labels: Any) -> Any:
         wide = logits.astype(jnp.float32)
-        picked = jnp.take_along_axis(wide, labels[:, None], 1)[:, 0]
+        picked = jnp.take_along_axis(wide, jnp.expand_dims(labels, 1), 1).squeeze(1)
         return jnp.mean(jax.nn.logsumexp(wide, axis=1) - picked).astype(logits.dtype)
 
     forward = jax.jit(loss)
