@@ -34,8 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("--suite", choices=["quick", "full"], default="quick")
     one_of = f"one of {', '.join(runner.operations())}; repeatable (default: all)"
+    only = "only cases whose name contains it; repeatable"
     parser.add_argument("--op", action="append", metavar="NAME", help=one_of)
-    parser.add_argument("--case", metavar="TEXT", help="only cases whose name contains it")
+    parser.add_argument("--case", action="append", metavar="TEXT", help=only)
     parser.add_argument("--device", type=_device, help="default: cuda where there is one, else cpu")
     parser.add_argument(
         "--threads", type=_count, help="of torch and JAX on the CPU (default: their own choice)"
@@ -48,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands")
     kernels = commands.add_parser("kernels", help="what the compiler made of the kernels; no GPU")
     kernels.add_argument("--op", action="append", metavar="NAME", help=one_of)
-    kernels.add_argument("--case", metavar="TEXT", help="only cases whose name contains it")
+    kernels.add_argument("--case", action="append", metavar="TEXT", help=only)
     kernels.add_argument("--target", action="append", metavar="NAME", help="default: all four")
     kernels.add_argument(
         "--processes", type=_count, default=os.cpu_count(), help="default: as many as cores"

@@ -37,6 +37,10 @@ class Case:
         """Size of the one large tensor of the case."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def named(self, parts: list[str] | None) -> bool:
+        """Whether the name contains one of `parts`; None is any."""
+        return parts is None or any(part in str(self) for part in parts)
+
     def with_rows(self, rows: int) -> "Case":
         return replace(self, shape=(rows, *self.shape[1:]))
 

@@ -181,17 +181,17 @@ def caught(op: Operation, case: Case, hip: str | None = None) -> list[Launch]:
 
 
 def report(
-    ops: dict[str, Operation], targets: list[str], only: str | None = None, processes: int = 1
+    ops: dict[str, Operation],
+    targets: list[str],
+    only: list[str] | None = None,
+    processes: int = 1,
 ) -> list[dict[str, Any]]:
-    """Compiles every launch of every kernel case, or of those whose name contains `only`."""
+    """Compiles every launch of every kernel case, or of those whose name contains one of `only`."""
     todo = [
-        (name, case)
-        for name, op in ops.items()
-        for case in op.kernel_cases()
-        if (only or "") in str(case)
+        (name, case) for name, op in ops.items() for case in op.kernel_cases() if case.named(only)
     ]
     if not todo:
-        raise ValueError(f"no kernel case has {only!r} in its name")
+        raise ValueError(f"no kernel case has {' or '.join(map(repr, only or []))} in its name")
     bounded = list(dict.fromkeys(name for name, case in todo if ops[name].least_bytes(case)))
     if importlib.util.find_spec("numpy") is None:  # Triton's interpreter needs it
         print("reads and writes are not counted: NumPy is not installed", file=sys.stderr)

@@ -19,10 +19,10 @@ import torch
 Traffic = tuple[str, int, int]
 
 
-def counted(operation: str, only: str | None = None) -> list[list[Traffic]]:
+def counted(operation: str, only: list[str] | None = None) -> list[list[Traffic]]:
     """The launches of each kernel case (or those named so), from a process of their own."""
     done = subprocess.run(
-        [sys.executable, "-m", "bench.traffic", operation, only or ""],
+        [sys.executable, "-m", "bench.traffic", operation, *(only or [])],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parents[1],
@@ -106,12 +106,12 @@ def main() -> None:
     from bench.runner import operations
     from fused.kernels import tuning
 
-    name, only = sys.argv[1], "".join(sys.argv[2:])
+    name, only = sys.argv[1], sys.argv[2:] or None
     op = operations([name])[name]
     tuning.INTERPRETED_PROGRAMS = None  # as many as on a GPU
     found = []
     for case in op.kernel_cases():
-        if only in str(case):
+        if case.named(only):
             with Counter(sampled=True) as counter, fused.backend.use("triton"):
                 op.launch(op.traffic_case(case), torch.device("cpu"))
             found.append(counter.launches)

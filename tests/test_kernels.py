@@ -103,7 +103,7 @@ def run(code: str, **values: Any) -> Any:
 
 def report(operation: str, case: str | None) -> list[dict[str, Any]]:
     """The kernel report's rows; it has compiled every one of them for every target."""
-    rows = run(REPORT, OPERATIONS=[operation], ONLY=case)
+    rows = run(REPORT, OPERATIONS=[operation], ONLY=[case])
     assert rows and all(list(row["targets"]) == TARGETS for row in rows)
     return rows
 
@@ -244,7 +244,7 @@ def test_cross_entropy_of_images_reads_neighbours_side_by_side(case, targets, re
     reason="reductions over the blocks of a cluster take Triton 3.9",
 )
 def test_blocks_of_a_cluster_hold_a_part_of_the_row_each() -> None:
-    rows = run(REPORT, OPERATIONS=["cross_entropy"], ONLY="16x32000-bf16-clusters")
+    rows = run(REPORT, OPERATIONS=["cross_entropy"], ONLY=["16x32000-bf16-clusters"])
     shared = rows[0]["targets"]
     assert list(shared) == ["sm_90", "sm_100"]
     for compiled in shared.values():

@@ -332,6 +332,10 @@ def test_compare_says_what_changed(tmp_path) -> None:
     [
         (["--op", "nope"], "bench: expected --op to be one of"),
         (["--case", "nope"], "bench: no case of the suite has 'nope' in its name"),
+        (
+            ["--case", "nope", "--case", "no"],
+            "bench: no case of the suite has 'nope' or 'no' in its name",
+        ),
         (["compare", "no.json", "no.json"], "bench: [Errno 2]"),
         (["kernels", "--target", "sm_1"], "bench: expected --target of sm_80"),
         (["kernels", "--case", "nope"], "bench: no kernel case has 'nope' in its name"),

@@ -186,7 +186,9 @@ def test_a_forward_of_liger_forms_no_gradient(monkeypatch) -> None:
         module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(module, "liger_cross_entropy", loss, raising=False)
-    x: Any = SimpleNamespace(device=torch.device("cuda"), detach=lambda: torch.zeros(4, 27))
+    x: Any = SimpleNamespace(
+        device=torch.device("cuda"), dim=lambda: 2, detach=lambda: torch.zeros(4, 27)
+    )
     phases = bench_cross_entropy._liger(x, torch.zeros(4), torch.ones(())).phases
     phases["fwd"].run(None)
     phases["fwd_bwd"].run(None)

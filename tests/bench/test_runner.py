@@ -46,7 +46,7 @@ def quick(monkeypatch) -> Callable[[Any], dict[str, Any]]:
 
     def run(op: Any) -> dict[str, Any]:
         monkeypatch.setattr(runner, "operations", lambda names=None: {"square": op})
-        return runner.run("quick", None, "x8-f", CPU, 1e3)
+        return runner.run("quick", None, ["x8-f"], CPU, 1e3)
 
     samples = {"torch": [4.0, 2.0, 10.0], "fused": [1.0, 1.0, 4.0]}
     monkeypatch.setattr(runner.machine, "copy_bandwidth", lambda device: 1.0)
