@@ -63,29 +63,34 @@ def test_chunks_are_whole_rows_and_fit(shape) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind, shape, lay",
+    "seen_as, shape, lay",
     [
-        ("as it is", (9, 27), lambda x: x),
-        ("columns", (27, 9), lambda x: x.t()),
-        ("columns", (27, 12), lambda x: x[:, :9].t()),
-        ("rows", (2, 3, 5, 27), lambda x: x.movedim(-1, 1)),
-        ("rows", (1, 5, 27), lambda x: x.movedim(-1, 1)),
-        ("positions", (2, 27, 3, 5), lambda x: x),
-        ("positions", (2, 30, 3, 5), lambda x: x[:, :27]),
-        ("positions", (27, 2, 15), lambda x: x.transpose(0, 1)),
-        ("as it is", (2, 27, 3, 6), lambda x: x[..., :5]),
-        ("as it is", (2, 3, 30, 5), lambda x: x.transpose(1, 2)),
-        ("as it is", (3, 5, 27, 2), lambda x: x.movedim(-1, 0).movedim(-1, 1)),
+        ((9, 27), (9, 27), lambda x: x),
+        ((1, 27, 9), (27, 9), lambda x: x.t()),
+        ((1, 27, 9), (27, 12), lambda x: x[:, :9].t()),
+        ((30, 27), (2, 3, 5, 27), lambda x: x.movedim(-1, 1)),
+        ((10, 27), (2, 1, 5, 27), lambda x: x.movedim(-1, 1)),
+        ((10, 27), (5, 2, 27), lambda x: x.permute(1, 2, 0)),  # sequences, batch in the middle
+        ((2, 27, 15), (2, 27, 3, 5), lambda x: x),
+        ((2, 27, 15), (2, 30, 3, 5), lambda x: x[:, :27]),
+        ((2, 27, 15), (2, 27, 5, 3), lambda x: x.transpose(2, 3)),
+        ((1, 27, 30), (27, 2, 15), lambda x: x.transpose(0, 1)),
+        ((1, 27, 30), (27, 15, 2), lambda x: x.movedim(-1, 0)),
+        ((5, 27, 6), (5, 27, 3, 2), lambda x: x.permute(3, 1, 2, 0)),
+        ((2, 27, 3, 5), (2, 27, 3, 6), lambda x: x[..., :5]),
+        ((2, 27, 3, 5), (2, 27, 1, 5), lambda x: x.expand(2, 27, 3, 5)),
     ],
+    ids=lambda value: None if callable(value) else str(value),
 )
-def test_neighbours_in_memory_are_seen_as_neighbours(kind, shape, lay) -> None:
+def test_neighbours_in_memory_are_seen_as_neighbours(seen_as, shape, lay) -> None:
     logits = lay(torch.randn(shape))
-    target = torch.randint(0, 27, logits.shape[:1] + logits.shape[2:])
-    view, chunks = chunks_of(logits, target)
-    assert view.kind == kind and len(chunks) > 1
+    rows = logits.shape[:1] + logits.shape[2:]
+    view, chunks = chunks_of(logits, torch.randint(0, 27, rows))
     seen = view(logits)
-    assert seen.data_ptr() == logits.data_ptr()
-    assert seen.stride(1 if kind == "rows" else -1) == 1 or kind == "as it is"
+    assert seen.shape == seen_as and seen.data_ptr() == logits.data_ptr() and len(chunks) > 1
+    assert seen.stride(-1) == 1 and (seen.dim() > 3 or seen.stride(0) == max(seen.stride()))
+    of_row = torch.arange(rows.numel()).view(rows)
+    assert torch.equal(view.back(view(of_row)), of_row)
 
 
 @pytest.mark.parametrize("log2_of_sums", [-100, -21, -19, -11, -9, 0, 23, 25, 79, 81, 100])

@@ -484,6 +484,10 @@ def test_more_than_2_to_the_31_elements(implementation, device) -> None:
 STRIDES = {
     "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "classes last in memory": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "batch last in memory": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "batch before the classes": lambda x: (
+        x.movedim((0, 1), (-2, -1)).contiguous().movedim((-2, -1), (0, 1))
+    ),
     "sliced classes": lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
     "every other class": lambda x: x.repeat_interleave(2, 1)[:, ::2],
     "every other row": lambda x: x.repeat_interleave(2, 0)[::2],

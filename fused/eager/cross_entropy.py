@@ -75,8 +75,7 @@ def cross_entropy_fwd(
         rows = Rows.of(view(x), view(target), weight, ignore_index, *numbers)
         scale = _scale(rows, reduction)
         losses = _forward(rows, None, None, loss_dtype, want_extras)
-    shape = x.shape[:1] + x.shape[2:]
-    loss, extras = _reduced(losses, shape, reduction, scale, loss_dtype)
+    loss, extras = _reduced(losses, view, reduction, scale, loss_dtype)
     return loss, None, scale, extras
 
 
@@ -105,8 +104,7 @@ def cross_entropy_fwd_bwd(
         rows = Rows.of(view(x), view(target), weight, ignore_index, *numbers)
         scale = _scale(rows, reduction)
         losses = _forward(rows, scale, view(dx), loss_dtype, want_extras)
-    shape = x.shape[:1] + x.shape[2:]
-    loss, extras = _reduced(losses, shape, reduction, scale, loss_dtype)
+    loss, extras = _reduced(losses, view, reduction, scale, loss_dtype)
     return loss, extras, dx
 
 
@@ -333,20 +331,19 @@ def _clear(e: Tensor, rows: Tensor) -> None:
 
 def _reduced(
     losses: _RowLosses,
-    shape: torch.Size,
+    view: View,
     reduction: str,
     scale: Tensor | None,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
-    """(loss, extras) of what is known of the rows, of which there are `shape`."""
+    """(loss, extras) of what is known of the rows, which are seen so."""
     rows, lse, hit, prediction = losses
-    rows = rows.view(shape)
     extras = None
     if lse is not None and hit is not None and prediction is not None:
         row_loss = rows if scale is not None else rows.to(loss_dtype, copy=True)
-        extras = (row_loss, lse.view(shape), hit.sum(), prediction.view(shape))
+        extras = (view.back(row_loss), view.back(lse), hit.sum(), view.back(prediction))
     if scale is None:
-        return rows.to(loss_dtype), extras
+        return view.back(rows).to(loss_dtype), extras
     return (rows.sum() * scale).to(loss_dtype), extras
 
 
