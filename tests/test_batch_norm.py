@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import fused
+from fused.eager import batch_norm as eager
+from fused.eager import layout
 from tests.exactness import assert_as_exact_as, ulps_for
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -25,6 +27,13 @@ ACTIVATIONS: dict[str | None, Any] = {
     "silu": F.silu,
 }
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the closed form: several of rows, and of the positions of an image."""
+    monkeypatch.setattr(eager, "_CHUNK", 32)
+    monkeypatch.setattr(layout, "LEAST_POSITIONS", 2)
 
 
 def example(
@@ -125,6 +134,7 @@ def test_matches_torch(shape, dtype, training, correction, implementation, devic
     check_against_torch(tensors, implementation, training=training, correction=correction)
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -172,6 +182,7 @@ def test_tanh_of_the_kernels_next_to_0(dtype, end, device) -> None:
     torch.testing.assert_close(y.double(), x.double().tanh(), rtol=rtol, atol=0)
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("layouts", list(itertools.permutations(["last", "first", "neither"])))
 def test_residual_and_gradient_in_other_formats_than_the_input(
@@ -468,7 +479,7 @@ def calls(draw) -> tuple[dict[str, Any], dict[str, Any]]:
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(call=calls())
-def test_any_call(call, implementation, device) -> None:
+def test_any_call(call, small_chunks, implementation, device) -> None:
     tensors, options = call
     tensors = {k: v if v is None else v.to(device) for k, v in tensors.items()}
     check_against_torch(tensors, implementation, **options)

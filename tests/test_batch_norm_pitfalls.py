@@ -9,7 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused
 from tests.exactness import free_memory, negated, same_bits
 from tests.graphs import check_replay
-from tests.test_batch_norm import ACTIVATIONS, check_against_torch, example, run
+from tests.test_batch_norm import (
+    ACTIVATIONS,
+    check_against_torch,
+    example,
+    run,
+    small_chunks,  # noqa: F401
+)
 
 
 def test_one_value_per_channel_is_refused(implementation, device) -> None:
@@ -240,6 +246,10 @@ def test_no_host_synchronisation(training, momentum, shape, device) -> None:
 STRIDES = {
     "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "channels last in memory": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "batch last in memory": lambda x: x.movedim(0, -1).contiguous().movedim(-1, 0),
+    "batch before the channels": lambda x: (
+        x.movedim((0, 1), (-2, -1)).contiguous().movedim((-2, -1), (0, 1))
+    ),
     "sliced channels": lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
     "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
     "one channel expanded": lambda x: x[:, :1].expand_as(x),
@@ -247,6 +257,7 @@ STRIDES = {
 }
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("shape", [(33, 5), (4, 5, 6), (3, 5, 2, 4)], ids=str)
 @pytest.mark.parametrize("strides", STRIDES)
@@ -261,10 +272,11 @@ def test_any_strides_of_input_and_gradient(
     theirs = run(F.batch_norm, t | {"input": x.contiguous()}, contiguous, training=training)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=2e-5)
-    if strides in ("transposed", "channels last in memory"):
+    if "memory" in strides or strides in ("transposed", "batch before the channels"):
         assert ours["output"].stride() == x.stride()
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("activation", [None, "relu", "tanh"])
 @pytest.mark.parametrize("shape", [(33, 5), (4, 5, 6), (3, 5, 2, 4), (3, 5, 1, 4), (2, 5, 2, 3, 2)])
@@ -307,6 +319,7 @@ WIDER = {
 }
 
 
+@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("which", ["input", "gradient"])
 @pytest.mark.parametrize("shape", [(33, 16), (3, 4, 16)], ids=str)
 @pytest.mark.parametrize("wider", WIDER)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
 from fused.eager import cross_entropy as eager
-from fused.eager import cross_entropy_rows, cross_entropy_small
+from fused.eager import cross_entropy_rows, cross_entropy_small, layout
 from fused.kernels import tuning
 from tests.exactness import assert_as_exact_as, ulps_for
 
@@ -36,7 +36,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The closed form itself, in several chunks, in shapes that one or torch's own would serve."""
     monkeypatch.setattr(cross_entropy_small, "SMALL", 0)
     monkeypatch.setattr(cross_entropy_rows, "CHUNK", 128)
-    monkeypatch.setattr(cross_entropy_rows, "LEAST_POSITIONS", 2)
+    monkeypatch.setattr(layout, "LEAST_POSITIONS", 2)
 
 
 def example(

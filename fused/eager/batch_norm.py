@@ -5,7 +5,6 @@ between the few operations on each, and every operation writes into memory that 
 a CPU a new tensor costs more, in page faults, than the arithmetic on it.
 """
 
-import itertools
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from fused.eager.activation import IN_PLACE, NEW, activation_backward, tanh_by_sigmoid_
 from fused.eager.batch_norm_native import Native, native_bwd, root_of_bessel, to_biased
+from fused.eager.layout import View, sized, split, step
 
 _CHUNK = 2**19  # elements: 2 MB of float32. Of 2^15 to 2^21, 2^19 took the least time.
 
@@ -294,30 +294,19 @@ def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
 
 
 class _Form(NamedTuple):
-    """How tensors (N, C, *S) are seen: as rows of channels (N*S, C), or as (N, C, S)."""
+    """How tensors (N, C, *S) are seen: as rows of channels (A, C), or as (A, C, B)."""
 
-    columns: bool
+    view: View
 
     @classmethod
     def of(cls, x: Tensor) -> "_Form":
-        """The one in which x, if it is contiguous in either, is."""
-        return cls(x.dim() == 2 or (not x.is_contiguous() and x.movedim(1, -1).is_contiguous()))
+        """The one that x lies in, if there is one."""
+        view = View.of(x)
+        return cls(View.in_order(x) if view.order is None and x.dim() > 2 else view)
 
-    def view(self, x: Tensor) -> Tensor:
-        """x itself where its strides allow it, else a copy."""
-        if x.dim() == 2:
-            return x
-        n, c = x.shape[:2]
-        if self.columns:
-            return x.movedim(1, -1).reshape(x.numel() // max(1, c), c)
-        return x.reshape(n, c, x.numel() // max(1, n * c))
-
-    def empty_like(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor whose view is itself."""
-        y = torch.empty_like(x, dtype=dtype)
-        if self.view(y).data_ptr() == y.data_ptr():
-            return y
-        return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    @property
+    def columns(self) -> bool:
+        return len(self.view.shape) < 3
 
     def vector(self, v: Tensor) -> Tensor:
         """v (C,) in the shape that broadcasts over a view."""
@@ -329,17 +318,16 @@ class _Form(NamedTuple):
 
 
 def _chunks(*views: Tensor | None) -> list[tuple[Tensor, ...]]:
-    """The views cut along their first dimension, alike, into pieces that stay in cache together."""
+    """The views cut alike, into pieces that stay in cache together."""
     first = views[0]
     assert first is not None
-    size = max(1, _CHUNK * first.shape[0] // max(1, first.numel()))
-    pieces = [itertools.repeat(None) if v is None else v.split(size) for v in views]
-    return list(zip(*pieces, strict=False))  # None stays None
+    size = step(first, _CHUNK)
+    return list(zip(*(split(v, *size) for v in views), strict=False))  # None stays None
 
 
 def _scratch(view: Tensor, dtype: torch.dtype) -> Tensor:
     """Memory for a chunk of view"""
-    return torch.empty_like(_chunks(view)[0][0], dtype=dtype)
+    return torch.empty(_chunks(view)[0][0].shape, dtype=dtype, device=view.device)
 
 
 def _moments(view: Tensor, form: _Form, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -355,8 +343,8 @@ def _moments(view: Tensor, form: _Form, dtype: torch.dtype | None = None) -> tup
     about = form.sum(first.to(dtype)).div_(first.numel() // c)
     column = form.vector(about)
     sums = about.new_empty(2, len(chunks), c)
-    for (x,), sum_d, sum_d2 in zip(chunks, *(part.unbind() for part in sums), strict=True):
-        d = torch.sub(x, column, out=buffer[: x.shape[0]])
+    for (x,), sum_d, sum_d2 in zip(chunks, *(s.unbind() for s in sums), strict=True):
+        d = torch.sub(x, column, out=sized(buffer, x))
         form.sum(d, out=sum_d)
         form.sum(d.mul_(d), out=sum_d2)
     s, q = sums.double().sum(1)
@@ -382,12 +370,12 @@ def _normalised(
     activation: str | None,
 ) -> Tensor:
     """f(scale * (x - mean) + shift + residual) in x's dtype and format"""
-    y = form.empty_like(x)
+    y = form.view.empty_like(x)
     buffer = None if x.dtype == mean.dtype else _scratch(form.view(x), mean.dtype)
     mean, scale, shift = form.vector(mean), form.vector(scale), form.vector(shift)
     views = form.view(x), form.view(y), None if residual is None else form.view(residual)
     for x_, y_, residual_ in _chunks(*views):
-        z = y_ if buffer is None else buffer[: x_.shape[0]]
+        z = y_ if buffer is None else sized(buffer, x_)
         torch.sub(x_, mean, out=z).mul_(scale).add_(shift)  # addcmul of two broadcast is slower
         if residual_ is not None:
             z.add_(residual_)
@@ -422,7 +410,7 @@ class _Backward:
         """dz = dy * f'(z), a new tensor in the dtype computed in, or dy where there is no f; and
         dgamma and dbeta, (2, C)"""
         form, acc, f = self.form, self.mean.dtype, self.activation
-        dz = form.empty_like(self.x, acc) if f else dy
+        dz = form.view.empty_like(self.x, acc) if f else dy
         y, residual = self.kept, None
         if not _from_output(f, self.x.dtype):
             y, residual = residual, y
@@ -431,9 +419,9 @@ class _Backward:
         shift = None if beta is None else form.vector(beta)
         chunks = _chunks(self.x_view, *views)
         sums = self.mean.new_empty(2, len(chunks), self.mean.shape[0])
-        for chunk, sum_d, sum_dz in zip(chunks, *(part.unbind() for part in sums), strict=True):
+        for chunk, sum_d, sum_dz in zip(chunks, *(s.unbind() for s in sums), strict=True):
             x_, dy_, dz_, y_, residual_ = chunk
-            d = self.buffer[: x_.shape[0]]
+            d = sized(self.buffer, x_)
             if f:
                 if y_ is None:
                     z = torch.sub(x_, self.column, out=d).mul_(scale)
@@ -462,14 +450,14 @@ class _Backward:
         """scale * (dz - dbeta/n - xhat * dgamma/(n - correction)), or scale * dz where there are no
         sums; in the memory of `out` if that fits"""
         form = self.form
-        dx = out if out is not None and out.dtype == self.x.dtype else form.empty_like(self.x)
+        dx = out if out is not None and out.dtype == self.x.dtype else form.view.empty_like(self.x)
         scale = form.vector(self.scale)
         if sums is not None:
             along = form.vector(-self.scale * self.rstd * (sums[0] / (n - correction)))
             shift = form.vector(-self.scale * (sums[1] / n))
         for x_, dz_, dx_ in _chunks(self.x_view, form.view(dz), form.view(dx)):
             direct = dx_.dtype == scale.dtype
-            d = self.buffer[: x_.shape[0]]
+            d = sized(self.buffer, x_)
             if sums is None:
                 d = torch.mul(dz_, scale, out=dx_ if direct else d)
             else:

@@ -10,20 +10,18 @@ without Triton) everything is one chunk.
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fused.eager.activation import tanh_, tanh_by_sigmoid_
+from fused.eager.layout import sized, split, step
 
 # Elements of a chunk: 4 MB of float32. Of 0.25 to 8 MB, 4 were fastest or nearly so: a chunk takes
 # some 50 us of calls, and a larger one leaves the cache.
 CHUNK = 2**20
-# Of an image. The positions of a class are together in memory, other classes far away: 16 took half
-# as long again at 32,000 classes.
-LEAST_POSITIONS = 64
 LOG2_E = math.log2(math.e)
 # A cap times the error of tanh_by_sigmoid_, 2e-7, is to be far below what half precision shows.
 _LARGEST_CAP = 32.0
@@ -50,8 +48,8 @@ class Labels(NamedTuple):
         return Labels(index.masked_fill_(outside, 0).unsqueeze(1), ignored, outside)
 
     def split(self, n: int, positions: int) -> "Iterator[Labels]":
-        """See _split."""
-        parts = zip(*(_split(t, n, positions) for t in self), strict=False)
+        """Chunks."""
+        parts = zip(*(split(t, n, positions) for t in self), strict=False)
         return itertools.starmap(Labels, parts)
 
 
@@ -81,16 +79,12 @@ class Rows(NamedTuple):
         At least one, of everything where x is not on the CPU.
         """
         x, target, labels = self[:3]
-        n, size = max(1, x.shape[0]), max(1, x.numel())
-        if size <= CHUNK or not x.is_cpu:
+        if x.numel() <= CHUNK or not x.is_cpu:
             yield self, *others
             return
-        step, positions = CHUNK * n // size, 0
-        if step == 0 and x.dim() == 3 and x.shape[2] > LEAST_POSITIONS:
-            positions = max(LEAST_POSITIONS, CHUNK // x.shape[1])
-        step = max(1, step)
-        parts = itertools.repeat(None) if labels is None else labels.split(step, positions)
-        tensors = (_split(t, step, positions) for t in (x, target, *others))
+        size = step(x, CHUNK)
+        parts = itertools.repeat(None) if labels is None else labels.split(*size)
+        tensors = (split(t, *size) for t in (x, target, *others))
         for labels, x, target, *own in zip(parts, *tensors, strict=False):
             yield Rows(x, target, labels, *self[3:]), *own
 
@@ -241,21 +235,7 @@ class Scratch:
         """Contiguous memory of a chunk's shape."""
         if name not in self._buffers:
             self._buffers[name] = torch.empty(like.shape, dtype=dtype, device=like.device)
-        buffer = self._buffers[name]
-        if buffer.shape == like.shape:
-            return buffer
-        return buffer.view(-1)[: like.numel()].view(like.shape)  # the last chunk is smaller
-
-
-def _split(t: Tensor | None, n: int, positions: int) -> Iterable[Any]:
-    """Parts of n rows of what has rows, and of so many positions (last), if any; the rest again and
-    again."""
-    if t is None or t.dim() == 0:
-        return itertools.repeat(t)
-    parts = t.split(n)
-    if not positions:
-        return parts
-    return itertools.chain.from_iterable(part.split(positions, -1) for part in parts)
+        return sized(self._buffers[name], like)
 
 
 def computed_in(x: Tensor, target: Tensor) -> torch.dtype:
