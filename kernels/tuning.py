@@ -156,8 +156,10 @@ def _accesses(x: torch.Tensor, inplace: bool) -> tuple[int, bool]:
     ):
         return vec, False
     # The edges are a tile of their own: little beside so many classes. A row's are where its
-    # gradient's are.
-    if n_classes >= 4096 and (inplace or x.transpose(1, 2).is_contiguous()):
+    # gradient's are: rows lie one behind the other, in either order.
+    if n_classes >= 4096 and (
+        inplace or x.transpose(1, 2).is_contiguous() or x.permute(2, 0, 1).is_contiguous()
+    ):
         return vec, True
     return 1, False
 

@@ -52,6 +52,12 @@ def test_what_is_held_and_how_it_is_read() -> None:
         assert plan((9, most), dtype).HELD and not plan((9, most + 1), dtype).HELD
     assert [plan((9000, c)).BLOCK_N for c in (8, 128, 129)] == [64, 4, 1]
     assert [plan((9, c)).EDGES for c in (4095, 4096, 4097)] == [False, False, True]
+    rows = torch.empty(6, 4097, dtype=torch.bfloat16, device="meta")
+    wider = torch.empty(6, 4099, dtype=torch.bfloat16, device="meta")[:, :-2]
+    images = [x.view(2, 3, -1).transpose(1, 2) for x in (rows, wider)]
+    edges = [tuning.cross_entropy(x).EDGES for x in images]
+    sequences = [x.view(3, 2, -1).permute(1, 2, 0) for x in (rows, wider)]  # batch in the middle
+    assert edges == [tuning.cross_entropy(x).EDGES for x in sequences] == [True, False]
     memory = torch.empty(9 * 8192 + 1)
     found = [tuning.cross_entropy(x.view(9, 8192, 1)).VEC for x in (memory[:-1], memory[1:])]
     assert found == [4, 1]  # 16 bytes at a time, where memory begins so
@@ -101,6 +107,15 @@ def test_neighbours_that_are_rows(shape, reduction, implementation, device) -> N
     tensors = example(shape, torch.float32, device, weighted=True)
     options = {"label_smoothing": 0.1, "softcap": 5.0}
     check_against_torch(*tensors, implementation, reduction=reduction, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("classes", [4097, 8201])
+def test_sequences_with_the_batch_in_the_middle(classes, reduction, implementation, device) -> None:
+    """(T, N, C) as (N, C, T): with edges, held and in several tiles."""
+    logits, target, weight = example((2, classes, 3), torch.float32, device, weighted=True)
+    logits = logits.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    check_against_torch(logits, target, weight, implementation, reduction=reduction)
 
 
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])
