@@ -103,7 +103,7 @@ def run(code: str, **values: Any) -> Any:
 
 def report(operation: str, case: str | None) -> list[dict[str, Any]]:
     """The kernel report's rows; it has compiled every one of them for every target."""
-    rows = run(REPORT, OPERATIONS=[operation], ONLY=[case])
+    rows = run(REPORT, OPERATIONS=[operation], ONLY=case and [case])
     assert rows and all(list(row["targets"]) == TARGETS for row in rows)
     return rows
 
