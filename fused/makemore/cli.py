@@ -340,12 +340,14 @@ def _started(options: argparse.Namespace, device: torch.device) -> tuple[Any, Pa
     settings, engine = _settings(options), options.engine or "auto"
     _check_backend(engine, device)
     dataset = _load_data(options.data, settings, device)
-    folder = _folder(options.out, "runs")
-    if (folder / checkpoint.FILE).exists():
-        raise InputError(f"{folder} already holds a run; continue it with --resume {folder}")
     parameters, generator = model.initial_parameters(settings, len(dataset.vocabulary), device)
     if engine == "auto":
         engine = engines.fastest(parameters, dataset.train.x, settings.batch)
+    # What cannot run leaves no folder.
+    engines.start(engine, parameters, dataset.train.x, dataset.train.y, settings.batch)
+    folder = _folder(options.out, "runs")
+    if (folder / checkpoint.FILE).exists():
+        raise InputError(f"{folder} already holds a run; continue it with --resume {folder}")
     losses = torch.empty(0)
     run = training.Run(settings, engine, options.data, dataset, parameters, generator, losses)
     return run, folder

@@ -422,6 +422,16 @@ def test_bad_input_is_one_line_and_status_2(case, tmp_path, capsys) -> None:
     assert out == "" or "--engine" in arguments  # which is said before it is tried
 
 
+def test_an_engine_that_cannot_run_leaves_no_folder(tmp_path, capsys, monkeypatch) -> None:
+    data = words(tmp_path, b"abc\nba\n" * 2000)
+    monkeypatch.chdir(tmp_path)
+    before = list(tmp_path.iterdir())
+    options = ["--data", data, "--batch", "4096", "--engine", "persistent"]
+    status, out, err = run(capsys, "train", *options)
+    assert status == 2 and out == "" and "cannot hold this network" in err
+    assert list(tmp_path.iterdir()) == before
+
+
 def test_a_run_is_not_overwritten(trained, capsys) -> None:
     status, _, err = run(capsys, "train", "--out", str(trained[0]))
     assert status == 2 and "already holds a run" in err
