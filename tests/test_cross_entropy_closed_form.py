@@ -233,3 +233,20 @@ def test_one_chunk_where_nobody_may_look() -> None:
     elsewhere = x.as_subclass(Elsewhere), target.as_subclass(Elsewhere)
     rows = cross_entropy_rows.Rows.of(*elsewhere, None, -100, 0.0, 0.0, 0.0, 1.0)
     assert len(list(rows.chunks())) == 1
+
+
+@pytest.mark.parametrize("largest", [1.0, math.inf, math.nan])
+@pytest.mark.parametrize("options", [{"label_smoothing": 0.1}, {"z_loss": 0.1}], ids=str)
+@pytest.mark.parametrize("shape", [(9, 27), (2, 27, 9)], ids=str)
+def test_ignored_rows_are_cleared_where_weights_are_not_finite(shape, options, largest) -> None:
+    """0 times the rest is 0 otherwise, in one pass less."""
+    logits, target, weight = example(shape, torch.float32, "cpu", weighted=True, ignored=0.5)
+    assert weight is not None
+    weight[0] = largest
+    logits.requires_grad_()
+    with Operations(2 * 27) as operations:
+        fused.cross_entropy(logits, target, weight, **options).backward()
+    assert logits.grad is not None
+    assert not logits.grad.movedim(1, -1)[target == -100].any()
+    cleared = operations.seen["index_fill_"] + operations.seen["masked_fill_"]
+    assert (cleared > 0) == (largest != 1.0)

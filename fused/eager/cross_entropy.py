@@ -288,9 +288,11 @@ def _gradient(
         # 1 - (z / cap)^2, over z, which is not needed any more
         e.mul_(z.div_(rows.softcap).square_().neg_().add_(1))
     gradient = torch.mul(e, factor, out=out if out.dtype == e.dtype else e)
-    # A row that is ignored has the factor 0, which is enough where everything is finite.
+    # A row that is ignored has the factor 0, which is enough where everything is finite: p is where
+    # no shift was needed, which is known on the CPU alone.
     if labels is not None and labels.ignored is not None:
-        if shift is not None or not rows.of_class_alone:
+        w = None if rows.of_class_alone else rows.weight
+        if shift is not None or (w is not None and not w.isfinite().all()):
             _clear(gradient, labels.ignored)
     if gradient is not out:
         out.copy_(gradient)
