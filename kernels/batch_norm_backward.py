@@ -85,7 +85,7 @@ def _sums(
             k_ptr, mask, mean, rstd, gamma, beta, start, column, N, C, L,
             acc, ACTIVATION, KEPT, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C,
         )  # fmt: skip
-        dgamma += tl.where(mask, dz * xhat, 0.0)
+        dgamma = tl.fma(dz, tl.where(mask, xhat, 0.0), dgamma)
         dbeta += dz
         if dx_ptr is not None:
             dx = dz * (gamma * rstd)[None, :]

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from fused.kernels import tuning
-from fused.kernels.activation import exp, plus, tanh
+from fused.kernels.activation import exp, plus, soft_cap
 
 _REVERSED = tl.constexpr(not tuning.last_dimension_first())
 
@@ -161,7 +161,7 @@ def scores(x, mask, logit_scale, softcap, SCALED: tl.constexpr, CAPPED: tl.const
     if SCALED:
         x = x * logit_scale
     if CAPPED:
-        x = softcap * tanh(x / softcap)
+        x = soft_cap(x, softcap)
     if SCALED or CAPPED:
         x = tl.where(mask, x, float("-inf"))
     return x
@@ -340,7 +340,8 @@ def gradient(
     if SCALED:
         dx = dx * logit_scale
     if CAPPED:
-        dx = dx * plus(-z / softcap, z / softcap, 1.0)
+        t = z * (1.0 / softcap)
+        dx = dx * plus(-t, t, 1.0)
     return dx
 
 

@@ -177,9 +177,26 @@ def test_tanh_of_the_kernels_next_to_0(dtype, end, device) -> None:
     mean, var = torch.zeros_like(x[0]), torch.ones_like(x[0])
     with fused.backend.use("triton"):
         y = fused.batch_norm(x, mean, var, eps=0.0, activation="tanh")
-    units = 5 if device.type == "cpu" else 8  # a GPU's exp2 and division are good to 2 each
+    units = 5 if device.type == "cpu" else 8  # a GPU's exp2 and rsqrt are good to 2 each
     rtol = units * torch.finfo(dtype).eps
     torch.testing.assert_close(y.double(), x.double().tanh(), rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradient_of_tanh_keeps_its_digits_where_tanh_is_near_1(dtype, device) -> None:
+    """1 - tanh^2 has none left there, in float32 from 9 on."""
+    pytest.importorskip("triton")
+    x = torch.linspace(-40, 40, 801, dtype=dtype, device=device)[:, None].requires_grad_()
+    mean, var = (
+        torch.zeros(1, dtype=dtype, device=device),
+        torch.ones(1, dtype=dtype, device=device),
+    )
+    with fused.backend.use("triton"):
+        y = fused.batch_norm(x, mean, var, eps=1e-30, activation="tanh")
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    # exp(-|x|) of a float32 |x| that was rounded: |x| units.
+    rtol = 60 * torch.finfo(dtype).eps
+    torch.testing.assert_close(dx.double(), x.double().cosh() ** -2, rtol=rtol, atol=0)
 
 
 @pytest.mark.usefixtures("small_chunks")
