@@ -17,16 +17,16 @@ from fused.kernels.batch_norm_tile import (
 
 
 @triton.jit
-def _dz_and_xhat(
-    dy_ptr, x_ptr, kept_ptr, mask, mean, rstd, gamma, beta, start, column, N, C, L,
+def _dz_and_d(
+    dy_ptr, x_ptr, kept_ptr, mask, mean, slope, beta, start, column, N, C, L,
     acc: tl.constexpr, ACTIVATION: tl.constexpr, KEPT: tl.constexpr,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """dz = dy * f'(z), 0 behind the mask, and xhat: tiles"""
+    """dz = dy * f'(z) and d = x - mean: tiles; dy = x = 0 behind the mask, slope = gamma * rstd"""
     dz = tl.load(dy_ptr, mask=mask, other=0.0).to(acc)
     x = tl.load(x_ptr, mask=mask, other=0.0).to(acc)
-    xhat = (x - mean[None, :]) * rstd[None, :]
+    d = x - mean[None, :]
     if KEPT == "signs":
         positive = load_signs(
             kept_ptr, start, column, N, C, L, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C
@@ -36,21 +36,18 @@ def _dz_and_xhat(
         y = tl.load(kept_ptr, mask=mask, other=0.0).to(acc)
         dz = pull_back_from_output(dz, y, ACTIVATION)
     elif ACTIVATION is not None:
-        z = tl.fma(xhat, gamma[None, :], beta[None, :])
+        z = tl.fma(d, slope[None, :], beta[None, :])
         if KEPT == "residual":
             z += tl.load(kept_ptr, mask=mask, other=0.0).to(acc)
-        dz = tl.where(mask, pull_back(dz, z, ACTIVATION), 0.0)
-    return dz, xhat
+        dz = pull_back(dz, z, ACTIVATION)
+    return dz, d
 
 
 @triton.jit
-def _dx(dz, xhat, dgamma, dbeta, slope, n, correction, BATCH_STATISTICS: tl.constexpr):
-    """slope * (dz - dbeta/n - xhat * dgamma/(n - correction)), or slope * dz
-
-    slope is gamma * rstd.
-    """
+def _dx(dz, d, dgamma, dbeta, rstd, slope, n, correction, BATCH_STATISTICS: tl.constexpr):
+    """slope * (dz - dbeta/n - xhat * dgamma/(n - correction)), or slope * dz; xhat = d * rstd"""
     if BATCH_STATISTICS:
-        dz = tl.fma(xhat, (-dgamma / (n - correction))[None, :], dz - (dbeta / n)[None, :])
+        dz = tl.fma(d, (-dgamma / (n - correction) * rstd)[None, :], dz - (dbeta / n)[None, :])
     return dz * slope[None, :]
 
 
@@ -71,6 +68,7 @@ def _sums(
     k_offsets = offsets_in_tile(cols, stride_k, ALIGN, BLOCK_N, BLOCK_L)
     dx_offsets = offsets_in_tile(cols, stride_dx, ALIGN, BLOCK_N, BLOCK_L)
     dz_offsets = offsets_in_tile(cols, stride_dz, ALIGN, BLOCK_N, BLOCK_L)
+    slope = gamma * rstd
     dgamma = tl.zeros((BLOCK_N * BLOCK_L, BLOCK_C), acc)
     dbeta = tl.zeros((BLOCK_N * BLOCK_L, BLOCK_C), acc)
     for tile in tl.range(begin, end, num_stages=STAGES):
@@ -79,20 +77,21 @@ def _sums(
         k_ptr = kept_ptr
         if KEPT == "residual" or KEPT == "output":
             k_ptr += offset_of(start, stride_k, ALIGN) + k_offsets
-        dz, xhat = _dz_and_xhat(
+        dz, d = _dz_and_d(
             dy_ptr + offset_of(start, stride_dy, ALIGN) + dy_offsets,
             x_ptr + offset_of(start, stride_x, ALIGN) + x_offsets,
-            k_ptr, mask, mean, rstd, gamma, beta, start, column, N, C, L,
+            k_ptr, mask, mean, slope, beta, start, column, N, C, L,
             acc, ACTIVATION, KEPT, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C,
         )  # fmt: skip
-        dgamma = tl.fma(dz, tl.where(mask, xhat, 0.0), dgamma)
-        dbeta += dz
         if dx_ptr is not None:
-            dx = dz * (gamma * rstd)[None, :]
+            dx = dz * slope[None, :]
             tl.store(dx_ptr + offset_of(start, stride_dx, ALIGN) + dx_offsets, dx, mask=mask)
         if dz_ptr is not None:
             tl.store(dz_ptr + offset_of(start, stride_dz, ALIGN) + dz_offsets, dz, mask=mask)
-    return tl.sum(dgamma, axis=0), tl.sum(dbeta, axis=0)
+        # The mask is a predicate of one instruction; on a summand it would be another.
+        dgamma = tl.where(mask, tl.fma(dz, d, dgamma), dgamma)
+        dbeta = tl.where(mask, dbeta + dz, dbeta)
+    return tl.sum(dgamma, axis=0) * rstd, tl.sum(dbeta, axis=0)
 
 
 @triton.jit(do_not_specialize=["N", "n_tiles", "tiles_per_program"])
@@ -203,6 +202,7 @@ def _batch_norm_bwd_kernel(
     rstd = tl.load(rstd_ptr + cols, mask=col_mask, other=0.0)
     gamma = load_channel(gamma_ptr, cols, col_mask, 1.0, acc)
     beta = load_channel(beta_ptr, cols, col_mask, 0.0, acc)
+    slope = gamma * rstd
     dy_offsets = offsets_in_tile(cols, stride_dy, ALIGN, BLOCK_N, BLOCK_L)
     x_offsets = offsets_in_tile(cols, stride_x, ALIGN, BLOCK_N, BLOCK_L)
     k_offsets = offsets_in_tile(cols, stride_k, ALIGN, BLOCK_N, BLOCK_L)
@@ -218,14 +218,14 @@ def _batch_norm_bwd_kernel(
         k_ptr = kept_ptr
         if KEPT == "residual" or KEPT == "output":
             k_ptr += k_offsets
-        dz, xhat = _dz_and_xhat(
+        dz, d = _dz_and_d(
             dy_ptr + dy_offsets, x_ptr + x_offsets,
-            k_ptr, mask, mean, rstd, gamma, beta, start, column, N, C, L,
+            k_ptr, mask, mean, slope, beta, start, column, N, C, L,
             acc, ACTIVATION, KEPT, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C,
         )  # fmt: skip
-        dgamma = tl.sum(tl.where(mask, dz * xhat, 0.0), axis=0)
-        dbeta = tl.sum(dz, axis=0)
-        dx = _dx(dz, xhat, dgamma, dbeta, gamma * rstd, n, correction, BATCH_STATISTICS)
+        dgamma = tl.sum(tl.where(mask, dz * d, 0.0), axis=0) * rstd
+        dbeta = tl.sum(tl.where(mask, dz, 0.0), axis=0)
+        dx = _dx(dz, d, dgamma, dbeta, rstd, slope, n, correction, BATCH_STATISTICS)
         tl.store(dx_ptr + dx_offsets, dx, mask=mask)
         if dz_ptr is not None:
             tl.store(dz_ptr + dz_offsets, dz, mask=mask)
@@ -252,13 +252,13 @@ def _batch_norm_bwd_kernel(
                 k_ptr = kept_ptr
                 if KEPT == "residual" or KEPT == "output":
                     k_ptr += offset_of(start, stride_k, ALIGN) + k_offsets
-                dz, xhat = _dz_and_xhat(
+                dz, d = _dz_and_d(
                     dy_ptr + offset_of(start, stride_dy, ALIGN) + dy_offsets,
                     x_ptr + offset_of(start, stride_x, ALIGN) + x_offsets,
-                    k_ptr, mask, mean, rstd, gamma, beta, start, column, N, C, L,
+                    k_ptr, mask, mean, slope, beta, start, column, N, C, L,
                     acc, ACTIVATION, KEPT, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C,
                 )  # fmt: skip
-                dx = _dx(dz, xhat, dgamma, dbeta, gamma * rstd, n, correction, BATCH_STATISTICS)
+                dx = _dx(dz, d, dgamma, dbeta, rstd, slope, n, correction, BATCH_STATISTICS)
                 tl.store(dx_ptr + offset_of(start, stride_dx, ALIGN) + dx_offsets, dx, mask=mask)
     if part == 0:
         tl.store(dgamma_ptr + cols, dgamma, mask=col_mask)
