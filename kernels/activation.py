@@ -59,7 +59,7 @@ def soft_cap(x, cap):
     tail = plus(u2, tl.full(x.shape, 62.0 / 2835.0, x.dtype), -17.0 / 315.0)
     tail = plus(u2, plus(u2, tail, 2.0 / 15.0), -1.0 / 3.0)
     near = tl.fma(u2 * tail, x, x)
-    return tl.where(tl.abs(u) < near_0, near, tl.where(x < 0.0, -far, far))
+    return tl.where(tl.abs(u) < near_0, near, tl.where(u < 0.0, -far, far))
 
 
 @triton.jit
