@@ -71,7 +71,7 @@ def tanh(x):
 def _sigmoid(x):
     """1 / (1 + exp(-x)), with an exponent that is never positive"""
     e = exp(-tl.abs(x))
-    return tl.where(x < 0.0, e, 1.0) * reciprocal(1.0 + e)
+    return tl.where(x < 0.0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit

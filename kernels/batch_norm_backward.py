@@ -83,14 +83,14 @@ def _sums(
             k_ptr, mask, mean, slope, beta, start, column, N, C, L,
             acc, ACTIVATION, KEPT, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C,
         )  # fmt: skip
+        # The mask is a predicate of one instruction; on a summand it would be another.
+        dbeta = tl.where(mask, dbeta + dz, dbeta)
         if dx_ptr is not None:
             dx = dz * slope[None, :]
             tl.store(dx_ptr + offset_of(start, stride_dx, ALIGN) + dx_offsets, dx, mask=mask)
         if dz_ptr is not None:
             tl.store(dz_ptr + offset_of(start, stride_dz, ALIGN) + dz_offsets, dz, mask=mask)
-        # The mask is a predicate of one instruction; on a summand it would be another.
         dgamma = tl.where(mask, tl.fma(dz, d, dgamma), dgamma)
-        dbeta = tl.where(mask, dbeta + dz, dbeta)
     return tl.sum(dgamma, axis=0) * rstd, tl.sum(dbeta, axis=0)
 
 
@@ -223,8 +223,9 @@ def _batch_norm_bwd_kernel(
             k_ptr, mask, mean, slope, beta, start, column, N, C, L,
             acc, ACTIVATION, KEPT, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C,
         )  # fmt: skip
-        dgamma = tl.sum(tl.where(mask, dz * d, 0.0), axis=0) * rstd
-        dbeta = tl.sum(tl.where(mask, dz, 0.0), axis=0)
+        dz = tl.where(mask, dz, 0.0)
+        dgamma = tl.sum(dz * tl.where(mask, d, 0.0), axis=0) * rstd
+        dbeta = tl.sum(dz, axis=0)
         dx = _dx(dz, d, dgamma, dbeta, rstd, slope, n, correction, BATCH_STATISTICS)
         tl.store(dx_ptr + dx_offsets, dx, mask=mask)
         if dz_ptr is not None:
