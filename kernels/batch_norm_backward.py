@@ -83,7 +83,8 @@ def _sums(
             k_ptr, mask, mean, slope, beta, start, column, N, C, L,
             acc, ACTIVATION, KEPT, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C,
         )  # fmt: skip
-        # The mask is a predicate of one instruction; on a summand it would be another.
+        # The mask is a predicate of one instruction; on a summand it would be another. In another
+        # order than this some bytes spill on sm_100.
         dbeta = tl.where(mask, dbeta + dz, dbeta)
         if dx_ptr is not None:
             dx = dz * slope[None, :]
