@@ -219,14 +219,11 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
         if self.training and not self.track_running_stats:
             mean = var = tracked = None
         batch_statistics = self.training or (mean is None and var is None)
-        momentum: float | None = 0.0
+        momentum = self.momentum
         if not self.training:
             tracked = None
-        elif tracked is None or self.momentum is not None:
-            momentum = self.momentum or 0.0
-        else:  # cumulative average: the momentum is 1 / tracked, which stays on the device
-            momentum = None
-            tracked.add_(1)
+        if tracked is None:  # else a momentum of None is 1 / tracked, which stays on the device
+            momentum = momentum or 0.0
         options = _Options(
             batch_statistics,
             momentum,

@@ -50,7 +50,7 @@ def batch_norm_fwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Normalises x (N, C, *S) with the statistics of the batch; updates the running ones in place.
 
-    A momentum of None is 1 / tracked; otherwise tracked, if given, is counted up. Returns
+    tracked, if given, is counted up, and then a momentum of None is 1 / tracked. Returns
     (y, mean, rstd, kept): y in x's dtype and memory format, mean and rstd (C,), and what backward
     takes besides where there is a residual behind an activation and `keep`: the signs of z (uint8),
     y, or the residual; else None.
@@ -59,7 +59,7 @@ def batch_norm_fwd(
     once, in one launch, the least possible; where programs share channels, reads x twice, in two
     launches.
     """
-    if x.numel() == 0 and tracked is not None and momentum is not None:
+    if x.numel() == 0 and tracked is not None:
         tracked.add_(1)
     return _normalise(
         x, gamma, beta, residual, running_mean, running_var, tracked, momentum, eps, correction,

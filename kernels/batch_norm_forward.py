@@ -66,6 +66,22 @@ def _batch_norm_moments_kernel(
 
 
 @triton.jit
+def _count_for_all(tracked_ptr):
+    """how many batches there were, this one included, for each program of the first axis
+
+    Which may have run before or after another has counted the batch. So none does, each adds its
+    arrival to the upper bits, and the last one takes them away and counts. They are whole numbers:
+    in whatever order programs come, all read the same.
+    """
+    ARRIVAL: tl.constexpr = 1 << 40
+    seen = tl.atomic_add(tracked_ptr, ARRIVAL, sem="relaxed")
+    programs = tl.num_programs(0)
+    last = seen // ARRIVAL == programs - 1
+    tl.atomic_add(tracked_ptr, 1 - programs.to(tl.int64) * ARRIVAL, mask=last, sem="relaxed")
+    return seen % ARRIVAL + 1
+
+
+@triton.jit
 def _keep_statistics(
     running_mean_ptr, running_var_ptr, tracked_ptr, mean, unbiased, cols, col_mask, momentum,
     CUMULATIVE: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
@@ -75,7 +91,7 @@ def _keep_statistics(
     rate = tl.full((), momentum, acc)
     if tracked_ptr is not None:
         if CUMULATIVE:
-            rate = 1.0 / tl.load(tracked_ptr).to(acc)
+            rate = 1.0 / _count_for_all(tracked_ptr).to(acc)
         elif tl.program_id(0) == 0:
             tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
     kept = col_mask
@@ -126,7 +142,7 @@ def _batch_norm_fwd_kernel(
     eps: tl.constexpr,
     correction: tl.constexpr,
     STATISTICS: tl.constexpr,  # of this one "tile", of this "program", "partial" ones, or "running"
-    CUMULATIVE: tl.constexpr,  # momentum is 1 / tracked, else tracked is counted up here
+    CUMULATIVE: tl.constexpr,  # momentum is 1 / tracked, this batch included
     SKIP_NONFINITE: tl.constexpr,  # channels with an inf or NaN keep their running statistics
     ACTIVATION: tl.constexpr,
     GROUP: tl.constexpr,  # signs in a byte

@@ -211,6 +211,22 @@ def test_a_small_step_is_one_launch_each_way(shape, launches, device) -> None:
     assert norm.num_batches_tracked == 1
 
 
+@pytest.mark.parametrize("shape", [(17, 700), (900, 12), (5, 60, 40)], ids=str)
+def test_every_program_has_the_same_count(shape, small_plans, device) -> None:
+    """Of momentum=None, where one program after the other adds its statistics."""
+    ours = fused.BatchNorm1d(shape[1], momentum=None, device=device)
+    theirs = torch.nn.BatchNorm1d(shape[1], momentum=None, device=device, dtype=F64)
+    generator = torch.Generator().manual_seed(0)
+    for count in range(1, 4):
+        x = torch.randn(shape, generator=generator).to(device) + count
+        with fused.backend.use("triton"):
+            ours(x)
+        theirs(x.double())
+        assert ours.num_batches_tracked == count
+    torch.testing.assert_close(ours.running_mean, theirs.running_mean.float())
+    torch.testing.assert_close(ours.running_var, theirs.running_var.float())
+
+
 def test_a_variance_that_overflows_in_several_tiles(small_plans, device) -> None:
     """It is inf, and the output 0, as in torch's: not NaN."""
     x = torch.randn(900, 3, generator=torch.Generator().manual_seed(0)).to(device) * 1e30

@@ -34,13 +34,13 @@ def batch_norm_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Normalises x (N, C, *S) with the statistics of the batch; updates the running ones in place.
 
-    A momentum of None is 1 / tracked; otherwise tracked, if given, is counted up. Returns
+    tracked, if given, is counted up, and then a momentum of None is 1 / tracked. Returns
     (y, mean, rstd, kept): y in x's dtype and memory format, mean and rstd (C,) in float32, or
     float64 for float64, and what backward takes besides if `keep`: y, the residual, or None.
     """
     n = x.numel() // max(1, x.shape[1])
     if n == 0:
-        if tracked is not None and momentum is not None:
+        if tracked is not None:
             tracked.add_(1)
         mean, m2 = batch_norm_moments(x)
         return torch.empty_like(x), mean, m2, None
@@ -263,16 +263,16 @@ def update_running(
 ) -> None:
     """running = (1 - momentum) * running + momentum * batch, in place.
 
-    var is the unbiased variance. A momentum of None is 1 / tracked; otherwise tracked, if given, is
-    counted up. `skip_nonfinite` leaves channels alone whose mean or var is inf or NaN.
+    var is the unbiased variance. tracked, if given, is counted up, and then a momentum of None is
+    1 / tracked. `skip_nonfinite` leaves channels alone whose mean or var is inf or NaN.
     """
+    if tracked is not None:
+        tracked.add_(1)
     if momentum is None:
         assert tracked is not None
         rate: Tensor | float = tracked.to(mean.dtype).reciprocal()
     else:
         rate = momentum
-        if tracked is not None:
-            tracked.add_(1)
     finite = (mean * 0 + var).isfinite() if skip_nonfinite else None
     for running, batch in ((running_mean, mean), (running_var, var)):
         if running is not None:

@@ -65,7 +65,7 @@ def call(
         tracked if momentum is None else None, momentum, eps, correction, activation,
         skip_nonfinite, keep,
     )  # fmt: skip
-    update_buffers(running_mean, running_var, tracked, momentum, new_mean, new_var)
+    update_buffers(running_mean, running_var, tracked, new_mean, new_var)
     return y
 
 
@@ -73,14 +73,13 @@ def update_buffers(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     tracked: Tensor | None,
-    momentum: float | None,
     new_mean: Tensor,
     new_var: Tensor,
 ) -> None:
     if running_mean is not None and running_var is not None:
         running_mean.copy_(new_mean.detach())
         running_var.copy_(new_var.detach())
-    if tracked is not None and momentum is not None:
+    if tracked is not None:
         tracked.add_(1)
 
 
@@ -94,13 +93,15 @@ def _fwd_operator(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     kernels = backend.implementation("batch_norm", input)
-    new_mean = None if running_mean is None else running_mean.clone()
-    new_var = None if running_var is None else running_var.clone()
     tracked, momentum, eps, correction, activation, skip_nonfinite, keep = arguments
+    # Changed in place by what follows, but no argument is: the graph has buffers and counts itself.
+    new_mean, new_var, counter = (
+        None if t is None else t.clone() for t in (running_mean, running_var, tracked)
+    )
     small = None
     if _may_be_small(momentum, skip_nonfinite) and is_small(input) and kernels is eager:
         small = batch_norm_small(
-            input, weight, bias, residual, new_mean, new_var, tracked, momentum, eps, correction,
+            input, weight, bias, residual, new_mean, new_var, counter, momentum, eps, correction,
             activation,
         )  # fmt: skip
     if small is not None:
@@ -109,7 +110,7 @@ def _fwd_operator(
             rstd = rstd * root_of_bessel(input.shape[0])
     else:
         y, mean, rstd, kept = kernels.batch_norm_fwd(
-            input, weight, bias, residual, new_mean, new_var, *arguments
+            input, weight, bias, residual, new_mean, new_var, counter, *arguments[1:]
         )
     new = (mean.new_empty(0) if t is None else t for t in (new_mean, new_var))
     signs = kept_signs(input, residual, activation, keep, kept)

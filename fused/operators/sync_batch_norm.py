@@ -127,7 +127,7 @@ def call(
         input, weight, bias, residual, running_mean, running_var,
         tracked if momentum is None else None, group.group_name, keep, momentum, *options,
     )  # fmt: skip
-    update_buffers(running_mean, running_var, tracked, momentum, new_mean, new_var)
+    update_buffers(running_mean, running_var, tracked, new_mean, new_var)
     return y
 
 
@@ -151,10 +151,12 @@ def _fwd_operator(
     *options: Any,
 ) -> tuple[Tensor, ...]:
     kernels = backend.implementation("batch_norm", input)
-    new_mean = None if running_mean is None else running_mean.clone()
-    new_var = None if running_var is None else running_var.clone()
+    # Changed in place by what follows, but no argument is: the graph has buffers and counts itself.
+    new_mean, new_var, counter = (
+        None if t is None else t.clone() for t in (running_mean, running_var, tracked)
+    )
     y, mean, rstd, kept, count = forward(
-        kernels, input, weight, bias, residual, new_mean, new_var, tracked, _resolved(group),
+        kernels, input, weight, bias, residual, new_mean, new_var, counter, _resolved(group),
         keep, *options,
     )  # fmt: skip
     *_, activation, _ = options

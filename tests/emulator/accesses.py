@@ -46,6 +46,21 @@ def _store(t: Threads, i: Instruction) -> Run:
     return run
 
 
+def _add(t: Threads, i: Instruction) -> Run:
+    """An atomic operation: an addition of whole numbers."""
+    kind = TYPES[i.kind()]
+    if i.parts[1:-1] != ("global", "gpu", "relaxed", "add") or kind.kind != "u":
+        raise NotImplementedError(str(i))
+    address, number = t.address(i.operands[1]), t.source(i.operands[2], kind)
+
+    def run(mask: Mask) -> None:
+        on = t.on(mask)
+        found = t.add("global", address()[on], number()[on], on, i)
+        t.put(i.operands[0], _at(t, on, found), mask)
+
+    return run
+
+
 def _space(i: Instruction) -> str:
     for part in i.parts:
         if part in _SPACES:
@@ -194,5 +209,5 @@ class Copies:
 
 INSTRUCTIONS: dict[str, Callable[[Threads, Instruction], Run]] = {
     "ld": _load, "st": _store, "ldmatrix": _load_matrices, "stmatrix": _store_matrices,
-    "mapa": _address_in_cluster,
+    "mapa": _address_in_cluster, "atom": _add,
 }  # fmt: skip

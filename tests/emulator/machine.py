@@ -1,8 +1,8 @@
 """Runs PTX on the CPU with NumPy: the threads of a launch side by side, one instruction at a time.
 
 It knows the part of PTX that Triton generates for this package's kernels and raises
-NotImplementedError, naming the instruction, for the rest (atomics, wgmma, ...). It is
-stricter than a GPU. Fault is raised by
+NotImplementedError, naming the instruction, for the rest (wgmma, atomics but for additions of whole
+numbers, ...). It is stricter than a GPU. Fault is raised by
 
 - an access outside of the tensors given, or of a block's shared memory, or a misaligned one
   (`memory.py`; inside a tensor's storage, but outside of the view passed, is not noticed);

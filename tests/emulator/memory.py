@@ -12,6 +12,7 @@ WARP = 32
 # passed.
 BARRIERS = {"warp": 1, "block": 1 << 16, "cluster": 1 << 40}
 _NOBODY = np.iinfo(np.int64).max
+_ATOMIC = -1  # in the place of the thread that wrote
 
 
 class Fault(Exception):
@@ -42,7 +43,8 @@ class Memory:
     lets all threads load a value of which one stores the update, and only that one's load counts.
     Other blocks may not have read it.
 
-    Two threads may write the same value at once, in one instruction.
+    Two threads may write the same value at once, in one instruction. Atomic operations are in order
+    among themselves, and with no other access in the launch.
     """
 
     def __init__(
@@ -95,6 +97,18 @@ class Memory:
         self.bytes[where] = values
         if (self.bytes[where] != values).any():
             raise Fault(f"{self.name} memory written differently by two threads: {access.what}")
+
+    def add(self, at: Array, numbers: Array, access: Access) -> Array:
+        """Adds, one thread after the other, a whole number each; what each has found."""
+        where, _, _ = self._checked(at, numbers.itemsize, access)
+        if self._high[where].any() or not np.isin(self._writer[where], (0, _ATOMIC)).all():
+            raise Fault(f"{self.name} memory used and added to: {access.what}")
+        self._writer[where] = _ATOMIC
+        found = np.empty_like(numbers)
+        for k, place in enumerate(where):
+            found[k] = self.bytes[place].view(numbers.dtype)[0]
+            self.bytes[place] = (found[k : k + 1] + numbers[k]).view(np.uint8)
+        return found
 
     def end(self, start: Array, size: int, access: Access) -> None:
         """A thread's block ends, and with it `size` bytes from `start`: a block each."""

@@ -237,6 +237,24 @@ def test_barriers_of_clusters_that_triton_does_not_make(barrier) -> None:
         emulate(barrier, empty(1), empty(1), blocks=2, shared=128, cluster=2)
 
 
+ADD = "atom.global.gpu.relaxed.add.u32 %r2, [%d1], 3;"
+
+
+def test_atomic_additions() -> None:
+    """3 for every thread of 1,024 blocks, in several groups; each finds a number of its own."""
+    assert emulate(ADD, empty(1), numbers(1), blocks=1024).item() == 100 + 3 * 32 * 1024
+    found = emulate(f"{ADD} st.global.b32 [%d4+4], %r2;", empty(1), empty(33))
+    assert found.tolist() == [96, *range(0, 96, 3)]
+
+
+@pytest.mark.parametrize("other", ["ld.global.b32 %r3, [%d1];", "st.global.b32 [%d1], 5;"])
+@pytest.mark.parametrize("first", [True, False])
+def test_an_atomic_addition_is_in_no_order_with_other_accesses(other, first) -> None:
+    body = f"{other} {ADD}" if first else f"{ADD} {other}"
+    with pytest.raises(Fault, match="global memory"):
+        emulate(body, empty(1), empty(1))
+
+
 @pytest.mark.parametrize(
     "readers, writer, allowed", [(64, 40, True), (32, 5, True), (32, 40, False)]
 )
@@ -492,7 +510,11 @@ def test_whole_numbers(instruction, a, b, expected) -> None:
 
 @pytest.mark.parametrize(
     "instruction",
-    ["atom.global.add.u32 %r2, [%d1], 1;", "bar.arrive 0, 32;", "ld.local.b32 %r2, [%r1];"],
+    [
+        "atom.global.gpu.relaxed.add.f32 %r2, [%d1], %r3;",
+        "bar.arrive 0, 32;",
+        "ld.local.b32 %r2, [%r1];",
+    ],
 )
 def test_refuses_what_it_does_not_know(instruction) -> None:
     with pytest.raises(NotImplementedError, match=instruction[:4]):

@@ -166,6 +166,10 @@ class Threads:
         memory, at = self._place(space, at, values.shape[1], on, i)
         memory.store(at, values, Access(self.number[on], self.times[on], i))
 
+    def add(self, space: str, at: Array, numbers: Array, on: Array, i: Instruction) -> Array:
+        memory, at = self._place(space, at, numbers.itemsize, on, i)
+        return memory.add(at, numbers, Access(self.number[on], self.times[on], i))
+
     def _place(
         self, space: str, at: Array, width: int, on: Array, i: Instruction
     ) -> tuple[Memory, Array]:
