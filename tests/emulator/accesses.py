@@ -47,16 +47,18 @@ def _store(t: Threads, i: Instruction) -> Run:
 
 
 def _add(t: Threads, i: Instruction) -> Run:
-    """An atomic operation: an addition of whole numbers."""
+    """Atomic additions of whole numbers: atom says what was there, red does not."""
     kind = TYPES[i.kind()]
     if i.parts[1:-1] != ("global", "gpu", "relaxed", "add") or kind.kind != "u":
         raise NotImplementedError(str(i))
-    address, number = t.address(i.operands[1]), t.source(i.operands[2], kind)
+    *to, at, by = i.operands
+    address, number = t.address(at), t.source(by, kind)
 
     def run(mask: Mask) -> None:
         on = t.on(mask)
         found = t.add("global", address()[on], number()[on], on, i)
-        t.put(i.operands[0], _at(t, on, found), mask)
+        for name in to:
+            t.put(name, _at(t, on, found), mask)
 
     return run
 
@@ -209,5 +211,5 @@ class Copies:
 
 INSTRUCTIONS: dict[str, Callable[[Threads, Instruction], Run]] = {
     "ld": _load, "st": _store, "ldmatrix": _load_matrices, "stmatrix": _store_matrices,
-    "mapa": _address_in_cluster, "atom": _add,
+    "mapa": _address_in_cluster, "atom": _add, "red": _add,
 }  # fmt: skip
