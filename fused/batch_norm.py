@@ -99,9 +99,7 @@ class BatchNormFunction(torch.autograd.Function):
             dy, input, weight, bias, kept, mean, rstd, o.correction, o.activation,
             o.batch_statistics, wants[3],
         )  # fmt: skip
-        dweight = dgamma.to(weight.dtype) if wants[1] else None
-        dbias = dbeta.to(bias.dtype) if wants[2] else None
-        return (dx, dweight, dbias, dresidual, *none)
+        return (dx, dgamma if wants[1] else None, dbeta if wants[2] else None, dresidual, *none)
 
 
 def batch_norm(

@@ -36,12 +36,12 @@ def convert(model: nn.Module, activations: bool = True) -> list[str]:
         model: any module; itself included.
         activations: whether a Tanh, ReLU, GELU (with the error function) or SiLU that follows a
             batch norm in a plain `nn.Sequential` is computed by the batch norm, and an
-            `nn.Identity` takes its place. Pairs with a hook on what is between them, and batch
-            norms or sequences that occur in several places, are left as they are. What reads a
-            batch norm's output by its place in the sequence then finds the activation's. What knows
-            only torch's batch norm drops the activation: convert with `activations=False` before
-            `torch.nn.utils.fusion.fuse_conv_bn_eval`, and take `SyncBatchNorm` of fused, not of
-            torch, for `convert_sync_batchnorm`.
+            `nn.Identity` takes its place. Pairs with a hook on what is between them or with a
+            `forward` of their own, and batch norms or sequences that occur in several places, are
+            left as they are. What reads a batch norm's output by its place in the sequence then
+            finds the activation's. What knows only torch's batch norm drops the activation: convert
+            with `activations=False` before `torch.nn.utils.fusion.fuse_conv_bn_eval`, and take
+            `SyncBatchNorm` of fused, not of torch, for `convert_sync_batchnorm`.
 
     Returns:
         What was changed, a line each: "features.1: BatchNorm2d with relu from features.2".
@@ -75,10 +75,12 @@ def _absorb_activations(model: nn.Module, name: str, sequence: nn.Sequential) ->
             continue
         if activation._forward_pre_hooks or _hooked(activation) or _hooked(norm):
             continue
+        if "forward" in vars(norm) or "forward" in vars(activation):  # not what its class computes
+            continue
         if _occurrences(model, norm) > 1:  # so has a norm of a sequence that has several
             continue
         norm.activation = kind
-        setattr(sequence, second, nn.Identity())
+        setattr(sequence, second, nn.Identity().train(activation.training))
         line = f"{prefix}{first}: {type(norm).__name__} with {kind} from {prefix}{second}"
         found[prefix + first] = line
     return found

@@ -142,7 +142,7 @@ class SyncBatchNorm(_BatchNorm):
         flag and the options of ours are kept.
         """
         for child in module.modules():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, cls):
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
                 child.__class__ = cls
                 child.process_group = process_group
         return module

@@ -56,8 +56,9 @@ def batch_norm_fwd(
     y, or the residual; else None.
 
     Bytes: reads x and the residual once and writes y and, at a sixteenth of its bytes, the signs
-    once, in one launch, the least possible; where programs share channels, reads x twice, in two
-    launches.
+    once, in one launch, the least possible, 2S without a residual. So it is from memory where a
+    program reads its channels twice from cache. Larger ones are read twice, 3S: in one launch where
+    there are channels enough for a program each, else in two.
     """
     if x.numel() == 0 and tracked is not None:
         tracked.add_(1)
@@ -177,29 +178,33 @@ def batch_norm_bwd(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The gradients (dx, dgamma, dbeta, dresidual) of batch normalisation.
 
-    dx is in x's dtype and memory format; dgamma and dbeta (C,) are in the dtype of mean; dresidual
-    is None where it is not wanted. `batch_statistics` says whether mean and rstd came from x
-    (training) or were frozen. `kept` is the forward's, or None where there was no residual.
+    dx is in x's dtype and memory format; dgamma and dbeta (C,) are in gamma's and beta's dtypes, in
+    that of mean where there are none; dresidual is None where it is not wanted. `batch_statistics`
+    says whether mean and rstd came from x (training) or were frozen. `kept` is the forward's, or
+    None where there was no residual.
 
     Bytes: reads dy, x and what was kept (signs are a sixteenth of x) once and writes dx and, with
-    an activation, dresidual once, in one launch, the least possible. Where programs share channels:
-    with frozen statistics as much, in one launch and a sum of partial results; else two launches
-    that read dy, x and what was kept twice, unless dresidual is wanted, which then serves the
-    second in the place of dy and what was kept.
+    an activation, dresidual once, in one launch, the least possible, 3S without a residual. So it
+    is from memory where a program reads its channels twice from cache; where there are channels
+    enough for a program each, but larger than that, one launch reads them twice: 5S. Where programs
+    share channels: with frozen statistics 3S, in one launch and two sums of partial results; else
+    two launches that read dy, x and what was kept twice, 5S, unless dresidual is wanted, which then
+    serves the second in the place of dy and what was kept.
     """
     dx, dx3 = _empty_like(x)
     # Without an activation dz is dy: there is nothing to write.
     dz, dz3 = _empty_like(x) if want_dresidual and activation else (None, None)
     dresidual = (dz if activation else dy) if want_dresidual else None
     if x.numel() == 0:
-        zeros = torch.zeros_like(mean)
-        return dx, zeros, zeros.clone(), dresidual
+        return dx, _for(gamma, mean).zero_(), _for(beta, mean).zero_(), dresidual
     step = _Backward.of(x, dy, gamma, beta, kept, mean, rstd, activation, dx3, dz3)
     plan, partial = step.plan(reduced=True), None
     reduction = plan.reduction
     if reduction == "partial" and not batch_statistics:  # dx does not wait for the sums
-        sums = step.sums(plan).sum(0)
-        return dx, sums[0], sums[1].clone(), dresidual  # no two of them share memory
+        dgamma, dbeta = _for(gamma, mean), _for(beta, mean)
+        for gradient, part in zip((dgamma, dbeta), step.sums(plan).unbind(1), strict=True):
+            torch.sum(part, 0, out=gradient)
+        return dx, dgamma, dbeta, dresidual
     if reduction == "partial":
         partial = step._replace(dx=None).sums(plan)
         if dz is not None:
@@ -207,6 +212,11 @@ def batch_norm_bwd(
             plan = step.plan(reduced=False)
     dgamma, dbeta = step.gradients(plan, reduction, partial, None, correction, batch_statistics)
     return dx, dgamma, dbeta, dresidual
+
+
+def _for(parameter: torch.Tensor | None, mean: torch.Tensor) -> torch.Tensor:
+    """An output for the gradient of a parameter; mean's dtype where there is none."""
+    return torch.empty_like(mean, dtype=None if parameter is None else parameter.dtype)
 
 
 def keeps(activation: str | None, x: torch.Tensor, residual: torch.Tensor | None) -> str | None:
@@ -294,13 +304,15 @@ def _normalise(
     statistics = "running" if frozen else plan.reduction
     partial = _launch_moments(x3, view, plan) if statistics == "partial" else None
     running = layout.vector(running_mean), layout.vector(running_var)
+    # What the kernel counts in.
+    counter = tracked if tracked is None or tracked.dtype == torch.int64 else tracked.long()
     _batch_norm_fwd_kernel[plan.grid(view.c)](
         x3,
         layout.vector(gamma),
         layout.vector(beta),
         residual3,
         *running,
-        tracked,
+        counter,
         partial,
         y3,
         signs,
@@ -313,7 +325,7 @@ def _normalise(
         plan.n_tiles,
         plan.tiles_per_program,
         plan.n_programs,
-        momentum or 0.0,
+        float(momentum or 0.0),
         eps=eps,
         correction=correction,
         STATISTICS=statistics,
@@ -334,6 +346,7 @@ def _normalise(
     if not frozen:
         layout.copy_back(running_mean, running[0])
         layout.copy_back(running_var, running[1])
+        layout.copy_back(tracked, counter)
     return y, mean, rstd, kept
 
 
@@ -429,7 +442,7 @@ class _Backward(NamedTuple):
         batch_statistics: bool,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """dgamma and dbeta (C,); writes dx, and dz where there is one"""
-        dgamma, dbeta = torch.empty_like(self.mean), torch.empty_like(self.mean)
+        dgamma, dbeta = _for(self.gamma, self.mean), _for(self.beta, self.mean)
         n_partials = 1 if partial is None else partial.shape[0]
         _batch_norm_bwd_kernel[plan.grid(self.view.c)](
             self.dy,

@@ -70,10 +70,11 @@ def _count_for_all(tracked_ptr):
     """how many batches there were, this one included, for each program of the first axis
 
     Which may have run before or after another has counted the batch. So none does, each adds its
-    arrival to the upper bits, and the last one takes them away and counts. They are whole numbers:
-    in whatever order programs come, all read the same.
+    arrival to the upper 32 bits, and the last one takes them away and counts. They are whole
+    numbers: in whatever order programs come, all read the same. (Two launches at once, on two
+    streams, would spoil it, as they would the running statistics.)
     """
-    ARRIVAL: tl.constexpr = 1 << 40
+    ARRIVAL: tl.constexpr = 1 << 32
     seen = tl.atomic_add(tracked_ptr, ARRIVAL, sem="relaxed")
     programs = tl.num_programs(0)
     last = seen // ARRIVAL == programs - 1

@@ -10,12 +10,17 @@ import triton.language as tl
 
 
 @triton.jit
+def _tiles_across(L, BLOCK_L: tl.constexpr):
+    return (L - 1) // BLOCK_L + 1  # L + BLOCK_L may be more than an int32 holds
+
+
+@triton.jit
 def start_of(tile, L, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr):
     """(n, l) of the tile's first row"""
     if BLOCK_L == 1:  # then L is 1
         return tl.cast(tile, tl.int64) * BLOCK_N, tl.cast(0, tl.int64)
     else:
-        across = (L + BLOCK_L - 1) // BLOCK_L
+        across = _tiles_across(L, BLOCK_L)
         n = tl.cast(tile // across, tl.int64) * BLOCK_N
         return n, tl.cast(tile % across, tl.int64) * BLOCK_L
 
@@ -63,12 +68,12 @@ def mask_of(
 def tiles_with_row(tile, N, L, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr):
     """How many of the tiles before `tile` have their i-th row, shape (BLOCK_N * BLOCK_L,)"""
     row = tl.arange(0, BLOCK_N * BLOCK_L)
-    down = (N - row // BLOCK_L + BLOCK_N - 1) // BLOCK_N
+    down = N // BLOCK_N + tl.where(row // BLOCK_L < N % BLOCK_N, 1, 0)
     if BLOCK_L == 1:
         return tl.minimum(down, tile)
     else:
-        across = (L - row % BLOCK_L + BLOCK_L - 1) // BLOCK_L
-        n, l = tile // ((L + BLOCK_L - 1) // BLOCK_L), tile % ((L + BLOCK_L - 1) // BLOCK_L)  # noqa: E741
+        across = L // BLOCK_L + tl.where(row % BLOCK_L < L % BLOCK_L, 1, 0)
+        n, l = tile // _tiles_across(L, BLOCK_L), tile % _tiles_across(L, BLOCK_L)  # noqa: E741
         return tl.minimum(down, n) * across + tl.where(n < down, tl.minimum(across, l), 0)
 
 

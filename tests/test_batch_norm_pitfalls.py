@@ -122,10 +122,19 @@ def test_evaluation_has_its_own_gradient(shape, correction, implementation, devi
 
 HUGE = [
     (65536, 2),
+    pytest.param((100000, 32), marks=pytest.mark.slow),
+    pytest.param((125000, 50), marks=pytest.mark.slow),
+    pytest.param((160000, 256), marks=pytest.mark.slow),
     pytest.param((131071, 3), marks=pytest.mark.slow),
     pytest.param((880802, 1), marks=pytest.mark.slow),
     pytest.param((1000003, 1), marks=pytest.mark.slow),
 ]
+
+
+@pytest.mark.parametrize("shape", [(131071, 3), (880802, 1), (1000003, 1), (100000, 32)], ids=str)
+def test_very_many_rows_on_the_cpu(shape) -> None:
+    """The same, without the interpreter, which takes long."""
+    test_very_many_rows(shape, "eager", "cpu")
 
 
 @pytest.mark.parametrize("shape", HUGE, ids=str)
@@ -420,6 +429,30 @@ BAD = [
     *[(INF, shape, 0) for shape in ((9, 3), (9, 3, 2), (2, 3, 90, 50))],
     *[(-INF, (9, 3, 2), 4), (INF, (9, 3), 4), (float("nan"), (9, 3, 2), 4)],
 ]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float16, torch.float32], ids=str)
+def test_counters_of_other_dtypes(dtype, implementation, device) -> None:
+    """Of a state_dict in half precision, loaded with assign=True, say."""
+    norm = fused.BatchNorm1d(3, momentum=None, device=device)
+    norm.num_batches_tracked = torch.zeros((), dtype=dtype, device=device)
+    batches = torch.randn(4, 9, 3, device=device)
+    for batch in batches:
+        norm(batch)
+    assert norm.num_batches_tracked == 4 and norm.num_batches_tracked.dtype == dtype
+    torch.testing.assert_close(norm.running_mean, batches.mean((0, 1)))
+
+
+def test_a_momentum_that_is_a_tensor(implementation, device) -> None:
+    t = example((9, 3), torch.float32, device)
+    check_against_torch(t, implementation, training=True, momentum=torch.tensor(0.25))
+
+
+def test_skips_a_variance_that_overflows(implementation, device) -> None:
+    """Of finite numbers: it is inf in float32."""
+    norm = fused.BatchNorm1d(2, skip_nonfinite=True, device=device)
+    norm(torch.tensor([[1.0, 1e30], [2.0, -1e30], [4.0, 0.0]], device=device))
+    assert norm.running_var[1] == 1 and norm.running_var[0] != 1
 
 
 @pytest.mark.parametrize("bad, shape, row", BAD, ids=str)

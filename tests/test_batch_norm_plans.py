@@ -9,11 +9,16 @@ import torch
 
 import fused
 from tests.test_batch_norm import check_against_torch, example, run
+from tests.test_batch_norm_pitfalls import Operations
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from fused.kernels import batch_norm as kernels
 from fused.kernels import tuning
+from fused.kernels.batch_norm_tile import tiles_with_row
 
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
 # (rows, channels, length), channels adjacent?, dtype: what a forward and a backward program reduces
@@ -200,15 +205,19 @@ def test_edge(shape, expected, channels_last, activation, small_plans, launches,
     assert launches == ["fwd", "sums" if expected is SHARED else "bwd"]
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("shape", [(32, 64), (32, 200)], ids=str)
-def test_a_small_step_is_one_launch_each_way(shape, launches, device) -> None:
-    """Normalisation, activation, residual, running statistics and the batch counter."""
-    norm = fused.BatchNorm1d(shape[1], activation="tanh", device=device)
-    x = torch.randn(shape, device=device, requires_grad=True)
-    residual = torch.randn(shape, device=device, requires_grad=True)
-    norm(x, residual).sum().backward()
+def test_a_small_step_is_one_launch_each_way(shape, dtype, launches, device) -> None:
+    """Normalisation, activation, residual, running statistics and the batch counter; and the
+    gradients of parameters in their own dtype."""
+    norm = fused.BatchNorm1d(shape[1], activation="tanh", device=device, dtype=dtype)
+    x, residual, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(3))
+    with Operations() as operations:
+        norm(x.requires_grad_(), residual.requires_grad_()).backward(dy)
     assert launches == ["fwd", "bwd"]
     assert norm.num_batches_tracked == 1
+    assert norm.weight.grad.dtype == norm.bias.grad.dtype == dtype
+    assert not {name for name in operations.names if "to_copy" in name or "add" in name}
 
 
 @pytest.mark.parametrize("shape", [(17, 700), (900, 12), (5, 60, 40)], ids=str)
@@ -225,6 +234,29 @@ def test_every_program_has_the_same_count(shape, small_plans, device) -> None:
         assert ours.num_batches_tracked == count
     torch.testing.assert_close(ours.running_mean, theirs.running_mean.float())
     torch.testing.assert_close(ours.running_var, theirs.running_var.float())
+
+
+@triton.jit
+def _tiles_with_row(out, tile, N, L, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr):
+    rows = tiles_with_row(tile, N, L, BLOCK_N, BLOCK_L)
+    tl.store(out + tl.arange(0, BLOCK_N * BLOCK_L), rows)
+
+
+@pytest.mark.parametrize("below", [1, 3, 8, 9])
+@pytest.mark.parametrize("block_n, block_l", [(1, 8), (2, 4), (8, 1)])
+def test_rows_of_tiles_up_to_2_to_the_31(block_n, block_l, below, device) -> None:
+    """Sizes are int32 that far, and a size plus a block is not; each row is in one of all tiles."""
+    many = 2**31 - below
+    n, length = (many, 1) if block_l == 1 else (1, many)
+    tiles = -(-n // block_n) * -(-length // block_l)
+    out = torch.empty(block_n * block_l, dtype=torch.int32, device=device)
+    _tiles_with_row[(1,)](out, tiles, n, length, BLOCK_N=block_n, BLOCK_L=block_l)
+    row = torch.arange(block_n * block_l)
+    down, across = (
+        (n - row // block_l - 1) // block_n + 1,
+        (length - row % block_l - 1) // block_l + 1,
+    )
+    torch.testing.assert_close(out.cpu(), (down * across).int())
 
 
 def test_a_variance_that_overflows_in_several_tiles(small_plans, device) -> None:

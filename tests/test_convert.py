@@ -141,8 +141,13 @@ def test_leaves_alone_what_it_does_not_know() -> None:
     watched, watched_too = nn.BatchNorm1d(4), nn.BatchNorm1d(4)
     watched.register_full_backward_pre_hook(lambda *_: None)
     watched_too.register_full_backward_hook(lambda *_: None)
+    own_norm, own_tanh = nn.BatchNorm1d(4), nn.Tanh()
+    for module in (own_norm, own_tanh):
+        module.__dict__["forward"] = lambda x: x  # as wrapping libraries do
     cases = {
         "a subclass": (OwnNorm(4), nn.Tanh()),
+        "a norm with a forward of its own": (own_norm, nn.Tanh()),
+        "an activation with a forward of its own": (nn.BatchNorm1d(4), own_tanh),
         "approximate gelu": (nn.BatchNorm1d(4), nn.GELU(approximate="tanh")),
         "a hook": (nn.BatchNorm1d(4), hooked),
         "a hook before": (nn.BatchNorm1d(4), before),
@@ -180,6 +185,9 @@ def test_converted_modules_compute_what_they_did() -> None:
         x = torch.randn(9, 4)
         torch.testing.assert_close(ours(x), theirs(x))
         torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+        assert not any(module.training for module in ours.modules())
+        fused.convert(evaluated := copy.deepcopy(theirs))
+        assert not any(module.training for module in evaluated.modules())
 
 
 @pytest.mark.parametrize("between", [nn.AvgPool1d(2), nn.Linear(4, 4), nn.Dropout(0.5)], ids=str)

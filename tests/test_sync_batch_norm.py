@@ -107,6 +107,32 @@ def test_equals_one_process_with_the_whole_batch(case, tmp_path) -> None:
     check_equal_to_the_whole_batch(results, data, options)
 
 
+def worker_of_few_rows(rank: int, folder: str) -> None:
+    outcome: list[Any] = []
+    for sizes in ((1, 0), (0, 0)):
+        for kernels in ("eager", "triton"):
+            norm = fused.SyncBatchNorm(3, momentum=0.5)
+            try:
+                with backend.use(kernels):
+                    norm(torch.ones(sizes[rank], 3))
+                outcome.append([norm.running_mean.tolist(), norm.running_var.tolist()])
+            except ValueError as error:
+                outcome.append(str(error))
+    with backend.use("eager"):
+        outcome.append(list(fused.SyncBatchNorm(0)(torch.ones(2, 0)).shape))
+    torch.save(outcome, f"{folder}/{rank}.pt")
+
+
+def test_fewer_than_two_rows_in_all_processes(tmp_path) -> None:
+    """One is an error everywhere; none leaves the running statistics as they are."""
+    processes.run(worker_of_few_rows, 2, tmp_path)
+    for rank in range(2):
+        *one, eager, triton, no_channels = torch.load(tmp_path / f"{rank}.pt")
+        assert all("expected more than 1 value per channel" in outcome for outcome in one)
+        assert eager == triton == [[0.0] * 3, [1.0] * 3]
+        assert no_channels == [2, 0]
+
+
 def compiled_worker(rank: int, folder: str) -> None:
     """As `worker`, of a module that is compiled without a break."""
     sizes, data, options = torch.load(f"{folder}/case.pt")
@@ -361,7 +387,7 @@ def test_convert_sync_batchnorm() -> None:
     assert type(model[0]) is fused.SyncBatchNorm and type(model[1][0]) is fused.SyncBatchNorm
     assert model[0].process_group is None and model[1][0].activation == "relu"
     fused.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(model, other := nn.BatchNorm1d(3)), 7)
-    assert model[0].process_group is None and other.process_group == 7  # only what it converts
+    assert model[0].process_group == 7 and other.process_group == 7  # as torch
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert type(fused.SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm3d(2))) is (
         fused.SyncBatchNorm

@@ -152,9 +152,10 @@ def batch_norm_bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The gradients (dx, dgamma, dbeta, dresidual) of batch normalisation.
 
-    dx is in x's dtype; dgamma and dbeta (C,) are in the dtype of mean; dresidual is None where it
-    is not wanted. `batch_statistics` says whether mean and rstd came from x (training) or were
-    frozen. `kept` is the forward's; without an activation, None.
+    dx is in x's dtype; dgamma and dbeta (C,) are in gamma's and beta's, in that of mean where there
+    are none; dresidual is None where it is not wanted. `batch_statistics` says whether mean and
+    rstd came from x (training) or were frozen. `kept` is the forward's; without an activation,
+    None.
     """
     n = x.numel() // max(1, x.shape[1])
     # Another implementation's forward may have kept no output.
@@ -166,14 +167,21 @@ def batch_norm_bwd(
         bessel = root_of_bessel(n) if correction else 1.0
         biased = to_biased(_to_float32(gamma), x, n, correction)
         dx, dgamma, dbeta = native_bwd(dz, x, biased, mean, rstd / bessel, 0.0)
-        return dx, dgamma * bessel, dbeta, dz if want_dresidual else None
+        dgamma, dbeta = _as(dgamma * bessel, gamma, mean), _as(dbeta, beta, mean)
+        return dx, dgamma, dbeta, dz if want_dresidual else None
     step = _Backward(x, gamma, beta, kept, mean, rstd, activation)
     dz, sums = step.dz_and_sums(dy)
     dresidual = dz.to(x.dtype) if want_dresidual else None
     # dz is not needed again, unless it is the upstream gradient or the residual's.
     out = dz if activation and dresidual is not dz else None
     dx = step.dx(dz, sums if batch_statistics and n else None, n, correction, out)
-    return dx, sums[0], sums[1].clone(), dresidual  # no two of them share memory
+    # No two of them share memory.
+    dgamma, dbeta = _as(sums[0], gamma, mean), _as(sums[1].clone(), beta, mean)
+    return dx, dgamma, dbeta, dresidual
+
+
+def _as(gradient: Tensor, parameter: Tensor | None, mean: Tensor) -> Tensor:
+    return gradient.to((mean if parameter is None else parameter).dtype)
 
 
 def keeps(activation: str | None, x: Tensor, residual: Tensor | None) -> str | None:
@@ -259,12 +267,13 @@ def update_running(
     momentum: float | None,
     mean: Tensor,
     var: Tensor,
-    skip_nonfinite: bool,
+    skip_nonfinite: bool | Tensor,
 ) -> None:
     """running = (1 - momentum) * running + momentum * batch, in place.
 
     var is the unbiased variance. tracked, if given, is counted up, and then a momentum of None is
-    1 / tracked. `skip_nonfinite` leaves channels alone whose mean or var is inf or NaN.
+    1 / tracked. `skip_nonfinite`, which may be known on the device alone, leaves channels alone
+    whose mean or var is inf or NaN.
     """
     if tracked is not None:
         tracked.add_(1)
@@ -273,7 +282,11 @@ def update_running(
         rate: Tensor | float = tracked.to(mean.dtype).reciprocal()
     else:
         rate = momentum
-    finite = (mean * 0 + var).isfinite() if skip_nonfinite else None
+    finite = None
+    if skip_nonfinite is not False:
+        finite = (mean * 0 + var.to(mean.dtype)).isfinite()
+        if isinstance(skip_nonfinite, Tensor):
+            finite = finite.logical_or(~skip_nonfinite)
     for running, batch in ((running_mean, mean), (running_var, var)):
         if running is not None:
             new = (1 - rate) * running + rate * batch

@@ -217,10 +217,13 @@ def _bwd_operator(
     return laid_out_as(dx, input), dgamma, dbeta, laid_out_as(dresidual, input)
 
 
-def _bwd_fake(dy: Tensor, input: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    vector, want_dresidual = of_channels(input), arguments[-1]
-    dresidual = torch.empty_like(input) if want_dresidual else vector.new_empty(0)
-    return torch.empty_like(input), vector, torch.empty_like(vector), dresidual
+def _bwd_fake(
+    dy: Tensor, input: Tensor, weight: Tensor | None, bias: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
+    mean, want_dresidual = of_channels(input), arguments[-1]
+    dgamma, dbeta = (torch.empty_like(mean if t is None else t) for t in (weight, bias))
+    dresidual = torch.empty_like(input) if want_dresidual else dgamma.new_empty(0)
+    return torch.empty_like(input), dgamma, dbeta, dresidual
 
 
 def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
@@ -266,9 +269,7 @@ def set_up(
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    tensors = ctx.saved_tensors
-    _, weight, bias, *_ = tensors
-    wants = ctx.needs_input_grad[:4]
+    tensors, wants = ctx.saved_tensors, ctx.needs_input_grad[:4]
     want_dz = wants[3] and ctx.activation is not None  # without an activation dz is dy
     dx, dgamma, dbeta, dz = torch.ops.fused.batch_norm_bwd(
         dy, *tensors, ctx.eps, ctx.correction, ctx.activation, ctx.batch_statistics,
@@ -276,8 +277,8 @@ def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     )  # fmt: skip
     return (
         dx,
-        dgamma.to(weight.dtype) if wants[1] else None,
-        dbeta.to(bias.dtype) if wants[2] else None,
+        dgamma if wants[1] else None,
+        dbeta if wants[2] else None,
         (dz if want_dz else dy) if wants[3] else None,
         *(None,) * ctx.rest,
     )

@@ -56,10 +56,15 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """(y, mean, rstd, kept) of `batch_norm_fwd`, and the number of all processes' rows."""
     mean, m2 = kernels.batch_norm_moments(input)
-    mean, m2, count = _merged(mean, m2, input.numel() // input.shape[1], group)
-    update_running(
-        running_mean, running_var, tracked, momentum, mean, m2 / (count - 1), skip_nonfinite
-    )
+    mean, m2, count = _merged(mean, m2, input.numel() // max(1, input.shape[1]), group)
+    if count.is_cpu and count == 1:  # elsewhere nobody may look
+        raise ValueError(
+            "SyncBatchNorm: expected more than 1 value per channel in training, got 1 in all "
+            "processes together; one value has no variance"
+        )
+    # Of fewer rows than two there is nothing to keep: no number comes out.
+    skip = True if skip_nonfinite else count < 2
+    update_running(running_mean, running_var, tracked, momentum, mean, m2 / (count - 1), skip)
     var = m2 / (count - correction)
     y, mean, rstd, kept = kernels.batch_norm_eval(
         input, weight, bias, residual, mean, var, eps, activation, keep
@@ -98,7 +103,7 @@ def backward(
 
 def _merged(mean: Tensor, m2: Tensor, rows: int, group: Any) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, m2, count) of all processes' rows, from this one's; the same bits in each."""
-    own = torch.cat((mean, m2.to(mean.dtype), torch.full_like(mean[:1], rows)))
+    own = torch.cat((mean, m2.to(mean.dtype), mean.new_full((1,), rows)))
     everyone = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, own, group=group)
     channels = mean.numel()
