@@ -309,8 +309,13 @@ def batch_norm(
     # A channel's rows on chip, in one tile: every value is read once.
     capacity = _ON_CHIP_VALUES * 2 // max(1, tensors) * 4 // max(4, itemsize)
     block_n, block_l = next_power_of_2(n), next_power_of_2(length)
-    sector = 32 // itemsize  # channels in 32 bytes, the least that memory is read by
-    least = min(sector, next_power_of_2(c)) if columns else 1
+    sector = 32 // itemsize  # elements in 32 bytes, the least that memory is read by
+    # So many channels has a program at the least, of images only where they have few positions.
+    least = sector if columns else next_power_of_2(_ceil_div(sector, length))
+    least = min(least, next_power_of_2(c))
+    short = least > 1 and not columns
+    if short:  # every element has an address of its own
+        capacity //= 2
     if tensors and block_n * block_l * least <= capacity:
         # 16 bytes or more for every thread of 4 warps; and twice the sector, where that leaves a
         # program for every multiprocessor. More than 8 values a thread of 4 warps spilled on sm_100
@@ -330,9 +335,11 @@ def batch_norm(
             num_warps = block_l // 32
         return BatchNormPlan(block_n, block_l, block_c, num_warps, 1, 1, 1)
     # Narrow accesses need an address each, and 16 of those did not fit into sm_100's registers; nor
-    # did 16 positions of images beside what is read ahead, on sm_80 and sm_100.
-    values = _TILE_VALUES if align * itemsize >= 16 and columns else _TILE_VALUES // 2
-    # One program a block of channels, of a sector or one, and one launch.
+    # did 16 positions of images, 8 of short ones, beside what is read ahead, on sm_80 and sm_100.
+    values = _TILE_VALUES // 4 if short else _TILE_VALUES // 2
+    if align * itemsize >= 16 and columns:
+        values = _TILE_VALUES
+    # One program a block of channels, and one launch.
     whole = (
         tensors > 0
         and rows * itemsize * least <= _CACHED_BYTES
@@ -343,8 +350,8 @@ def batch_norm(
         block_c = least if whole else min(64 if c > 64 else 32, next_power_of_2(c), values)
         block_l = min(values // block_c, block_l)
     else:
-        block_c = 1
-        block_l = min(values, block_l)
+        block_c = least
+        block_l = min(values // block_c, block_l)
         # Less than an eighth of the positions beyond the end, or runs of 64.
         while block_l > 64 and (-length) % block_l * 8 > length:
             block_l //= 2

@@ -96,6 +96,30 @@ def test_tiles(shape, columns, align, block, values, warps) -> None:
         assert stages == (1 if plan.n_tiles == 1 else 1 + max(1, 49152 // size))
 
 
+# Contiguous images of few positions: (n, channels, length), and channels of a bfloat16 program.
+SHORT = [
+    ((1024, 512, 1), 16),  # several images are no rows of neighbours here, say
+    ((8192, 256, 2), 8),
+    ((65536, 128, 3), 8),
+    ((1000000, 64, 4), 4),
+    ((512, 2048, 5), 4),
+    ((512, 2048, 15), 2),
+    ((512, 2048, 16), 1),
+    ((100000, 2, 3), 2),  # there are no more
+]
+
+
+@pytest.mark.parametrize("tensors", [0, 1, 2])
+@pytest.mark.parametrize("shape, channels", SHORT, ids=str)
+def test_short_images_are_read_by_whole_sectors(shape, channels, tensors) -> None:
+    """32 bytes, of which one channel has a part: so programs have several channels."""
+    n, c, length = shape
+    for dtype, least in ((BF16, channels), (F32, min(c, -(-channels // 2)))):
+        plan = tuning.batch_norm(n, c, length, False, 1, dtype, tensors)
+        assert plan.BLOCK_C >= least
+        assert plan.BLOCK_C >= c or plan.BLOCK_C * length * dtype.itemsize >= 32
+
+
 # Images that are few and small, contiguous: (n, channels, length), and a forward program's warps.
 WARPS = [
     ((32, 1056, 49), 2),
