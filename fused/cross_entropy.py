@@ -45,6 +45,22 @@ class CrossEntropyOutput(NamedTuple):
     prediction: Tensor  # int64: class of each row's largest logit, shaped so too; -1 where ignored
 
 
+class _Overwritten(torch.autograd.Function):
+    """Logits in whose memory their gradient stands: later uses of them have no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.mark_dirty(logits)
+        return logits
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        raise RuntimeError(
+            "cross_entropy: expected no use of logits after a call with inplace=True, which wrote "
+            "their gradient over them"
+        )
+
+
 class CrossEntropyFunction(torch.autograd.Function):
     """dlogits = dloss * (softmax - onehot), over n for the mean, from the logits alone."""
 
@@ -61,14 +77,20 @@ class CrossEntropyFunction(torch.autograd.Function):
         early: bool,
     ) -> tuple[Tensor, ...]:
         kernels = backend.implementation("cross_entropy", input)
-        arguments = (input, target, weight, *options, loss_dtype, want_extras)
         ctx.dx = stats = scale = None
         if early:
-            loss, extras, dx = kernels.cross_entropy_fwd_bwd(*arguments, inplace)
+            if inplace:
+                _mark_overwritten(input)
+                input = input.detach()
+            loss, extras, dx = kernels.cross_entropy_fwd_bwd(
+                input, target, weight, *options, loss_dtype, want_extras, inplace
+            )
             if not inplace:
                 ctx.dx = dx
         else:
-            loss, stats, scale, extras = kernels.cross_entropy_fwd(*arguments)
+            loss, stats, scale, extras = kernels.cross_entropy_fwd(
+                input, target, weight, *options, loss_dtype, want_extras
+            )
         ctx.kernels, ctx.options = kernels, options
         ctx.inplace, ctx.early = inplace, early
         if inplace:
@@ -91,11 +113,19 @@ class CrossEntropyFunction(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
+def _mark_overwritten(input: Tensor) -> None:
+    """Tells autograd, unless input is a part of a larger tensor: its other parts are as before."""
+    whole = input if input._base is None else input._base
+    if whole.numel() == input.numel():
+        with torch.enable_grad():
+            _Overwritten.apply(whole)
+
+
 def _early_gradient(ctx: Any, dloss: Tensor) -> Tensor:
     """The gradient that the forward formed, times the upstream one."""
     dx: Tensor
     if ctx.inplace:
-        dx = ctx.saved_tensors[0].detach()
+        dx = ctx.saved_tensors[0]
     elif ctx.dx is not None:
         # Given away: whoever receives it may write to it, and need not copy it.
         dx, ctx.dx = ctx.dx, None
@@ -194,8 +224,10 @@ def cross_entropy(
         logit_scale: factor of the logits, one over a temperature, applied before the cap: dinput is
             dz times logit_scale.
         inplace: lets the gradient be written over the logits, which saves memory of their size. The
-            logits must not be used after the call; where autograd would, it raises. No effect where
-            input needs no gradient, nor under torch.compile, which plans memory itself.
+            logits must not be used after the call; where autograd would, it raises. (Of a part of a
+            larger tensor, such as a slice, it knows of uses before the call alone.) Hooks on them
+            are registered before it. No effect where input needs no gradient, nor under
+            torch.compile, which plans memory itself.
         grad_in_forward: forms the gradient of a mean or sum in the forward, while the logits are at
             hand: they are read once, dinput is written once, and a backward whose upstream gradient
             is 1 has nothing left to do. Another one costs a second read and write of dinput, and a

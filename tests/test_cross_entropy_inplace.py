@@ -1,13 +1,13 @@
 """Cross-entropy whose gradient takes the logits' memory."""
 
 import functools
-import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.utils.checkpoint import checkpoint
 
 import fused
@@ -23,9 +23,9 @@ def test_inplace_takes_the_logits_memory(shape, kind, options, implementation, d
     leaf.requires_grad_()
     (expected,) = torch.autograd.grad(fused.cross_entropy(leaf, target), leaf)
     logits = leaf * 1.0
-    loss = fused.cross_entropy(logits, target, inplace=True, **options)
     received: list[Tensor] = []
     logits.register_hook(received.append)
+    loss = fused.cross_entropy(logits, target, inplace=True, **options)
     (gradient,) = torch.autograd.grad(loss, leaf)
     torch.testing.assert_close(gradient, expected)
     assert received[0].data_ptr() == logits.data_ptr()
@@ -97,10 +97,10 @@ def test_by_the_forward_or_by_the_backward(way, implementation, device) -> None:
     leaf, target, _ = example((9, 27), torch.float32, device)
     for early in (True, False):
         logits = leaf.requires_grad_() * 1.0
-        before = logits.detach().clone()
+        before, edge = logits.detach().clone(), get_gradient_edge(logits)
         loss = WAYS[way](logits, target, inplace=True, grad_in_forward=early)
         assert torch.equal(logits, before) == (not early)
-        (gradient,) = torch.autograd.grad(loss, logits)
+        (gradient,) = torch.autograd.grad(loss, edge)
         assert gradient.data_ptr() == logits.data_ptr()
 
 
@@ -133,11 +133,10 @@ def test_a_loss_that_is_kept_keeps_no_logits(options, implementation, device) ->
     leaf, target, _ = example((9, 27), torch.float32, device)
     logits = leaf.requires_grad_() * 1.0
     loss = fused.cross_entropy(logits, target, logit_scale=0.5, **options)
-    alive = weakref.ref(logits)
-    del logits
-    assert alive() is not None
+    assert loss.grad_fn.saved_tensors[0].data_ptr() == logits.data_ptr()
     loss.backward()
-    assert alive() is None
+    with pytest.raises(RuntimeError, match="already been freed"):
+        loss.grad_fn.saved_tensors  # noqa: B018
 
 
 @pytest.mark.parametrize("upstream", [1.0, 3.0])
@@ -187,6 +186,27 @@ def test_inplace_misuse_raises(implementation, device) -> None:
     fused.cross_entropy(logits, target, inplace=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squares.backward()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [lambda t: t, lambda t: t.view(27, 9).view(-1, 27), lambda t: t.split(9)[0]],
+    ids=["itself", "a view of a view", "its only part"],
+)
+def test_a_use_of_logits_after_they_were_overwritten(view, implementation, device) -> None:
+    """Of these, or of what they are a view of: of the gradient's numbers it would be."""
+    leaf, target, _ = example((9, 27), torch.float32, device)
+    leaf.requires_grad_()
+    logits = leaf * 1.0
+    before = logits.sum()  # a use before that needs no logits for its gradient
+    loss = fused.cross_entropy(view(logits), target, inplace=True)
+    for later in (F.cross_entropy(logits, target), logits.sum(), view(logits).exp().sum()):
+        with pytest.raises(RuntimeError, match="no use of logits after a call with inplace=True"):
+            (loss + later).backward(retain_graph=True)
+    leaf.grad = None
+    (before + loss).backward()
+    expected = torch.autograd.grad(F.cross_entropy(leaf, target), leaf)[0] + 1
+    torch.testing.assert_close(leaf.grad, expected)
 
 
 def test_inplace_without_gradient_changes_nothing(implementation, device) -> None:
