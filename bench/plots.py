@@ -1,4 +1,4 @@
-"""Plots of a run's JSON: bandwidth over size under the copy's roof, memory, steps a second."""
+"""Plots of a run's JSON: bandwidth over size under the copy's roof, memory, times of a case."""
 
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ _COLOURS = {
     "compile": "tab:green",
     "compile max": "tab:olive",
     "chunked": "tab:gray",
+    "torch chunked": "navy",
+    "three products": "gold",
     "liger": "tab:purple",
     "jax": "tab:orange",
 }
@@ -30,12 +32,14 @@ def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     written = []
     for operation in tables.operations(result):
         rows = [r for r in result["rows"] if r["operation"] == operation]
-        if any(r["least_bytes"] for r in rows):
-            phase = "fwd_bwd"
-            rows = [r for r in rows if r["phase"] == phase]
-            figures = {"speed": _speed(result, rows, operation), "memory": _memory(rows, operation)}
+        both = [r for r in rows if r["phase"] == "fwd_bwd"]
+        figures = {}
+        if any(r["least_bytes"] for r in both):
+            figures["speed"] = _speed(result, both, operation)
         else:
-            figures = {"speed": _rates(rows, operation)}
+            figures["speed"] = _durations(result, both or rows, operation)
+        if both:
+            figures["memory"] = _memory(both, operation)
         for name, figure in figures.items():
             path = folder / f"{stem}-{operation}-{name}.png"
             figure.savefig(path, dpi=110, metadata={"Software": None})
@@ -45,7 +49,7 @@ def draw(result: dict[str, Any], folder: Path, stem: str) -> list[Path]:
 
 
 def _speed(result: dict[str, Any], rows: list[dict[str, Any]], operation: str) -> Any:
-    metric = "device_cold" if result["machine"]["type"] == "cuda" else "wall"
+    metric = tables.main_metric(result, operation)
     figure, axes = _by_dtype(rows)
     for dtype, ax in axes.items():
         for name, group in _by_contender(rows, dtype).items():
@@ -92,12 +96,25 @@ def _memory(rows: list[dict[str, Any]], operation: str) -> Any:
     return figure
 
 
-def _rates(rows: list[dict[str, Any]], operation: str) -> Any:
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    names = [r["contender"] for r in rows]
-    times = [r["times"]["wall"]["median"] * 1e6 for r in rows]
-    ax.barh(names, times, color=[_COLOURS.get(name, "black") for name in names])
-    ax.set(xlabel="microseconds a step", title=operation, xscale="log")
+def _durations(result: dict[str, Any], rows: list[dict[str, Any]], operation: str) -> Any:
+    """Of what no bound by bytes holds for: bars for each case, on axes of its own."""
+    metric = tables.main_metric(result, operation)
+    cases = list(dict.fromkeys(r["case"] for r in rows))
+    of = {case: [r for r in rows if r["case"] == case] for case in cases}
+    heights = [1 + len(group) / 3 for group in of.values()]
+    figure, axes = plt.subplots(
+        len(cases), 1, figsize=(6, sum(heights)), height_ratios=heights, squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    what = "a step" if rows[0]["phase"] == "step" else "of forward + backward"
+    for ax, (case, group) in zip(axes[:, 0], of.items(), strict=True):
+        names = [r["contender"] for r in group]
+        times = [r["times"][metric]["median"] * 1e6 for r in group]
+        bars = ax.barh(names, times, color=[_COLOURS.get(name, "black") for name in names])
+        ax.bar_label(bars, [tables.duration(t / 1e6) for t in times], padding=3, fontsize=7)
+        ax.margins(x=0.15)  # room for the longest bar's label
+        ax.invert_yaxis()  # torch first, as in the tables
+        ax.set(xlabel=f"microseconds {what}", title=f"{operation} {case}")
     return figure
 
 

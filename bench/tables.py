@@ -32,9 +32,15 @@ def operations(result: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(row["operation"] for row in result["rows"]))
 
 
+def main_metric(result: dict[str, Any], operation: str) -> str:
+    """What an operation is judged by: device time with a cold cache, where it was measured."""
+    rows = (row for row in result["rows"] if row["operation"] == operation)
+    return "device_cold" if any("device_cold" in row["times"] for row in rows) else "wall"
+
+
 def speed(result: dict[str, Any], operation: str) -> str:
     """Time of torch, then of every contender as a ratio to it; then how near to the copy."""
-    metric = _metric(result)
+    metric = main_metric(result, operation)
     groups = _groups(result, operation)
     names = _contenders(result, operation)
     others = [name for name in names if name != "torch"]
@@ -80,9 +86,9 @@ def memory(result: dict[str, Any], operation: str) -> str:
 
 def headlines(result: dict[str, Any], cases: set[tuple[str, str]]) -> str:
     """Forward and backward of the cases, (operation, what was asked): time and memory."""
-    metric = _metric(result)
     rows = []
     for operation in operations(result):
+        metric = main_metric(result, operation)
         for (case, phase), group in _groups(result, operation).items():
             torch, fused, compiled = (group.get(n) for n in ("torch", "fused", "compile"))
             asked = torch is not None and (operation, torch["asked"]) in cases
@@ -143,8 +149,8 @@ def summary(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any], operation: str) -> str:
     """The one table that says most about an operation."""
-    bounded = any(r["least_bytes"] for r in result["rows"] if r["operation"] == operation)
-    return speed(result, operation) if bounded else rates(result, operation)
+    loop = any(phase == "step" for _, phase in _groups(result, operation))
+    return rates(result, operation) if loop else speed(result, operation)
 
 
 def heading(result: dict[str, Any]) -> str:
@@ -237,10 +243,6 @@ def duration(seconds: float) -> str:
         if seconds * factor >= 1 or unit == "us":
             break
     return f"{seconds * factor:.3g} {unit}"
-
-
-def _metric(result: dict[str, Any]) -> str:
-    return "device_cold" if result["machine"]["type"] == "cuda" else "wall"
 
 
 def _rate(seconds: float) -> str:
