@@ -20,7 +20,10 @@ _INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
 def main() -> None:
-    arguments = _parser().parse_args()
+    parser = _parser()
+    arguments = parser.parse_args()
+    if arguments.command is not _run and sys.argv[1].startswith("-"):
+        parser.error(f"expected options after the command, got {sys.argv[1]} before it")
     try:
         arguments.command(arguments)
     except KeyboardInterrupt:
@@ -82,7 +85,10 @@ def _count(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
     return seconds

@@ -28,7 +28,7 @@ import fused
 from bench import assembly, traffic
 from bench.assembly import Code
 from bench.cases import Case, Operation
-from bench.runner import operations, progress
+from bench.runner import none_named, operations, progress
 from fused.makemore.processes import without_interruption
 
 TARGETS = {
@@ -187,11 +187,12 @@ def report(
     processes: int = 1,
 ) -> list[dict[str, Any]]:
     """Compiles every launch of every kernel case, or of those whose name contains one of `only`."""
-    todo = [
-        (name, case) for name, op in ops.items() for case in op.kernel_cases() if case.named(only)
-    ]
+    cases = [(name, case) for name, op in ops.items() for case in op.kernel_cases()]
+    if not cases:
+        raise ValueError(f"{' and '.join(ops)} launches no kernels of its own")
+    todo = [(name, case) for name, case in cases if case.named(only)]
     if not todo:
-        raise ValueError(f"no kernel case has {' or '.join(map(repr, only or []))} in its name")
+        raise none_named("kernel case", only)
     bounded = list(dict.fromkeys(name for name, case in todo if ops[name].least_bytes(case)))
     if importlib.util.find_spec("numpy") is None:  # Triton's interpreter needs it
         print("reads and writes are not counted: NumPy is not installed", file=sys.stderr)

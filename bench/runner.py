@@ -62,6 +62,10 @@ def operations(names: list[str] | None = None) -> dict[str, Operation]:
     return {name: module for name, module in found.items() if not names or name in names}
 
 
+def none_named(cases: str, only: list[str] | None) -> ValueError:
+    return ValueError(f"no {cases} has {' or '.join(map(repr, only or []))} in its name")
+
+
 def run(
     suite: str,
     ops: list[str] | None,
@@ -94,9 +98,7 @@ def run(
     ]
     todo = in_turn(found)
     if not todo:
-        raise ValueError(
-            f"no case of the suite has {' or '.join(map(repr, only or []))} in its name"
-        )
+        raise none_named("case of the suite", only)
     if device.type == "cuda":
         _build_kernels(todo, result)
     _measure(todo, device, suite, began + budget, result)

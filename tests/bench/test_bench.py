@@ -345,6 +345,10 @@ def test_compare_says_what_changed(tmp_path) -> None:
         (["compare", "no.json", "no.json"], "bench: [Errno 2]"),
         (["kernels", "--target", "sm_1"], "bench: expected --target of sm_80"),
         (["kernels", "--case", "nope"], "bench: no kernel case has 'nope' in its name"),
+        (
+            ["kernels", "--op", "linear_cross_entropy"],
+            "bench: linear_cross_entropy launches no kernels of its own",
+        ),
         (["--out", "tests"], "bench: --out tests: expected a file"),
         (["kernels", "--out", "tests"], "bench: --out tests: expected a file"),
     ],
@@ -357,13 +361,33 @@ def test_bad_input_is_one_line(arguments, message) -> None:
 
 @pytest.mark.parametrize(
     "option, value",
-    [("device", "gpu"), ("device", "meta"), ("threads", "-1"), ("threads", "0"), ("budget", "nan")],
+    [
+        ("device", "gpu"),
+        ("device", "meta"),
+        ("threads", "-1"),
+        ("threads", "0"),
+        ("budget", "nan"),
+        ("budget", "abc"),
+    ],
 )
 def test_options_out_of_range_are_refused(option, value, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["bench", f"--{option}", value])
     with pytest.raises(SystemExit, match="2"):
         bench_main.main()
     assert f"argument --{option}: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--op", "--case", "--out", "--budget"])
+@pytest.mark.parametrize("command", [["kernels"], ["compare", "a", "b"], ["report"]])
+def test_options_before_a_command_are_refused(option, command, monkeypatch, capsys) -> None:
+    """They are not the command's: it would go on without them."""
+    monkeypatch.setattr("sys.argv", ["bench", option, "1", *command])
+    with pytest.raises(SystemExit, match="2"):
+        bench_main.main()
+    assert (
+        f"error: expected options after the command, got {option} before it"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize(
