@@ -6,7 +6,6 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler ta
 
 import argparse
 import json
-import math
 import shlex
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import machine, report, runner, tables
+from bench import machine, options, report, runner, tables
 
 _INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
@@ -40,11 +39,17 @@ def _parser() -> argparse.ArgumentParser:
     only = "only cases whose name contains it; repeatable"
     parser.add_argument("--op", action="append", metavar="NAME", help=one_of)
     parser.add_argument("--case", action="append", metavar="TEXT", help=only)
-    parser.add_argument("--device", type=_device, help="default: cuda where there is one, else cpu")
     parser.add_argument(
-        "--threads", type=_count, help="of torch and JAX on the CPU (default: their own choice)"
+        "--device", type=options.device, help="default: cuda where there is one, else cpu"
     )
-    parser.add_argument("--budget", type=_seconds, metavar="SECONDS", help="default: by the suite")
+    parser.add_argument(
+        "--threads",
+        type=options.count,
+        help="of torch and JAX on the CPU (default: their own choice)",
+    )
+    parser.add_argument(
+        "--budget", type=options.seconds, metavar="SECONDS", help="default: by the suite"
+    )
     parser.add_argument(
         "--out", type=Path, help="the JSON (default: bench/results/DEVICE-DATE.json)"
     )
@@ -55,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     kernels.add_argument("--case", action="append", metavar="TEXT", help=only)
     kernels.add_argument("--target", action="append", metavar="NAME", help="default: all four")
     kernels.add_argument(
-        "--processes", type=_count, default=os.cpu_count(), help="default: as many as cores"
+        "--processes", type=options.count, default=os.cpu_count(), help="default: as many as cores"
     )
     kernels.add_argument("--out", type=Path)
     kernels.set_defaults(command=_kernels)
@@ -66,32 +71,6 @@ def _parser() -> argparse.ArgumentParser:
     page = commands.add_parser("report", help="docs/benchmarks.md from bench/results/*.json")
     page.set_defaults(command=lambda _: print(f"wrote {_shown(report.write())}"))
     return parser
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:N, got {text!r}")
-    return device
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return seconds
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,6 @@ import argparse
 import json
 import re
 import time
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused
-from bench import machine
+from bench import machine, options
 from bench.cases import Phase
 from bench.measure import peak_bytes
 
@@ -108,8 +107,10 @@ def train(loss: Any, steps: int, device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpt", description=__doc__)
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--out", type=Path, help="a JSON of everything")
+    parser.add_argument("--steps", type=options.count, metavar="N", default=200)
+    parser.add_argument(
+        "--out", type=options.file, metavar="FILE.json", help="a JSON of everything"
+    )
     arguments = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     runs = {"unfused": unfused_loss, "fused": fused_loss}

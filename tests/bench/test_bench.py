@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bench import __main__ as bench_main
-from bench import assembly, measure, report, runner, tables
+from bench import assembly, gpt, measure, report, runner, tables
 from bench.cases import Case, Contender, Phase, compiled, differentiable, forget_compiled
 from bench.measure import Times, interleave, on_device, peak_bytes, wall
 from tests.test_package import ROOT
@@ -375,6 +375,29 @@ def test_options_out_of_range_are_refused(option, value, monkeypatch, capsys) ->
     with pytest.raises(SystemExit, match="2"):
         bench_main.main()
     assert f"argument --{option}: expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option, value, expected",
+    [
+        ("--steps", "0", "a positive whole number"),
+        ("--steps", "many", "a positive whole number"),
+        ("--out", "missing/gpt.json", "a file in a folder that exists"),
+        ("--out", "folder", "a file in a folder that exists"),
+    ],
+)
+def test_the_gpt_refuses_what_it_could_not_do(
+    option, value, expected, tmp_path, monkeypatch, capsys
+) -> None:
+    """Before it trains."""
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpt, "train", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("sys.argv", ["gpt", option, value])
+    with pytest.raises(SystemExit, match="2"):
+        gpt.main()
+    message = f"error: argument {option}: expected {expected}, got {value!r}\n"
+    assert capsys.readouterr().err.endswith(message)
 
 
 @pytest.mark.parametrize("option", ["--op", "--case", "--out", "--budget"])
