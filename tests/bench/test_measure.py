@@ -195,6 +195,14 @@ def test_a_forward_of_liger_forms_no_gradient(monkeypatch) -> None:
     assert asked == [False, True]
 
 
+@pytest.mark.parametrize("name", runner.operations())
+def test_collecting_makes_no_inputs(name) -> None:
+    """Of terabytes, which would fail: the cases of the full suite have some GB of weights."""
+    (op,) = runner.operations([name]).values()
+    for case in op.cases("full"):
+        assert {"torch", "compile"} <= conftest.names_of(op, case.with_rows(1 << 34))
+
+
 def test_a_pytest_benchmark_leaves_the_first_call_out() -> None:
     """Which builds, as in the runner."""
     calls: list[object] = []
