@@ -128,7 +128,7 @@ def _kernels(arguments: argparse.Namespace) -> None:
     ops = runner.operations(arguments.op)
     rows = kernels.report(ops, targets, arguments.case, arguments.processes)
     print(tables.kernel_traffic(rows), tables.KERNELS, tables.kernels(rows), sep="\n\n")
-    result = {"triton": triton.__version__, "kernels": rows}
+    result = {"triton": triton.__version__, **machine.own_versions(), "kernels": rows}
     path = arguments.out
     if path is None and not (arguments.op or arguments.case or arguments.target):
         path = report.RESULTS / f"kernels-triton-{triton.__version__}.json"

@@ -4,12 +4,17 @@ import importlib
 import os
 import platform
 import re
+import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+import fused
+
+_ROOT = Path(__file__).parents[1]
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -22,7 +27,7 @@ def describe(device: torch.device) -> dict[str, Any]:
             versions[package] = getattr(module, "__version__", None) or version(package)
         except (ImportError, PackageNotFoundError):
             continue
-    found: dict[str, Any] = {"type": device.type, "versions": versions}
+    found: dict[str, Any] = {"type": device.type, "versions": versions | own_versions()}
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
         found |= {
@@ -42,6 +47,19 @@ def describe(device: torch.device) -> dict[str, Any]:
             "large_pages": os.environ.get("THP_MEM_ALLOC_ENABLE", "0") == "1",
         }
     return found
+
+
+def own_versions() -> dict[str, str]:
+    """This package's, and the commit where it is a checkout: `-dirty` if tracked files differ."""
+    # Named so, git does not answer for a repository around this folder.
+    where = [f"--git-dir={_ROOT / '.git'}", f"--work-tree={_ROOT}", "--no-optional-locks"]
+    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty"]
+    try:
+        done = subprocess.run(["git", *where, *describe], capture_output=True, text=True)
+    except OSError:  # no git
+        return {"fused": fused.__version__}
+    commit = {"commit": done.stdout.strip()} if done.returncode == 0 else {}
+    return {"fused": fused.__version__} | commit
 
 
 def memory_bytes(device: torch.device) -> int:

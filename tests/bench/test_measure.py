@@ -1,5 +1,7 @@
 """What a time, a bandwidth and a peak are of, on clocks and devices that a test sets."""
 
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -12,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fused
 from bench import (
     bench_cross_entropy,
     bench_makemore,
@@ -88,6 +91,35 @@ def test_a_copy_reads_and_writes(clock, monkeypatch) -> None:
     monkeypatch.setattr(machine, "time", clock)
     monkeypatch.setattr(Tensor, "copy_", copy)
     assert machine.copy_bandwidth(CPU) == 2 * 2**28 / 0.5
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_result_names_the_version_and_the_commit(tmp_path, monkeypatch) -> None:
+    """The commit where git answers, and for this folder: not for one around it."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a", *arguments]
+        return subprocess.check_output(command, cwd=tmp_path, text=True)
+
+    def found() -> dict[str, str]:
+        versions = machine.describe(CPU)["versions"]
+        return {name: versions[name] for name in ("fused", "commit") if name in versions}
+
+    plain = {"fused": fused.__version__}
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "a").write_text("1")
+    git("init")
+    git("add", "a")
+    git("commit", "-m", "a")
+    monkeypatch.setattr(machine, "_ROOT", tmp_path / "inner")
+    assert found() == plain
+    monkeypatch.setattr(machine, "_ROOT", tmp_path)
+    commit = git("rev-parse", "HEAD")[:12]
+    assert found() == plain | {"commit": commit}
+    (tmp_path / "a").write_text("2")
+    assert found() == plain | {"commit": f"{commit}-dirty"}
+    monkeypatch.setenv("PATH", "")
+    assert found() == plain
 
 
 def test_memory_that_pytorch_holds_may_be_taken(monkeypatch) -> None:
