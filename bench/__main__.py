@@ -48,7 +48,11 @@ def _parser() -> argparse.ArgumentParser:
         help="of torch and JAX on the CPU (default: their own choice)",
     )
     parser.add_argument(
-        "--budget", type=options.seconds, metavar="SECONDS", help="default: by the suite"
+        "--budget",
+        type=options.seconds,
+        metavar="SECONDS",
+        help="of the run; it does not end compiling, nor the 5 rounds of a case that has begun "
+        f"(default: {', '.join(f'{s:.0f} for {suite}' for suite, s in runner.BUDGETS.items())})",
     )
     parser.add_argument(
         "--out", type=Path, help="the JSON (default: bench/results/DEVICE-DATE.json)"

@@ -40,23 +40,28 @@ Sampler = Callable[[], float]
 
 
 def interleave(samplers: dict[str, Sampler], seconds: float) -> dict[str, list[float]]:
-    """Samples of everything, a round at a time and each round in another order, for `seconds`.
+    """Samples of everything, a round at a time and each round in another order, as many rounds as
+    end within `seconds`.
 
     At least 5 rounds, so that a median means something, and at most 100.
     """
     names = list(samplers)
     found: dict[str, list[float]] = {name: [] for name in names}
     began = time.perf_counter()
+    longest = 0.0
     for done in range(_MOST_ROUNDS):
-        if done >= _LEAST_ROUNDS and time.perf_counter() - began > seconds:
+        before = time.perf_counter()
+        if done >= _LEAST_ROUNDS and before + longest - began > seconds:
             break
         for i in _order(len(names), done):
             found[names[i]].append(samplers[names[i]]())
+        longest = max(longest, time.perf_counter() - before)
     return found
 
 
 def _order(n: int, done: int) -> list[int]:
-    """The order of n contenders after some rounds: each comes after each other equally often.
+    """The order of n contenders after some rounds: in 2n rounds each comes after each other twice,
+    and after fewer or more, how often any two such pairs have come differs by 2 at most.
 
     Every sample finds in the caches what the one before it left there. Rows of a Latin square as
     Williams (1949) builds them: 0, 1, -1, 2, -2, ... modulo n, shifted; every other square is

@@ -24,10 +24,13 @@ _PREFACE = """# Benchmarks
 Written by `python -m bench report` from the JSON files in [bench/results](../bench/results); each
 section names the command that made its file.
 
-- Contenders ran interleaved in one process, each after each other equally often, on the same
-  inputs, after their outputs were compared with those of PyTorch and of the unfused form (sum of
-  the differences over the sum); what agreed with neither is listed, not timed, and so is where the
-  two differ.
+- Contenders ran interleaved in one process on the same inputs, after their outputs were compared
+  with those of PyTorch and of the unfused form (sum of the differences over the sum); what agreed
+  with neither is listed, not timed, and so is where the two differ.
+- Each round of n contenders had another order: over 2n rounds each comes right after each other
+  twice. Time ends the rounds wherever they are, after 5 to 100, so that how often two pairs came
+  differs by two at most; with fewer than n rounds, some never came.
+- A budget of seconds does not end compiling, nor the 5 rounds of a case that has begun.
 - `fwd` runs without a graph, `bwd` is the backward alone, `fwd_bwd` both. `torch` is PyTorch's
   eager operation; every other contender is given as the ratio of its time to torch's, below 1 being
   faster: the median over the rounds. On a GPU that is device time with a cold L2 cache; `jax`, on
@@ -35,7 +38,8 @@ section names the command that made its file.
   device within one.
 - `fused correction=1` is batch norm with Bessel's correction, given the weight and eps that make
   its output the others'.
-- `chunked` is the notebook's unfused form. `compile` is `torch.compile` of torch's operation, with
+- `chunked` is the notebook's unfused form, `torch chunked` PyTorch's own `linear_cross_entropy`, and
+  `three products` its matrix products alone. `compile` is `torch.compile` of torch's operation, with
   `max` for its max-autotune mode; `graph` a replay from a CUDA graph.
 - GB/s is of the `fused` column: the least number of bytes that has to be moved over the time, so
   that re-reads show as lost bandwidth; `of copy` is its share of a large copy's rate in that run.

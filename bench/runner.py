@@ -33,6 +33,7 @@ from bench.measure import Sampler, Times, interleave, on_device, peak_bytes, wal
 BUDGETS = {"quick": 170.0, "full": 530.0}  # seconds
 # Contenders that take seconds to build: with "quick" at headline shapes only, the second always.
 SLOW_TO_BUILD = ("compile", "compile max")
+_ALWAYS = ("torch", "fused")  # all are measured against the one, and the other has to run
 # Whose outputs the others are compared with; each other first of all.
 _REFERENCES = ("torch", "chunked")
 # Sum of the differences from a reference's output over the sum of its own, absolute. In half
@@ -76,9 +77,10 @@ def run(
     """Measures every case of the suite, or those whose name contains one of `only`.
 
     The cases share what is left of `budget` seconds: first each operation's headlines, so that what
-    the budget cuts is the least. A case that fails is listed under "failures", and the others run.
-    Ctrl-C ends it: what is not measured then is listed under "skipped". Before there is a
-    measurement, it raises KeyboardInterrupt.
+    the budget cuts is the least. It is exceeded where the last of them takes longer to compile, or
+    for the 5 rounds that every phase has. A case that fails is listed under "failures", and the
+    others run. Ctrl-C ends it: what is not measured then is listed under "skipped". Before there is
+    a measurement, it raises KeyboardInterrupt.
     """
     began = time.perf_counter()
     result: dict[str, Any] = {
@@ -197,8 +199,9 @@ class _Measurement:
             return
         phases = list(contenders["torch"].phases)
         for i, phase in enumerate(phases):
-            left = (self.deadline - time.perf_counter()) / (len(phases) - i)
-            self._time(phase, {n: c for n, c in contenders.items() if phase in c.phases}, left)
+            now = time.perf_counter()
+            end = now + (self.deadline - now) / (len(phases) - i)
+            self._time(phase, {n: c for n, c in contenders.items() if phase in c.phases}, end)
 
     def _built(self) -> dict[str, Contender]:
         """The contenders that can run and whose outputs agree with torch's."""
@@ -223,7 +226,7 @@ class _Measurement:
             except torch.OutOfMemoryError:
                 self.result["skipped"].append(_skip(self.case, name, "out of memory"))
             except Exception as error:
-                if name in ("torch", "fused"):
+                if name in _ALWAYS:
                     _fail(self.result, self.case, name, error)
                 else:
                     self.result["skipped"].append(_skip(self.case, name, _reason(error)))
@@ -232,14 +235,17 @@ class _Measurement:
         return found
 
     def _check_build(self, name: str) -> None:
+        left = self.deadline - time.perf_counter()
         if name not in SLOW_TO_BUILD:
+            if left < 0 and name not in _ALWAYS:
+                raise Unavailable("not enough of the budget left")
             return
         if not self.case.headline and (self.suite == "quick" or name == "compile max"):
             raise Unavailable("only at some shapes: it takes long to compile")
         if self.suite == "quick" and name == "compile max":
             raise Unavailable("only in the full suite")
         took = self.build_seconds.get((self.op.OPERATION, name), 0.0)
-        if took > self.deadline - time.perf_counter():
+        if took > left:
             raise Unavailable("not enough of the budget left to compile")
 
     def _check_outputs(
@@ -257,7 +263,7 @@ class _Measurement:
                 raise Unavailable(f"wrong: {key} is off by {far}")
             self.result["notes"].append(f"{self.op.OPERATION} {self.case}: {name}'s {key} is {far}")
 
-    def _time(self, phase: str, contenders: dict[str, Contender], seconds: float) -> None:
+    def _time(self, phase: str, contenders: dict[str, Contender], end: float) -> None:
         metrics: dict[str, Callable[[Phase, int], Sampler]] = {
             "wall": lambda p, most: wall(p, self.device, most)
         }
@@ -296,12 +302,14 @@ class _Measurement:
             for name in contenders
         }
         room = machine.memory_bytes(self.device) // 4
-        for metric, sampler in metrics.items():
+        for done, (metric, sampler) in enumerate(metrics.items()):
             samplers = {
                 n: sampler(c.phases[phase], max(1, room // max(1, peaks[n])))
                 for n, c in contenders.items()
             }
-            samples = interleave(samplers, seconds / len(metrics))
+            # What is left now: memory was weighed, and the samplers have called once or twice.
+            left = end - time.perf_counter()
+            samples = interleave(samplers, left / (len(metrics) - done))
             for name, values in samples.items():
                 ratios = [a / b for a, b in zip(values, samples["torch"], strict=True)]
                 rows[name]["times"][metric] = asdict(Times.of(values))

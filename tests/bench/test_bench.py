@@ -57,6 +57,15 @@ def test_rounds_are_interleaved_in_orders_that_differ() -> None:
     assert "".join(order) == "abc" + "bca" + "cab" + "cba" + "acb"
 
 
+@pytest.mark.parametrize("n", [2, 3, 7, 8, 11])
+def test_how_often_contenders_follow_each_other_differs_by_two(n) -> None:
+    """After any number of rounds, as what the time ends."""
+    pairs = Counter({(a, b): 0 for a in range(n) for b in range(n) if a != b})
+    for done in range(100):
+        pairs.update(itertools.pairwise(measure._order(n, done)))
+        assert max(pairs.values()) - min(pairs.values()) <= 2
+
+
 @pytest.mark.parametrize("n", [2, 5, 6])
 def test_each_contender_follows_each_other_equally_often(n) -> None:
     rounds = [measure._order(n, done) for done in range(2 * n)]

@@ -1,13 +1,14 @@
 """What the runner takes for wrong, what it lists as skipped, and what a row says."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import runner
+from bench import measure, runner
 from bench.cases import Case, Contender, Phase
 from tests.bench.test_bench import CPU, Square
 
@@ -128,6 +129,41 @@ def test_what_does_not_run_is_listed(error, quick, capsys) -> None:
         said = "RuntimeError: no warps"
         assert reasons == {"built": said, "weighed": f"{said} in fwd_bwd", "all": said}
         assert [f["reason"] for f in result["failures"]] == [said]
+
+
+@pytest.mark.parametrize("budget, seconds", [(101.0, 100.0), (1.0, 18.0)])
+def test_a_run_ends_with_its_budget(budget, seconds, monkeypatch) -> None:
+    """Where every call takes a second: torch and fused are checked (2 s), weighed (2 s), called to
+    know how many calls to time (4 s), and have rounds of 2 s, 5 at least. The others are checked
+    (8 s) in the budget or not at all."""
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+
+    def run(_: object = None) -> dict[str, Tensor]:
+        clock.now += 1.0
+        return {}
+
+    class Slow(Square):
+        def contenders(self, case: Case, device: torch.device):
+            def of(outputs: Callable[[], dict[str, Tensor]]) -> Callable[[], Contender]:
+                return lambda: Contender(outputs, {"fwd_bwd": Phase(run)})
+
+            def fail() -> dict[str, Tensor]:
+                clock.now += 1.0
+                raise RuntimeError("no warps")
+
+            return {"torch": of(run), "fused": of(run), **{n: of(fail) for n in "abcdefgh"}}
+
+    monkeypatch.setattr(runner.machine, "copy_bandwidth", lambda device: 1.0)
+    monkeypatch.setattr(runner, "operations", lambda names=None: {"square": Slow()})
+    monkeypatch.setattr(runner, "peak_bytes", lambda phase, device: len(run()))
+    for module in (runner, measure):
+        monkeypatch.setattr(module, "time", clock)
+    result = runner.run("quick", None, None, CPU, budget)
+    assert result["seconds"] == seconds
+    left = "not enough of the budget left"
+    reasons = {s["reason"] for s in result["skipped"]}
+    assert reasons == {left if budget == 1.0 else "RuntimeError: no warps"}
 
 
 def test_what_the_budget_or_torch_leaves_out_is_listed(monkeypatch, capsys) -> None:
