@@ -29,7 +29,9 @@ section names the command that made its file.
   with neither is listed, not timed, and so is where the two differ.
 - Each round of n contenders had another order: over 2n rounds each comes right after each other
   twice. Time ends the rounds wherever they are, after 5 to 100, so that how often two pairs came
-  differs by two at most; with fewer than n rounds, some never came.
+  differs by two at most; with fewer than 2n rounds, some may not have come.
+- Upstream gradients are random tensors. Where the loss is one number it is 1, as `loss.backward()`
+  gives it, and in the cases `scaled` another, as a loss scale gives it.
 - A budget of seconds does not end compiling, nor the 5 rounds of a case that has begun.
 - `fwd` runs without a graph, `bwd` is the backward alone, `fwd_bwd` both. `torch` is PyTorch's
   eager operation; every other contender is given as the ratio of its time to torch's, below 1 being
@@ -38,9 +40,9 @@ section names the command that made its file.
   device within one.
 - `fused correction=1` is batch norm with Bessel's correction, given the weight and eps that make
   its output the others'.
-- `chunked` is the notebook's unfused form, `torch chunked` PyTorch's own `linear_cross_entropy`, and
-  `three products` its matrix products alone. `compile` is `torch.compile` of torch's operation, with
-  `max` for its max-autotune mode; `graph` a replay from a CUDA graph.
+- `chunked` is the notebook's unfused form, `torch chunked` PyTorch's own `linear_cross_entropy`,
+  and `three products` its matrix products alone. `compile` is `torch.compile` of torch's operation,
+  with `max` for its max-autotune mode; `graph` a replay from a CUDA graph.
 - GB/s is of the `fused` column: the least number of bytes that has to be moved over the time, so
   that re-reads show as lost bandwidth; `of copy` is its share of a large copy's rate in that run.
 - `bwd` of `fused` cross-entropy only hands over what its forward formed: compare `fwd_bwd`.

@@ -24,7 +24,7 @@ from bench import (
     measure,
     runner,
 )
-from bench.cases import Case, Phase
+from bench.cases import Case, Phase, generator
 from bench.measure import interleave, peak_bytes, wall
 
 CPU = torch.device("cpu")
@@ -133,7 +133,7 @@ def test_memory_that_pytorch_holds_may_be_taken(monkeypatch) -> None:
 
 
 def test_phases_and_upstream_gradients() -> None:
-    """`fwd` leaves no graph; of the case `scaled` the upstream gradient is not 1."""
+    """`fwd` leaves no graph; of the case `scaled` the upstream gradient is random, and not 1."""
     (op,) = runner.operations(["cross_entropy"]).values()
     found = []
     for variant in ("", "scaled"):
@@ -143,7 +143,11 @@ def test_phases_and_upstream_gradients() -> None:
         (dinput,) = contender.phases["fwd_bwd"].run(None)
         torch.testing.assert_close(dinput, contender.outputs()["dinput"])
         found.append(dinput)
-    assert not torch.allclose(*found)
+    drawn = generator(CPU)
+    torch.randn(4, 27, generator=drawn), torch.randint(0, 27, (4,), generator=drawn)
+    upstream = 0.25 + torch.rand((), generator=drawn) / 2
+    assert upstream < 0.75
+    torch.testing.assert_close(found[1], upstream * found[0])
 
 
 def test_a_step_of_many_models_is_timed_without_their_start(monkeypatch) -> None:
