@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import operator
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from fused.transforms import (
     is_recorded,
     is_symbolic,
     is_transformed,
+    outlives_the_call,
     refuse_script,
 )
 
@@ -44,14 +46,13 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         target: Tensor,
         weight: Tensor | None,
         numbers: tuple[Any, ...],
+        wants: tuple[bool, bool, bool],
         want_extras: bool,
     ) -> tuple[Tensor, ...]:
         problem = Problem(x, w, b, target, weight, *numbers)
         kernels = backend.implementation("cross_entropy", x)
         with _without_autocast(x):
-            done = chunked.linear_cross_entropy_fwd(
-                kernels, problem, ctx.needs_input_grad[:3], want_extras
-            )
+            done = chunked.linear_cross_entropy_fwd(kernels, problem, wants, want_extras)
         ctx.kernels, ctx.numbers, ctx.done = kernels, numbers, done
         ctx.save_for_backward(x, w, b, target, weight)
         if done.extras is None:
@@ -78,7 +79,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             factor = dloss.to(problem.computed_in)
             factor = factor if done.scale is None else factor * done.scale
             gradients = done.gradients.scaled(kernels, factor, problem)
-        return (*gradients, None, None, None, None)
+        return (*gradients, None, None, None, None, None)
 
 
 def linear_cross_entropy(
@@ -106,10 +107,11 @@ def linear_cross_entropy(
     The rows are worked on in chunks whose logits take one buffer, in turn as z and as dz. For
     "mean" and "sum" the gradients are formed in the forward: three matrix products, as without
     fusion. For "none" the backward computes the logits a second time. Over several chunks dW is
-    summed in float32 (for half precision in a buffer of its own, unless one chunk of all rows
-    takes no more memory). Only what requires a gradient is computed. Rows with `ignore_index` are
-    left out of the products on the CPU; on a GPU their number is not known without stalling it, so
-    they are kept and their gradients are 0.
+    summed in float32; so are dW and dx of float16 for "mean" and "sum", which could overflow before
+    they are divided by the number of rows. Only what requires a gradient is computed: under
+    `torch.no_grad()` the logits alone. Rows with `ignore_index` are left out of the products on the
+    CPU; on a GPU their number is not known without stalling it, so they are kept and their
+    gradients are 0.
 
     Derivatives of higher order, functional ones (`torch.func`), and calls whose target
     probabilities or class weights require a gradient hold the logits as torch does. A second
@@ -126,16 +128,20 @@ def linear_cross_entropy(
         ignore_index: rows with this class index have loss 0 and gradient 0 and do not count in the
             mean; None for -100. Not for probabilities.
         label_smoothing, z_loss, softcap, logit_scale: as in `fused.cross_entropy`.
-        memory_budget_bytes: what a chunk of logits may take: None for 512 MB on a GPU, 32 MB on a
-            CPU. At least one row is worked on.
+        memory_budget_bytes: what the logits of a chunk may take, an int: None for 512 MiB on a
+            GPU, 32 MiB on a CPU. The chunks are as few as it allows, and of one size, at least one
+            row. A pass that forms dW of half precision takes up to 4 bytes more for each number of
+            W: its sum in float32, or logits beyond the budget where all rows fit into both
+            together, as one chunk needs no such sum. Besides there are the gradients, dx of float16
+            in float32 as well; on a CPU float16 is copied to float32 for their products.
 
     Returns:
         The loss: a 0-d tensor, or for "none" the shape of class indices; its dtype is that of
         `fused.cross_entropy`. Under autocast the products are in autocast's dtype.
 
     Raises:
-        What `F.linear_cross_entropy` and `fused.cross_entropy` raise; ValueError for a memory
-        budget that is not positive.
+        What `F.linear_cross_entropy` and `fused.cross_entropy` raise; TypeError for a memory budget
+        that is no int, ValueError for one that is not positive.
     """
     arguments = (input, linear_weight, target, linear_bias, weight, reduction, ignore_index)
     numbers = (label_smoothing, z_loss, softcap, logit_scale)
@@ -263,7 +269,8 @@ def _run(
     want_extras: bool,
 ) -> tuple[Tensor, ...]:
     """Checks, chooses, computes: (loss,), or the fields of CrossEntropyOutput."""
-    _check(input, linear_weight, linear_bias, memory_budget_bytes)
+    _check(input, linear_weight, linear_bias)
+    budget = _budget(memory_budget_bytes, input.device)
     if under_autocast(input):
         input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
     rows_shape = (*input.shape[:-1], *linear_weight.shape[:-1])
@@ -289,31 +296,41 @@ def _run(
     if no_batch:
         input = input.unsqueeze(0)
         target = target.reshape(logits.unsqueeze(0).shape if soft else 1)
-    budget = memory_budget_bytes or _BUDGETS.get(input.device.type, _BUDGETS["cpu"])
-    numbers: tuple[Any, ...] = (*options, loss_dtype, _chunk(input, linear_weight, budget))
+    numbers: tuple[Any, ...] = (*options, loss_dtype, budget)
     tensors = (input, linear_weight, linear_bias, target, weight)
+    recorded = is_recorded()
+    # ctx.needs_input_grad would not know of no_grad.
+    enabled = torch.is_grad_enabled() or (recorded and outlives_the_call())
+    wants = tuple(t is not None and t.requires_grad and enabled for t in tensors[:3])
     if is_transformed(input) or _wants_more(target, weight):
         outputs = _composed(Problem(*tensors, *numbers), want_extras)
-    elif is_recorded():
-        outputs = operators.call(*tensors, *numbers, want_extras)
+    elif recorded:
+        outputs = operators.call(*tensors, *numbers, *wants, want_extras)
     else:
-        outputs = LinearCrossEntropyFunction.apply(*tensors, numbers, want_extras)
+        outputs = LinearCrossEntropyFunction.apply(*tensors, numbers, wants, want_extras)
     if no_batch:
         outputs = tuple(t.squeeze(0) if t.dim() else t for t in outputs)
     return outputs
 
 
-def _chunk(input: Tensor, linear_weight: Tensor, budget: int) -> int:
-    columns = linear_weight.shape[:-1].numel()
-    wide_dw = linear_weight.requires_grad and linear_weight.dtype.itemsize == 2
-    saved = 4 * linear_weight.numel() if wide_dw else 0
-    row_bytes = max(1, columns) * input.dtype.itemsize
-    return chunked.chunk_rows(input.shape[0], row_bytes, budget, saved)
+def _budget(asked: int | None, device: torch.device) -> int:
+    if asked is None:
+        return _BUDGETS.get(device.type, _BUDGETS["cpu"])
+    try:
+        budget = operator.index(asked)
+    except TypeError:
+        raise TypeError(
+            "linear_cross_entropy: expected memory_budget_bytes to be an int, a number of bytes, "
+            f"or None, got {asked!r}"
+        ) from None
+    if budget <= 0:
+        raise ValueError(
+            f"linear_cross_entropy: expected memory_budget_bytes above 0, or None, got {asked}"
+        )
+    return budget
 
 
-def _check(
-    input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, budget: int | None
-) -> None:
+def _check(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     """Refuses what torch refuses before there are logits; `cross_entropy` checks the rest."""
     if input.dim() not in (1, 2):
         raise RuntimeError(
@@ -353,10 +370,6 @@ def _check(
                 f"linear_cross_entropy: expected {name} of dtype {input.dtype}, as input, "
                 f"got {tensor.dtype}"
             )
-    if budget is not None and budget <= 0:
-        raise ValueError(
-            f"linear_cross_entropy: expected memory_budget_bytes above 0, or None, got {budget}"
-        )
 
 
 def _autocast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
-from fused.eager.linear_cross_entropy import chunk_rows
+from fused.eager.linear_cross_entropy import Problem, chunk_rows
 from tests import test_cross_entropy_pitfalls as pitfalls
 from tests.exactness import assert_as_exact_as, ulps_for
 from tests.graphs import check_replay
@@ -310,6 +310,23 @@ def test_only_what_requires_a_gradient_is_computed(wants, implementation, device
         assert again.count == products.count
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_computes_the_logits_alone(mode, reduction, implementation, device) -> None:
+    """Of parameters and an input that require gradients: one product a chunk."""
+    x, w, b, target = example(8, (27,), torch.float32, device, ignored=0)
+    for tensor in (x, w, b):
+        tensor.requires_grad_()
+    expected = fused.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+    for budget, chunks in ((None, 1), (4 * 27 * 4, 2)):
+        with mode(), Products() as products:
+            loss = fused.linear_cross_entropy(
+                x, w, target, linear_bias=b, reduction=reduction, memory_budget_bytes=budget
+            )
+        assert products.count == chunks and not loss.requires_grad
+        torch.testing.assert_close(loss, expected.detach())
+
+
 @pytest.mark.parametrize("wants", [(True, False), (False, True)], ids=str)
 def test_gradients_of_probabilities_and_class_weights(wants, implementation, device) -> None:
     x, w, b, target = example(8, (27,), torch.float32, device, "probabilities")
@@ -340,6 +357,48 @@ def test_float16_gradients_do_not_flush_to_zero(implementation, device) -> None:
     exact = 2.0**-10 / c
     assert w.grad[1:].min().item() == pytest.approx(exact, rel=1e-2)
     assert b.grad[1:].min().item() == pytest.approx(exact, rel=1e-2)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float16_gradients_do_not_overflow_before_the_mean(
+    reduction, implementation, device
+) -> None:
+    """Sums over 16 rows that float16 cannot hold, where a sixteenth of them it can."""
+    n, dtype = 16, torch.float16
+    target = torch.zeros(n, dtype=torch.int64, device=device)
+    exact: dict[str, Any] = {
+        "dw": (30000.0, 0.0, 1.0, 30000 * -0.5),  # x * (p - 1)
+        "dx": (0.0, 40000.0, 4.0, 4 * (40000 * -0.5 + -40000 * 0.5) / n),
+        "db": (0.0, 0.0, 1e4, 1e4 * -0.5),
+    }
+    for name, (of_x, of_w, logit_scale, gradient) in exact.items():
+        x = torch.full((n, 1), of_x, dtype=dtype, device=device, requires_grad=True)
+        w = torch.tensor([[of_w], [-of_w]], dtype=dtype, device=device, requires_grad=True)
+        b = torch.zeros(2, dtype=dtype, device=device, requires_grad=True)
+        for budget in (None, three_rows(w)):
+            loss = fused.linear_cross_entropy(
+                x,
+                w,
+                target,
+                linear_bias=b,
+                reduction=reduction,
+                logit_scale=logit_scale,
+                memory_budget_bytes=budget,
+            )
+            upstream = torch.full_like(loss, 1.0 if reduction == "mean" else 1 / n)
+            gradients = torch.autograd.grad(loss, (x, w, b), upstream)
+            found = dict(zip(("dx", "dw", "db"), gradients, strict=True))
+            assert all(g.isfinite().all() and g.dtype == dtype for g in found.values())
+            assert found[name].flatten()[0].item() == pytest.approx(gradient, rel=1e-3)
+
+
+def test_float16_gradients_of_many_rows(implementation, device) -> None:
+    """As exact as those of PyTorch, whose dz is that of the mean."""
+    x, w, b, target = example(256, (10,), torch.float16, device, ignored=0)
+    x[:, 0], w[:, 0] = 900.0, 0.0
+    target[::3] = 0
+    for budget in (None, 100 * 10 * 2):
+        check_against_torch((x, w, b, target), implementation, budget)
 
 
 def test_parameter_gradients_are_summed_in_float32_over_chunks(device) -> None:
@@ -374,6 +433,9 @@ def test_a_mean_of_float16_whose_sum_it_cannot_hold(implementation, device) -> N
         (101, 10, 1000, 0, 51),  # two of one size, not 100 and 1
         (101, 10, 1000, 10, 101),  # one chunk needs no more than two and their sum
         (5000, 10, 20480, 0, 1667),
+        (4200, 256512, 512 << 20, 0, 1400),  # of 2,092 that the budget allows: not 2092, 2092, 16
+        (2200, 256512, 512 << 20, 0, 1100),
+        (4096, 256512, 512 << 20, 0, 2048),
         (7, 10, 1, 0, 1),
         (0, 10, 1, 0, 1),
     ],
@@ -382,24 +444,70 @@ def test_chunks(n, row_bytes, budget, saved, rows) -> None:
     assert chunk_rows(n, row_bytes, budget, saved) == rows
 
 
+@pytest.mark.parametrize("budget", [7, 100, 1000])
+@pytest.mark.parametrize("n", [1, 8, 99, 101, 2500])
+def test_chunks_have_more_than_half_of_the_rows_that_the_budget_allows(budget, n) -> None:
+    rows = chunk_rows(n, 1, budget, 0)
+    assert rows <= budget and (rows == n or rows > budget / 2)
+    assert -(-n // rows) == -(-n // budget)  # and there are no more than need be
+
+
+def problem(
+    n: int, d: int, c: int, dtype: torch.dtype, reduction: str, trained: bool, budget: int
+) -> Problem:
+    """On the meta device, so that nothing is computed."""
+    x = torch.empty(n, d, dtype=dtype, device="meta")
+    w = torch.empty(c, d, dtype=dtype, device="meta", requires_grad=trained)
+    target = torch.empty(n, dtype=torch.int64, device="meta")
+    return Problem(
+        x, w, None, target, None, -100, reduction, 0.0, 0.0, 0.0, 1.0, torch.float32, budget
+    )
+
+
 @pytest.mark.parametrize(
     "dtype, trained, chunks",
     [
         (torch.float32, False, 16),
         (torch.bfloat16, False, 8),
         (torch.bfloat16, True, 1),  # which saves the sum in float32
+        (torch.float16, True, 8),  # whose sum is in float32 all the same
         (torch.float32, True, 16),  # which has none
     ],
     ids=str,
 )
 def test_chunks_by_default(dtype, trained, chunks) -> None:
-    """Of 32 MB; on the meta device, so that nothing is computed."""
-    x = torch.empty(4096, 2048, dtype=dtype, device="meta")
-    w = torch.empty(32000, 2048, dtype=dtype, device="meta", requires_grad=trained)
-    target = torch.empty(4096, dtype=torch.int64, device="meta")
+    """Of 32 MB."""
+    p = problem(4096, 2048, 32000, dtype, "mean", trained, 1)
     with Products() as products:
-        fused.linear_cross_entropy(x, w, target)
+        fused.linear_cross_entropy(p.x, p.w, p.target)
     assert products.count == chunks * (1 + trained)
+
+
+def test_only_a_pass_that_forms_dw_goes_beyond_the_budget() -> None:
+    """Of bfloat16, for the memory of its sum: not evaluation, nor the forward of "none"."""
+    p = problem(4096, 2048, 32000, torch.bfloat16, "none", True, 1)
+    with torch.no_grad(), Products() as evaluated:
+        fused.linear_cross_entropy(p.x, p.w, p.target)
+    with Products() as forward:
+        loss = fused.linear_cross_entropy(p.x, p.w, p.target, reduction="none")
+    with Products() as backward:
+        loss.backward(torch.empty_like(loss))
+    assert (evaluated.count, forward.count, backward.count) == (8, 8, 2)
+
+
+@pytest.mark.parametrize("budget", [1 << 20, 512 << 20, 1 << 30])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("n, c", [(4096, 128256), (8192, 128256), (65536, 32000)])
+def test_scratch_is_what_the_docstring_says(n, c, dtype, budget) -> None:
+    """At most the budget, and of half precision four bytes for each number of W besides."""
+    p = problem(n, 4096, c, dtype, "mean", True, budget)
+    row_bytes, half = c * dtype.itemsize, dtype.itemsize == 2
+    wide = half and (dtype == torch.float16 or p.chunk(True) < n)
+    scratch = p.chunk(True) * row_bytes + (4 * p.w.numel() if wide else 0)
+    assert p.chunk(False) * row_bytes <= budget
+    assert scratch <= budget + (4 * p.w.numel() if half else 0)
+    if (n, dtype, budget) == (4096, torch.bfloat16, 512 << 20):
+        assert scratch <= 1 << 30
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -496,6 +604,9 @@ MISTAKES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "reduction": ({"reduction": "max"}, ValueError, "reduction to be one of"),
     "no budget": ({"memory_budget_bytes": 0}, ValueError, "memory_budget_bytes above 0"),
     "budget": ({"memory_budget_bytes": -1}, ValueError, "memory_budget_bytes above 0"),
+    "budget of a float": ({"memory_budget_bytes": 100.0}, TypeError, "an int.* got 100.0"),
+    "budget of NaN": ({"memory_budget_bytes": float("nan")}, TypeError, "an int.* got nan"),
+    "budget of a word": ({"memory_budget_bytes": "1 GB"}, TypeError, "an int.* got '1 GB'"),
     "device": ({"linear_weight": torch.ones(27, D, device="meta")}, RuntimeError, "on cpu, where"),
     "bias device": ({"linear_bias": torch.ones(27, device="meta")}, RuntimeError, "on cpu, where"),
 }

@@ -7,10 +7,10 @@
 The products are the library's; `kernels` is the implementation of cross_entropy that serves the
 tensors, fused.kernels.cross_entropy or fused.eager.cross_entropy. Over several chunks the loss is
 their sum, and what the mean divides by, `scale`, is applied to the gradients at the end: dz is then
-p - onehot, which float16 holds well, as it would not hold it over the number of rows.
+p - onehot, which float16 holds well, as it would not hold it over the number of rows. The sums of
+so large a dz it may not hold: they are float32 until they are scaled.
 """
 
-import itertools
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -36,7 +36,7 @@ class Problem(NamedTuple):
     softcap: float
     logit_scale: float
     loss_dtype: torch.dtype
-    chunk: int  # rows at a time
+    budget: int  # bytes that a chunk of logits may take
 
     @property
     def flat_w(self) -> Tensor:
@@ -49,32 +49,55 @@ class Problem(NamedTuple):
     def of(self, rows: Tensor) -> "Problem":
         return self._replace(x=self.x[rows], target=self.target[rows])
 
-    def chunks(self) -> Iterator[slice]:
+    @property
+    def overflows(self) -> bool:
+        """Whether x's dtype may not hold gradients that are still to be scaled."""
+        return self.x.dtype == torch.float16 and self.reduction != "none"
+
+    def chunk(self, want_dw: bool) -> int:
+        """Rows at a time, in a pass that forms dw or does not."""
+        row_bytes = self.w.shape[:-1].numel() * self.x.dtype.itemsize
+        spared = want_dw and self.w.dtype.itemsize == 2 and not self.overflows
+        saved = 4 * self.w.numel() if spared else 0
+        return chunk_rows(self.x.shape[0], max(1, row_bytes), self.budget, saved)
+
+    def chunks(self, want_dw: bool) -> Iterator[slice]:
         """At least one, which may be empty."""
-        n = self.x.shape[0]
-        for start in range(0, max(n, 1), self.chunk):
-            yield slice(start, min(start + self.chunk, n))
+        n, chunk = self.x.shape[0], self.chunk(want_dw)
+        for start in range(0, max(n, 1), chunk):
+            yield slice(start, min(start + chunk, n))
 
 
 class Gradients:
     """dx, dw and db, each None where it is not wanted, a chunk of rows at a time.
 
-    Over several chunks dw of half precision is summed in float32, and so is db always.
+    Until `scaled` they are in float32 where their own dtype is too narrow: db always; dw of half
+    precision over several chunks; dw and dx of float16 that are still to be multiplied by what the
+    mean divides by or by an upstream gradient.
     """
 
-    def __init__(self, p: Problem, wants: tuple[bool, bool, bool]) -> None:
-        self._x, self._w = p.x, p.flat_w
-        several = p.chunk < p.x.shape[0]
-        wide = torch.float32 if several and p.w.dtype.itemsize == 2 else p.w.dtype
-        self.dx = torch.empty_like(p.x) if wants[0] else None
-        self.dw = torch.zeros_like(self._w, dtype=wide) if wants[1] else None
+    def __init__(self, p: Problem, wants: tuple[bool, bool, bool], x: Tensor) -> None:
+        """`x` are the rows of p.x that take part; the dtypes do not depend on how many they are,
+        as the compiler has to know them."""
+        self._x, self._w = x, p.flat_w
+        dw_dtype = p.w.dtype
+        if p.overflows or (wants[1] and dw_dtype.itemsize == 2 and p.chunk(True) < p.x.shape[0]):
+            dw_dtype = torch.float32
+        self.dx = self.dw = None
+        if wants[0]:
+            wide = p.overflows  # then it is added to, as the library has no such product alone
+            self.dx = torch.zeros_like(x, dtype=torch.float32) if wide else torch.empty_like(x)
+        if wants[1]:
+            self.dw = torch.zeros_like(self._w, dtype=dw_dtype)
         self.db = self._w.new_zeros(len(self._w), dtype=p.computed_in) if wants[2] else None
 
     def add(self, rows: slice, dz: Tensor) -> None:
         """Takes dz (n, C, *S) of a chunk of rows."""
         dz = dz.view(dz.shape[0], len(self._w))
-        if self.dx is not None:
+        if self.dx is not None and self.dx.dtype == dz.dtype:
             torch.mm(dz, self._w, out=self.dx[rows])
+        elif self.dx is not None:
+            _add_product(self.dx[rows], dz, self._w)
         if self.dw is not None:
             _add_product(self.dw, dz.T, self._x[rows])
         if self.db is not None:
@@ -104,7 +127,7 @@ class Forward(NamedTuple):
 
     loss: Tensor  # as `reduction` says, in `loss_dtype`
     extras: tuple[Tensor, ...] | None  # as cross_entropy_fwd gives them
-    stats: list[Tensor | None]  # of each chunk, what a backward of "none" needs
+    stats: Tensor | None  # what a backward of "none" needs, a column for each row
     gradients: Gradients | None  # for "mean" and "sum", where any are wanted
     scale: Tensor | None  # what the gradients are still to be multiplied by; None for 1
 
@@ -120,10 +143,13 @@ def linear_cross_entropy_fwd(
     raises IndexError on the CPU.
     """
     kept = _kept(kernels, p)
+    those = p if kept is None else p.of(kept)
+    formed = p.reduction != "none" and any(wants)
+    gradients = Gradients(p, wants, those.x) if formed else None
+    done = _forward(kernels, those, gradients, want_extras)
     if kept is None:
-        return _forward(kernels, p, wants, want_extras)
-    done, n = _forward(kernels, p.of(kept), wants, want_extras), p.x.shape[0]
-    loss, extras = done.loss, done.extras
+        return done
+    loss, extras, n = done.loss, done.extras, p.x.shape[0]
     if p.reduction == "none":
         loss = _spread(loss, kept, n)
     if extras is not None:
@@ -136,24 +162,25 @@ def linear_cross_entropy_fwd(
 
 
 def _forward(
-    kernels: ModuleType, p: Problem, wants: tuple[bool, bool, bool], want_extras: bool
+    kernels: ModuleType, p: Problem, gradients: Gradients | None, want_extras: bool
 ) -> Forward:
     reduced = p.reduction != "none"
+    want_dw = gradients is not None and gradients.dw is not None
     # Of one chunk cross_entropy takes the mean itself, whose factor then costs nothing; float16
     # would flush gradients over the number of rows to zero.
-    whole = p.chunk >= p.x.shape[0] and p.x.dtype != torch.float16
+    whole = p.chunk(want_dw) >= p.x.shape[0] and p.x.dtype != torch.float16
     reduction = p.reduction if whole or not reduced else "sum"
     loss_dtype = p.loss_dtype if whole or not reduced else p.computed_in
-    gradients = Gradients(p, wants) if reduced and any(wants) else None
     losses, extras, stats = [], [], []
-    for rows, z in _logits(kernels, p):
+    for rows, z in _logits(kernels, p, want_dw):
         arguments = (
             z, p.target[rows], p.weight, p.ignore_index, reduction, p.label_smoothing, p.z_loss,
             p.softcap, p.logit_scale, loss_dtype, want_extras,
         )  # fmt: skip
         if gradients is None:
             loss, kept, _, extra = kernels.cross_entropy_fwd(*arguments)
-            stats.append(kept)
+            if kept is not None and not reduced:
+                stats.append(kept)
         else:
             loss, extra, dz = kernels.cross_entropy_fwd_bwd(*arguments, inplace=True)
             gradients.add(rows, dz)
@@ -181,32 +208,33 @@ def _forward(
         row_losses, lses, correct, predictions = zip(*extras, strict=True)
         rows_of_all = (torch.cat(row_losses), torch.cat(lses))
         merged = (*rows_of_all, torch.stack(correct).sum(), torch.cat(predictions))
-    return Forward(loss, merged, stats, gradients, scale)
+    return Forward(loss, merged, torch.cat(stats, 1) if stats else None, gradients, scale)
 
 
 def linear_cross_entropy_bwd(
     kernels: ModuleType,
     dloss: Tensor,
     p: Problem,
-    stats: list[Tensor | None],
+    stats: Tensor | None,
     wants: tuple[bool, bool, bool],
 ) -> list[Tensor | None]:
     """The gradients of x, w and b for the rows' upstream gradients dloss (N, *S), of "none".
 
-    `stats` are the forward's, of each chunk; none where `kernels` keeps none.
+    `stats` are the forward's, whose chunks may have been other ones.
 
     The logits are computed a second time: one product more.
     """
     kept = _kept(kernels, p)
-    rows_of = p if kept is None else p.of(kept)
+    those = p if kept is None else p.of(kept)
     if kept is not None:
         dloss = dloss[kept]
-    gradients = Gradients(rows_of, wants)
-    for (rows, z), s in zip(
-        _logits(kernels, rows_of), stats or itertools.repeat(None), strict=False
-    ):
+    gradients = Gradients(p, wants, those.x)
+    inner = p.w.shape[1:-1].numel()
+    for rows, z in _logits(kernels, those, wants[1]):
+        columns = slice(rows.start * inner, rows.stop * inner)
+        own = None if stats is None else stats[:, columns].contiguous()
         dz, _ = kernels.cross_entropy_bwd(
-            dloss[rows], z, rows_of.target[rows], p.weight, s, None, p.ignore_index,
+            dloss[rows], z, those.target[rows], p.weight, own, None, p.ignore_index,
             p.label_smoothing, p.z_loss, p.softcap, p.logit_scale, True, False, inplace=True,
         )  # fmt: skip
         gradients.add(rows, dz)
@@ -216,7 +244,10 @@ def linear_cross_entropy_bwd(
 
 
 def chunk_rows(n: int, row_bytes: int, budget: int, saved: int) -> int:
-    """Rows at a time, in chunks of one size: as many as `budget` bytes of logits hold.
+    """Rows at a time, in chunks of one size: as few chunks as `budget` bytes of logits allow.
+
+    Of one size, so that each has more than half of the rows that the budget allows: a last chunk of
+    few rows takes as long for w and dw, which every chunk reads and writes, as one of many.
 
     `saved` are bytes that one chunk of all rows does without: it is taken where it needs no more
     memory than several and their float32 sum of dw.
@@ -242,14 +273,15 @@ def _spread(values: Tensor, rows: Tensor, n: int, of_others: int = 0) -> Tensor:
     return values.new_full((n, *values.shape[1:]), of_others).index_copy_(0, rows, values)
 
 
-def _logits(kernels: ModuleType, p: Problem) -> Iterator[tuple[slice, Tensor]]:
+def _logits(kernels: ModuleType, p: Problem, want_dw: bool) -> Iterator[tuple[slice, Tensor]]:
     """Rows and their logits (n, C, *S), each in the memory of those before."""
     w = p.flat_w
     b = None if p.b is None else p.b.reshape(-1)
     # Rows begin at multiples of 16 bytes, which a GPU's library asks for where it is to be fast.
     beyond = 0 if kernels is cross_entropy else -len(w) % (16 // w.dtype.itemsize)
-    memory = p.x.new_empty(min(p.chunk, p.x.shape[0]), len(w) + beyond)[:, : len(w)]
-    for rows in p.chunks():
+    n = min(p.chunk(want_dw), p.x.shape[0])
+    memory = p.x.new_empty(n, len(w) + beyond)[:, : len(w)]
+    for rows in p.chunks(want_dw):
         x, z = p.x[rows], memory[: rows.stop - rows.start]
         if b is None:
             torch.mm(x, w.T, out=z)
@@ -267,5 +299,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
             torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
         else:  # that wanted `total` in the dtype of a and b
             total += torch.mm(a, b, out_dtype=total.dtype)
+    elif a.dtype == torch.float16:  # whose range the product itself may leave
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
     else:
         total += torch.mm(a, b)

@@ -1,4 +1,4 @@
-"""Linear layer and cross-entropy for torch.compile: two opaque operators."""
+"""Linear layer and cross-entropy for torch.compile: opaque operators."""
 
 from typing import Any
 
@@ -10,12 +10,11 @@ from fused.eager import cross_entropy as eager
 from fused.eager import linear_cross_entropy as chunked
 from fused.eager.linear_cross_entropy import Problem
 from fused.operators import library
-from fused.transforms import outlives_the_call
 
 _PROBLEM = (
     "Tensor x, Tensor w, Tensor? b, Tensor target, Tensor? weight, int ignore_index, "
     "str reduction, float label_smoothing, float z_loss, float softcap, float logit_scale, "
-    "ScalarType loss_dtype, SymInt chunk"
+    "ScalarType loss_dtype, int budget"
 )
 _WANTS = "bool want_dx, bool want_dw, bool want_db"
 library.define(
@@ -30,12 +29,9 @@ library.define(
 
 
 def call(*arguments: Any) -> tuple[Tensor, ...]:
-    """(loss,), or the fields of CrossEntropyOutput; the arguments are those of `Problem`, and
-    whether these are wanted."""
-    *problem, want_extras = arguments
-    enabled = torch.is_grad_enabled() or outlives_the_call()
-    wants = [t is not None and t.requires_grad and enabled for t in problem[:3]]
-    loss, *outputs = torch.ops.fused.linear_cross_entropy_fwd(*problem, *wants, want_extras)
+    """(loss,), or the fields of CrossEntropyOutput; the arguments are the operator's."""
+    loss, *outputs = torch.ops.fused.linear_cross_entropy_fwd(*arguments)
+    want_extras = arguments[-1]
     return (loss, *(t.detach() for t in outputs[:4])) if want_extras else (loss,)
 
 
@@ -44,14 +40,13 @@ def _fwd_operator(*arguments: Any) -> tuple[Tensor, ...]:
     kernels = backend.implementation("cross_entropy", p.x)
     done = chunked.linear_cross_entropy_fwd(kernels, p, wants, want_extras)
     nothing = p.x.new_empty(0, dtype=p.computed_in)
-    stats = [s for s in done.stats if s is not None]
     # Gradients leave unscaled: the upstream gradient may be a loss scale that they need.
     g = done.gradients
     gradients = (None, None, None) if g is None else (g.dx, g.dw, g.db)
     return (
         done.loss,
         *(done.extras or (nothing.new_empty(0) for _ in range(4))),
-        torch.cat(stats, 1) if stats and p.reduction == "none" else nothing,
+        nothing if done.stats is None else done.stats,
         torch.ones_like(nothing.sum()) if done.scale is None else done.scale,
         *(nothing.new_empty(0) if t is None else t for t in gradients),
     )
@@ -73,7 +68,7 @@ def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
         stats = wide.new_empty(4 if want_extras else 3, p.w.shape[1:-1].numel() * p.x.shape[0])
     gradients: list[Tensor | None] = [None, None, None]
     if not none and any(wants):
-        made = chunked.Gradients(p, wants)
+        made = chunked.Gradients(p, wants, p.x)
         gradients = [made.dx, made.dw, made.db]
     return (
         p.x.new_empty(rows if none else (), dtype=p.loss_dtype),
@@ -87,12 +82,7 @@ def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
 def _bwd_operator(dloss: Tensor, stats: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     p, wants = Problem(*arguments[:13]), arguments[13:]
     kernels = backend.implementation("cross_entropy", p.x)
-    inner = p.w.shape[1:-1].numel()
-    kept: list[Tensor | None] = []
-    if kernels is not eager:
-        kept = [
-            stats[:, rows.start * inner : rows.stop * inner].contiguous() for rows in p.chunks()
-        ]
+    kept = None if kernels is eager else stats
     found = chunked.linear_cross_entropy_bwd(kernels, dloss, p, kept, wants)
     return tuple(p.x.new_empty(0) if t is None else t for t in found)
 
