@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fused
 from tests.test_cross_entropy import REDUCTIONS
@@ -87,6 +88,36 @@ def test_few_rows_are_left_of_several_chunks() -> None:
         arguments = (x, w, b, target, None, *numbers, True, True, True, False)
         operator = torch.ops.fused.linear_cross_entropy_fwd
         torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
+
+
+def recorded(function: Any, *tensors: Tensor) -> Any:
+    return make_fx(function)(*tensors)
+
+
+def compiled(function: Any, *_: Tensor) -> Any:
+    return torch.compile(function, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("graph", [compiled, recorded])
+@pytest.mark.parametrize("of", [(0,), (1,), (2,)], ids=["x", "w", "b"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_graph_has_no_second_derivative(
+    reduction, of, graph, compiler, implementation, device
+) -> None:
+    """It refuses; the gradients of "mean" and "sum", which the forward formed, would be taken for
+    constants."""
+    x, w, b, target = example(8, (27,), torch.float32, device)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+
+    def step(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        return fused.linear_cross_entropy(x, w, target, linear_bias=b, reduction=reduction)
+
+    loss = graph(step, *leaves)(*leaves)
+    wanted = [leaves[i] for i in of]
+    gradients = torch.autograd.grad(loss.sum(), wanted, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward|no derivative of a gradient"):
+        torch.autograd.grad(loss.sum() + sum(g.pow(2).sum() for g in gradients), wanted)
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own

@@ -1,6 +1,6 @@
 """Linear layer and cross-entropy for torch.compile: opaque operators."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -21,6 +21,11 @@ library.define(
     f"linear_cross_entropy_fwd({_PROBLEM}, {_WANTS}, bool want_extras) -> (Tensor loss, "
     "Tensor row_loss, Tensor lse, Tensor correct, Tensor prediction, Tensor stats, Tensor scale, "
     "Tensor dx, Tensor dw, Tensor db)"
+)
+# The factor of the gradients, as it came. It ties them to the tensors that they are gradients of,
+# which they are not computed from: a derivative of theirs would take them for constants.
+library.define(
+    "linear_cross_entropy_once(Tensor factor, Tensor? x, Tensor? w, Tensor? b) -> Tensor factor"
 )
 library.define(
     f"linear_cross_entropy_bwd(Tensor dloss, Tensor stats, {_PROBLEM}, {_WANTS}) "
@@ -108,7 +113,8 @@ def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | No
     if problem.reduction == "none":
         found = torch.ops.fused.linear_cross_entropy_bwd(dloss, stats, *problem, *wants)
     else:
-        factor = dloss.to(scale.dtype) * scale
+        wanted = [t if want else None for t, want in zip(tensors[:3], wants, strict=True)]
+        factor = torch.ops.fused.linear_cross_entropy_once(dloss.to(scale.dtype) * scale, *wanted)
         triples = zip((dx, dw, db), tensors[:3], wants, strict=True)
         found = [
             (g.to(scale.dtype) * factor).to(t.dtype).view(t.shape) if want else None
@@ -118,9 +124,25 @@ def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | No
     return (*(g if want else None for g, want in zip(found, wants, strict=True)), *none)
 
 
+def _once_operator(factor: Tensor, *_: Tensor | None) -> Tensor:
+    return factor.clone()  # an operator may not return what it was given
+
+
+def _once_fake(factor: Tensor, *_: Tensor | None) -> Tensor:
+    return torch.empty_like(factor)
+
+
+def _refuse_second_derivative(ctx: Any, *_: Any) -> NoReturn:
+    raise RuntimeError(
+        "linear_cross_entropy: expected no derivative of a gradient (create_graph=True) where the "
+        "call is part of a graph, of torch.compile, torch.export or make_fx: call it outside of one"
+    )
+
+
 for _name, _implementation, _fake in (
     ("linear_cross_entropy_fwd", _fwd_operator, _fwd_fake),
     ("linear_cross_entropy_bwd", _bwd_operator, _bwd_fake),
+    ("linear_cross_entropy_once", _once_operator, _once_fake),
 ):
     library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused::{_name}", _fake, lib=library)
@@ -130,3 +152,5 @@ torch.library.register_autograd(
     setup_context=_setup_context,
     lib=library,
 )
+for _name in ("linear_cross_entropy_bwd", "linear_cross_entropy_once"):
+    torch.library.register_autograd(f"fused::{_name}", _refuse_second_derivative, lib=library)
