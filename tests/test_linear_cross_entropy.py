@@ -122,14 +122,41 @@ def masked_by_the_bias(implementation: str, device: torch.device) -> None:
         check_against_torch((x, w, b, target), implementation, budget)
 
 
-# Tests of cross_entropy's pitfalls whose logits are a matrix, and the arguments to call them with.
+def target_of_minus_infinity(implementation: str, device: torch.device) -> None:
+    """Its loss is an infinity, and what it sends back is finite."""
+    for classes in ((27,), (5, 2)):
+        x, w, b, target = example(8, classes, torch.float32, device, ignored=0)
+        b[target[3]] = -INF
+        for budget, reduction in itertools.product((None, three_rows(w)), ("mean", "none")):
+            check_against_torch((x, w, b, target), implementation, budget, reduction=reduction)
+
+
+def rows_of_minus_infinity(implementation: str, device: torch.device) -> None:
+    """All rows, and every other one of those of a loss of one dimension."""
+    for classes, where in (((27,), slice(None)), ((5, 2), (slice(None), 1))):
+        x, w, b, target = example(8, classes, torch.float32, device, ignored=0)
+        b[where] = -INF
+        for budget, reduction in itertools.product((None, three_rows(w)), ("mean", "none")):
+            check_against_torch((x, w, b, target), implementation, budget, reduction=reduction)
+
+
+# Tests of cross_entropy's pitfalls, and the arguments to call them with.
 PITFALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "upstream, mean": (pitfalls.test_upstream_gradient_other_than_1, {"reduction": "mean"}),
     "upstream, none": (pitfalls.test_upstream_gradient_other_than_1, {"reduction": "none"}),
     "upstream of stride 0": (pitfalls.test_upstream_gradient_of_stride_0, {"shape": (9, 27)}),
+    "upstream of stride 0, of images": (
+        pitfalls.test_upstream_gradient_of_stride_0,
+        {"shape": (3, 27, 4)},
+    ),
+    "upstream not contiguous": (pitfalls.test_upstream_gradient_that_is_not_contiguous, {}),
     "input unchanged": (pitfalls.test_logits_are_never_changed, {}),
     "near -110": (pitfalls.test_extreme_logits, {"extreme": "all near -110", "kind": "indices"}),
     "near 3e4": (pitfalls.test_extreme_logits, {"extreme": "all near 3e4", "kind": "indices"}),
+    "one 1e4 above": (
+        pitfalls.test_extreme_logits,
+        {"extreme": "one 1e4 above", "kind": "indices"},
+    ),
     "1128 classes": (pitfalls.test_classes_that_are_no_multiple_of_a_block, {"classes": 1128}),
     "ignored rows": (
         pitfalls.test_ignored_rows_have_loss_and_gradient_0,
@@ -149,7 +176,10 @@ PITFALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "float16": (pitfalls.test_float16_gradients_do_not_flush_to_zero, {}),
     "confident": (pitfalls.test_confident_predictions_keep_their_gradient, {}),
+    "log-sum-exp in float32": (pitfalls.test_log_sum_exp_is_kept_in_float32, {}),
     "masked": (masked_by_the_bias, {}),
+    "masked target": (target_of_minus_infinity, {}),
+    "masked rows": (rows_of_minus_infinity, {}),
 }
 
 
@@ -157,13 +187,16 @@ PITFALLS: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_pitfalls_of_cross_entropy(pitfall, implementation, device, monkeypatch) -> None:
     """The same tests, with the logits as input and the identity as linear weight."""
 
-    def through_linear(
-        x: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any
-    ) -> Tensor:
-        eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        return fused.linear_cross_entropy(x, eye, target, weight=weight, **options)
+    def through_linear(function: Any) -> Any:
+        def call(x: Tensor, target: Tensor, weight: Tensor | None = None, **options: Any) -> Any:
+            features = x.shape[1:].numel()
+            eye = torch.eye(features, dtype=x.dtype, device=x.device).view(*x.shape[1:], -1)
+            return function(x.flatten(1), eye, target, weight=weight, **options)
 
-    monkeypatch.setattr(fused, "cross_entropy", through_linear)
+        return call
+
+    for name in ("cross_entropy", "cross_entropy_with_stats"):
+        monkeypatch.setattr(fused, name, through_linear(getattr(fused, f"linear_{name}")))
     test, arguments = PITFALLS[pitfall]
     test(**arguments, implementation=implementation, device=device)
 
