@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused
+from bench import bench_cross_entropy
 from bench.cases import (
     Case,
     Contender,
@@ -21,11 +22,15 @@ from bench.cases import (
     compiled,
     differentiable,
     generator,
+    in_graph,
     require,
 )
 
 OPERATION = "linear_cross_entropy"
-BYTES = {"fwd_bwd": "no bound by bytes: three matrix products, and nothing of the logits' size"}
+BYTES = {
+    "fwd": "no bound by bytes: one matrix product, and nothing of the logits' size",
+    "fwd_bwd": "no bound by bytes: three matrix products, and nothing of the logits' size",
+}
 _FULL = [(4096, 128256, 4096), (8192, 128256, 2048), (8192, 32000, 2048), (4096, 32000, 256)]
 _QUICK = [(4096, 32000, 256)]
 
@@ -72,23 +77,45 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
     def autograd(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Contender:
         leaves = {"input": x, "weight": w}
         both = differentiable(lambda: function(x, w, target), leaves, upstream)
-        return Contender(both.outputs, {"fwd_bwd": both.phases["fwd_bwd"]})
+        # No "bwd": some have formed the gradients by then.
+        return Contender(both.outputs, {name: both.phases[name] for name in ("fwd", "fwd_bwd")})
+
+    def written_out() -> Contender:
+        """The notebook's cross-entropy between the products."""
+
+        @torch.no_grad()
+        def forward(_: Any = None) -> Tensor:
+            z = x @ w.T
+            return bench_cross_entropy.chunked(z, target, upstream).phases["fwd"].run(None)[0]
+
+        @torch.no_grad()
+        def both(_: Any = None) -> tuple[Tensor, Tensor]:
+            z = x @ w.T
+            dz = bench_cross_entropy.chunked(z, target, upstream).phases["fwd_bwd"].run(None)
+            return dz @ w, dz.T @ x
+
+        def outputs() -> dict[str, Tensor]:
+            dx, dw = both()
+            return {"output": forward(), "dinput": dx, "dweight": dw}
+
+        return Contender(outputs, {"fwd": Phase(forward), "fwd_bwd": Phase(both)})
 
     def products() -> Contender:
-        """The three matrix products alone: what no implementation can do without."""
-        z = torch.empty(min(n, 2048), c, dtype=case.dtype, device=device)
+        """The matrix products alone, each of all rows: what no implementation can do without."""
+        z = torch.empty(n, c, dtype=case.dtype, device=device)
         dx, dw = torch.empty_like(x), torch.empty_like(w)
 
         @torch.no_grad()
-        def run(_: Any) -> None:
-            for rows in torch.arange(n).split(len(z)):
-                part = slice(int(rows[0]), int(rows[-1]) + 1)
-                chunk = z[: len(rows)]
-                torch.mm(x[part], w.T, out=chunk)
-                torch.mm(chunk, w, out=dx[part])
-                torch.mm(chunk.T, x[part], out=dw)
+        def one(_: Any = None) -> None:
+            torch.mm(x, w.T, out=z)
 
-        return Contender(dict, {"fwd_bwd": Phase(run)})
+        @torch.no_grad()
+        def three(_: Any) -> None:
+            one()
+            torch.mm(z, w, out=dx)
+            torch.mm(z.T, x, out=dw)
+
+        return Contender(dict, {"fwd": Phase(one), "fwd_bwd": Phase(three)})
 
     def torch_chunked() -> Contender:
         if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
@@ -102,15 +129,28 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
             raise Unavailable("Liger's kernels need a GPU")
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-        # Its loss is float32 whatever its input is.
-        return autograd(lambda x, w, t: liger_fused_linear_cross_entropy(x, w, t).to(x.dtype))
+        def loss(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
+            # It forms gradients of what requires them, whether a graph is recorded or not.
+            if not torch.is_grad_enabled():
+                x, w = x.detach(), w.detach()
+            # Its loss is float32 whatever its input is.
+            return liger_fused_linear_cross_entropy(x, w, target).to(x.dtype)
+
+        return autograd(loss)
+
+    def torch_compiled(mode: str | None) -> Callable[[], Contender]:
+        return compiled(lambda wrap: autograd(wrap(pair)), mode)
 
     return {
         "torch": lambda: autograd(pair),
+        "chunked": written_out,
         "fused": lambda: autograd(fused.linear_cross_entropy),
         "torch chunked": torch_chunked,
-        "three products": products,
-        "compile": compiled(lambda wrap: autograd(wrap(pair)), None),
+        "products": products,
+        "torch graph": in_graph(lambda: autograd(pair), device),
+        "fused graph": in_graph(lambda: autograd(fused.linear_cross_entropy), device),
+        "compile": torch_compiled(None),
+        "compile max": torch_compiled("max-autotune-no-cudagraphs"),
         "liger": liger,
     }
 

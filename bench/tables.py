@@ -103,14 +103,15 @@ def headlines(result: dict[str, Any], cases: set[tuple[str, str]]) -> str:
 
 
 def rates(result: dict[str, Any], operation: str) -> str:
-    """Units a second: steps of a training loop."""
-    rows = []
-    for (case, _), group in _groups(result, operation).items():
+    """Units a second: steps of a training loop. The phase is named where there are several."""
+    rows, groups = [], _groups(result, operation)
+    several = len({phase for _, phase in groups}) > 1
+    for (case, phase), group in groups.items():
         for name, row in group.items():
             t = row["times"]["wall"]
             rows.append(
                 [
-                    f"{case} {name}",
+                    f"{case} {phase} {name}" if several else f"{case} {name}",
                     _rate(t["median"]),
                     f"{_rate(t['high'])} to {_rate(t['low'])}",
                     f"{1 / row['ratio_to_torch']['wall']:.2f}",

@@ -729,6 +729,25 @@ def test_the_logits_are_never_held(device, tmp_path: Path) -> None:
     assert peaks[0] <= peaks[1] / 4
 
 
+def test_what_is_measured_beside_it() -> None:
+    """The forward alone and the whole step; the bare products are of all rows at once."""
+    from bench.bench_linear_cross_entropy import contenders
+    from bench.cases import Case
+
+    built = contenders(
+        Case("linear_cross_entropy", (4096, 10), torch.float32, "d4"), torch.device("cpu")
+    )
+    counts: dict[str, list[int]] = {}
+    for name in ("torch", "chunked", "fused", "products"):
+        phases = built[name]().phases
+        assert list(phases) == ["fwd", "fwd_bwd"]
+        for phase in phases.values():
+            with Products() as products:
+                phase.run(phase.prepare())
+            counts.setdefault(name, []).append(products.count)
+    assert counts == dict.fromkeys(counts, [1, 3])
+
+
 @needs_torchs_own
 @pytest.mark.slow
 def test_peak_memory_beside_torchs_own_chunks() -> None:
