@@ -116,7 +116,9 @@ def linear_cross_entropy(
     Derivatives of higher order, functional ones (`torch.func`), and calls whose target
     probabilities or class weights require a gradient hold the logits as torch does. A second
     backward through a retained graph computes the gradients again. Of a compiled call there are no
-    derivatives of higher order: asking for one raises RuntimeError.
+    derivatives of higher order: asking for one raises RuntimeError. (Where x, W or b is computed
+    within the compiled function torch.compile does not notice, nor does it with the pair, and
+    leaves a part out.)
 
     Args:
         input: x, shape (D,) or (N, D), float16, bfloat16, float32 or float64.
