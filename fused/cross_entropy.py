@@ -366,6 +366,8 @@ def _run(
 
     `plain` says that `_small` may serve the call.
     """
+    if weight is not None and input.dim() > 2 and weight.shape == (1, input.shape[1]):
+        weight = weight.squeeze(0)  # as torch, which counts its elements there
     check(input, target, weight, options)
     loss_dtype = loss_dtype_of(input, target, weight)
     no_batch = input.dim() == 1
@@ -438,7 +440,9 @@ def _small(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
     """
     if (
         torch.compiler.is_compiling()
+        or not (isinstance(input, Tensor) and isinstance(target, Tensor))
         or not is_small(input, target)
+        or reduction not in REDUCTIONS
         or backend.name_for(input) != "eager"
     ):
         return None

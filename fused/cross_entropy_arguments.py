@@ -2,6 +2,7 @@
 
 import math
 import operator
+import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -34,28 +35,35 @@ def options_of(
     softcap: float | None,
     logit_scale: float,
 ) -> Options:
-    numbers = {
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-    }
-    for name, number in numbers.items():
-        if isinstance(number, Tensor):
-            raise TypeError(
-                f"cross_entropy: expected {name} to be a number, which has no gradient, got a "
-                "Tensor; multiply the logits by a scale that is learned, before the call"
-            )
-        if number is None and name != "softcap":
-            raise TypeError(f"cross_entropy: expected {name} to be a number, got None")
+    if reduction == "elementwise_mean":  # as torch still takes it
+        warnings.warn('reduction="elementwise_mean" is now called "mean"', stacklevel=3)
+        reduction = "mean"
+    label_smoothing = _number("label_smoothing", label_smoothing)
+    z_loss, logit_scale = _number("z_loss", z_loss), _number("logit_scale", logit_scale)
+    softcap = None if softcap is None else _number("softcap", softcap)
     for name, number in (("z_loss", z_loss), ("logit_scale", logit_scale)):
         if not -math.inf < number < math.inf:
             raise RuntimeError(f"cross_entropy: expected {name} to be finite, got {number}")
     if softcap is not None and not softcap > 0:  # NaN is not, either
         raise RuntimeError(f"cross_entropy: expected softcap above 0, or None, got {softcap}")
-    smoothing = max(label_smoothing, 0.0)  # torch takes a negative one for none
+    smoothing = max(0.0, label_smoothing)  # torch takes a negative one, and NaN, for none
     cap = 0.0 if softcap is None or softcap == math.inf else softcap
     return Options(_index_of(ignore_index), reduction, smoothing, z_loss, cap, logit_scale)
+
+
+def _number(name: str, number: Any) -> float:
+    """What torch takes for a float, as one: a tensor only where it is a number without gradient."""
+    if type(number) is float:
+        return number
+    is_tensor = isinstance(number, Tensor)
+    if is_tensor and number.requires_grad:
+        raise TypeError(
+            f"cross_entropy: expected {name} to be a number, which has no gradient, got a Tensor "
+            "that requires one; multiply the logits by a scale that is learned, before the call"
+        )
+    if is_tensor and number.dim() == 0 or hasattr(number, "__float__") and not is_tensor:
+        return float(number)
+    raise TypeError(f"cross_entropy: expected {name} to be a number, got {number!r}")
 
 
 def _index_of(ignore_index: Any) -> int:
@@ -88,6 +96,11 @@ def under_autocast(input: Tensor) -> bool:
 
 def check(input: Tensor, target: Tensor, weight: Tensor | None, options: Options) -> None:
     """Refuses what torch refuses, with the same kind of error."""
+    for name, tensor in (("input", input), ("target", target), ("weight", weight)):
+        if not (isinstance(tensor, Tensor) or (tensor is None and name == "weight")):
+            raise TypeError(
+                f"cross_entropy: expected {name} to be a Tensor, got {type(tensor).__name__}"
+            )
     if options.reduction not in _REDUCTIONS:
         raise ValueError(
             f"cross_entropy: expected reduction to be one of {', '.join(_REDUCTIONS)}, "
@@ -98,7 +111,8 @@ def check(input: Tensor, target: Tensor, weight: Tensor | None, options: Options
             f"cross_entropy: expected floating-point input of 16, 32 or 64 bits, got {input.dtype}"
         )
     if input.dim() == 0:
-        raise RuntimeError("cross_entropy: expected input of shape (C,) or (N, C, ...), got ()")
+        kind = IndexError if target.shape == () and target.is_floating_point() else RuntimeError
+        raise kind("cross_entropy: expected input of shape (C,) or (N, C, ...), got ()")
     if target.shape == input.shape:
         _check_probabilities(target, options)
     else:
@@ -138,7 +152,7 @@ def _check_indices(input: Tensor, target: Tensor, label_smoothing: float) -> Non
         expected = torch.Size(())
         # As in torch, one index may have an axis, but not where the classes are smoothed over.
         fits = target.shape == expected or (target.shape == (1,) and label_smoothing == 0)
-        sizes_differ = fits_dtype and target.shape != (1,)
+        sizes_differ = fits_dtype and target.dim() < 2 and target.shape != (1,)
     else:
         expected = input.shape[:1] + input.shape[2:]
         fits = target.shape == expected
@@ -165,9 +179,8 @@ def _check_weight(weight: Tensor, classes: int, input: Tensor, target: Tensor) -
         )
     if target.is_floating_point():
         return
-    if weight.dtype != input.dtype and not (
-        under_autocast(input) and torch.float64 not in (weight.dtype, input.dtype)
-    ):
+    mixed = weight.dtype in DTYPES and torch.float64 not in (weight.dtype, input.dtype)
+    if weight.dtype != input.dtype and not (mixed and under_autocast(input)):
         raise RuntimeError(
             f"cross_entropy: expected weight of dtype {input.dtype}, as input, got {weight.dtype}"
         )

@@ -24,6 +24,8 @@ costs one read and one write of the logits' memory in all: the row is still on c
 known. Formed in the backward from m, s and a, it costs another read, and is rounded once.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -242,7 +244,9 @@ def _forward(
     extras = None
     if best is not None and stats is not None and rows_loss is not None:
         rows = rows_loss if reduced else rows_loss.clone()
-        lse, correct = stats[0] + stats[1].log(), stats[3].sum(dtype=torch.int64)
+        largest, correct = stats[0], stats[3].sum(dtype=torch.int64)
+        # Of an infinite logit the sum is NaN, and the log-sum-exp infinite.
+        lse = torch.where(largest == math.inf, largest, largest + stats[1].log())
         extras = (rows.view(shape), lse.view(shape), correct, best.view(shape))
     if parts is None and rows_loss is not None:
         return rows_loss.view(shape), extras

@@ -382,7 +382,9 @@ def _cross_entropy_scale_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dx = dloss * dx; nothing at all where dloss is 1"""
+    """dx = dloss * dx; nothing at all where dloss is 1. What is 0, as an ignored row, stays 0 also
+    where dloss is not finite
+    """
     dloss = tl.load(dloss_ptr).to(ACC)
     if dloss != 1.0:
         first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -390,4 +392,4 @@ def _cross_entropy_scale_kernel(
             places = start + tl.arange(0, BLOCK)
             mask = places < n
             dx = tl.load(dx_ptr + places, mask=mask, other=0.0).to(ACC)
-            tl.store(dx_ptr + places, dloss * dx, mask=mask)
+            tl.store(dx_ptr + places, tl.where(dx == 0.0, dx, dloss * dx), mask=mask)

@@ -1,11 +1,14 @@
 """What cross-entropy takes, in which dtypes, and what it refuses, with torch's kind of error."""
 
+import functools
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import fused
 from tests.exactness import assert_as_exact_as, ulps_for
@@ -273,3 +276,49 @@ def test_refuses_numbers_that_are_tensors(name) -> None:
     options = {name: torch.tensor(0.5, requires_grad=True)}
     with pytest.raises(TypeError, match=f"expected {name} to be a number.*got a Tensor"):
         fused.cross_entropy(X, Y, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_numbers_that_torch_takes_for_floats(reduction, implementation, device) -> None:
+    logits, target, weight = example((9, 27), torch.float32, device, weighted=True)
+    numbers = (torch.tensor(0.1), np.float32(0.1), True, 0, float("nan"), -0.5)
+    for number in numbers:
+        options = {"label_smoothing": number, "reduction": reduction}
+        ours = fused.cross_entropy(logits, target, weight, **options)
+        torch.testing.assert_close(ours, F.cross_entropy(logits, target, weight, **options))
+
+
+def test_the_old_name_of_mean(implementation, device) -> None:
+    logits, target, _ = example((9, 27), torch.float32, device)
+    loss = nn.CrossEntropyLoss(reduction="elementwise_mean")
+    fused.convert(loss)
+    for function in (loss, functools.partial(fused.cross_entropy, reduction="elementwise_mean")):
+        with pytest.warns(UserWarning, match='is now called "mean"'):
+            found = function(logits, target)
+        torch.testing.assert_close(found, F.cross_entropy(logits, target))
+
+
+def test_weights_in_a_row_for_images(implementation, device) -> None:
+    logits, target, weight = example((9, 27, 5), torch.float32, device, weighted=True)
+    ours, theirs = (f(logits, target, weight[None]) for f in (fused.cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [([[1.0]], Y), (None, Y), (X, None), (X, [0]), (X, Y, [1.0] * 27), (X, Y.numpy())],
+    ids=["input", "no input", "no target", "target", "weight", "array"],
+)
+def test_refuses_what_is_no_tensor(arguments) -> None:
+    for function in (fused.cross_entropy, fused.cross_entropy_with_stats, F.cross_entropy):
+        with pytest.raises(TypeError, match="Tensor"):
+            function(*arguments)
+    with pytest.raises(TypeError, match="expected label_smoothing to be a number, got '0.1'"):
+        fused.cross_entropy(X, Y, label_smoothing="0.1")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_refuses_weights_of_other_dtypes_under_autocast(dtype, implementation) -> None:
+    for function in (fused.cross_entropy, F.cross_entropy):
+        with torch.autocast("cpu"), pytest.raises(RuntimeError):
+            function(X, Y, torch.ones(X.shape[1]).to(dtype))

@@ -6,6 +6,7 @@ fused.eager.cross_entropy_rows.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -100,6 +101,8 @@ def cross_entropy_fwd_bwd(
     numbers = (label_smoothing, z_loss, softcap, logit_scale)
     dx = x if inplace else torch.empty_like(x)
     view = View.of(x, target, dx)
+    if inplace and x.is_cpu and not target.is_floating_point():  # before anything is overwritten
+        raise_if_outside(target, x.shape[1], ignore_index)
     with index_errors(target, x.shape[1], ignore_index):
         rows = Rows.of(view(x), view(target), weight, ignore_index, *numbers)
         scale = _scale(rows, reduction)
@@ -155,8 +158,12 @@ def cross_entropy_bwd(
 
 def cross_entropy_scale(dx: Tensor, dloss: Tensor) -> Tensor:
     """dx, in its own memory, times dloss, one number."""
-    if dx.is_cpu and dloss.item() == 1:  # elsewhere nobody may look
-        return dx
+    if dx.is_cpu:  # elsewhere nobody may look
+        factor = dloss.item()
+        if factor == 1:
+            return dx
+        if not math.isfinite(factor):  # of ignored rows the gradient stays 0
+            return dx.copy_(torch.where(dx == 0, dx, dx * dloss))
     return dx.mul_(dloss)
 
 
