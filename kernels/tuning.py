@@ -417,15 +417,17 @@ class MLPTrainPlan:
 
     @property
     def shared_bytes(self) -> int:
-        """At most what the compiler takes of shared memory: for the factors of such a sum, a copy
-        of each for every tile that needs it, two float16 numbers each, and an eighth of padding;
-        on AMD one of the two at a time, and no padding."""
-        most = 0
+        """At most what the compiler takes of shared memory: for a sum over all units, where the
+        tiles of a row share the second factor, a copy of the first for each of them and one half of
+        the second; for the table's product its matrix of zeros and ones, and demb. On NVIDIA both
+        halves of the first and of demb lie there, on AMD one half of one factor at a time."""
+        units, rows = self.groups * self.units, self.BLOCK_T * self.BLOCK_B
+        onehot, demb = 2 * self.BLOCK_V * rows, 2 * rows * self.BLOCK_E  # of float16
+        most = max(onehot, demb) if self.lanes == 64 else onehot + 2 * demb
         for n in (self.BLOCK_V, self.BLOCK_F):
-            a, b = self.columns(n) * self.BLOCK_B, self.rows * n
-            most = max(most, a, b, (a + b) // 2)
-        one = 2 * self.groups * self.units * most
-        return one if self.lanes == 64 else 2 * one * 9 // 8
+            a, b = 2 * units * self.columns(n) * self.BLOCK_B, 2 * units * n
+            most = max(most, max(a, b) if self.lanes == 64 else 2 * a + b)
+        return most
 
 
 def mlp_train(
@@ -455,15 +457,16 @@ def mlp_train(
     )
     if plan.shared_bytes > shared_memory:
         raise ValueError(
-            f"one multiprocessor cannot hold this network: factors of {groups * units} hidden "
-            f"units x batch {plan.BLOCK_B}, context*embedding {plan.BLOCK_F} or vocabulary "
-            f"{plan.BLOCK_V} (each padded) take {plan.shared_bytes} bytes, and it has "
-            f"{shared_memory}; use smaller sizes or another method"
+            f"one multiprocessor cannot hold this network: with {hidden} hidden units, {context} x "
+            f"{embedding} features, {vocabulary} characters and minibatches of {batch}, what its "
+            f"products share takes {plan.shared_bytes} bytes, and it has {shared_memory}; use "
+            "'graph', which takes any size, or smaller sizes"
         )
     if (context + 1) * plan.bits > 63:
         raise ValueError(
             f"{context} characters of context and the next one take {plan.bits} bits each, "
-            f"{(context + 1) * plan.bits} together, and a word has 63; use another method"
+            f"{(context + 1) * plan.bits} together, and a word has 63; use 'graph', which packs "
+            "none, or a shorter context"
         )
     return plan
 
