@@ -9,6 +9,8 @@ import platform
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
@@ -310,11 +312,16 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    device = _device(options.device)
+    if options.resume is not None:
+        return _trained(*_resumed(options, device), device)
+    with _started(options, device) as (run, folder):
+        return _trained(run, folder, device)
+
+
+def _trained(run: Any, folder: Path, device: torch.device) -> int:
     from fused.makemore import training
 
-    device = _device(options.device)
-    resumes = options.resume is not None
-    run, folder = _resumed(options, device) if resumes else _started(options, device)
     s, d = run.settings, run.dataset
     print(
         f"{d.source}: {d.words} words, {len(d.train)} / {len(d.val)} / {len(d.test)} examples, "
@@ -334,7 +341,8 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _started(options: argparse.Namespace, device: torch.device) -> tuple[Any, Path]:
+@contextmanager
+def _started(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[Any, Path]]:
     from fused.makemore import checkpoint, engines, model, training
 
     settings, engine = _settings(options), options.engine or "auto"
@@ -345,28 +353,39 @@ def _started(options: argparse.Namespace, device: torch.device) -> tuple[Any, Pa
         engine = engines.fastest(parameters, dataset.train.x, settings.batch)
     # What cannot run leaves no folder.
     engines.start(engine, parameters, dataset.train.x, dataset.train.y, settings.batch)
-    folder = _folder(options.out, "runs")
-    if (folder / checkpoint.FILE).exists():
-        raise InputError(f"{folder} already holds a run; continue it with --resume {folder}")
-    losses = torch.empty(0)
-    run = training.Run(settings, engine, options.data, dataset, parameters, generator, losses)
-    return run, folder
+    with _folder(options.out, "runs") as folder:
+        if (folder / checkpoint.FILE).exists():
+            raise InputError(f"{folder} already holds a run; continue it with --resume {folder}")
+        losses = torch.empty(0)
+        run = training.Run(settings, engine, options.data, dataset, parameters, generator, losses)
+        yield run, folder
 
 
-def _folder(out: str | None, default: str) -> Path:
+@contextmanager
+def _folder(out: str | None, default: str) -> Iterator[Path]:
+    """The folder for what the block writes; if it writes nothing, what was made is removed."""
+    folder, made = Path(default if out is None else out), []
     try:
-        if out is None:
-            folder = _new_folder(Path(default))
-        else:
-            folder = Path(out)
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {error.filename}: {error.strerror}") from None
-    try:
-        tempfile.TemporaryFile(dir=folder).close()  # now rather than when training is over
-    except OSError as error:
-        raise InputError(f"cannot write into the folder {folder}: {error.strerror}") from None
-    return folder
+        try:
+            made += [path for path in (folder, *folder.parents) if not path.exists()]
+            if out is None:
+                folder = _new_folder(folder)
+                made.insert(0, folder)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            why = f"cannot make the folder {error.filename}: {error.strerror}"
+            raise InputError(why) from None
+        try:
+            tempfile.TemporaryFile(dir=folder).close()  # now rather than when training is over
+        except OSError as error:
+            why = f"cannot write into the folder {folder}: {error.strerror}"
+            raise InputError(why) from None
+        yield folder
+    finally:
+        with suppress(OSError):  # it is not empty
+            for path in made:
+                path.rmdir()
 
 
 def _new_folder(parent: Path) -> Path:
@@ -476,7 +495,7 @@ def _versions() -> dict[str, str]:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from fused.makemore import engines, plots, sweep
+    from fused.makemore import engines, sweep
 
     settings, device = _settings(options), _device(options.device)
     _check_backend(options.engine, device)
@@ -485,13 +504,23 @@ def _sweep(options: argparse.Namespace) -> int:
     engine = options.engine
     if engine == "auto":
         engine = engines.fastest(models.parameters, dataset.train.x, settings.batch)
-    folder = _folder(options.out, "sweeps")
+    # What cannot run leaves no folder.
+    engines.start(engine, models.parameters, dataset.train.x, dataset.train.y, settings.batch)
+    with _folder(options.out, "sweeps") as folder:
+        return _swept(models, engine, dataset, folder, device)
+
+
+def _swept(models: Any, engine: str, dataset: Any, folder: Path, device: torch.device) -> int:
+    from fused.makemore import plots, sweep
+
+    settings = models.settings
     if (folder / _SWEEP).is_file():
         raise InputError(f"{folder} already holds a sweep; use another --out")
     print(
         f"{dataset.source}: {dataset.words} words, {len(dataset.train)} training examples\n"
-        f"{len(models)} networks ({len(options.lr)} learning rates x {len(options.seed)} seeds), "
-        f"engine {engine}, device {device.type}, {settings.steps} steps, folder {folder}",
+        f"{len(models)} networks ({len(models) // len(models.seeds)} learning rates x "
+        f"{len(models.seeds)} seeds), engine {engine}, device {device.type}, "
+        f"{settings.steps} steps, folder {folder}",
         flush=True,
     )
     outcome = sweep.train(models, engine, dataset)
