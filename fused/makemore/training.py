@@ -103,9 +103,11 @@ def train(run: Run, folder: Path) -> Outcome:
     return Outcome(interrupted, (run.step - first) / elapsed)
 
 
-def minibatches(generator: torch.Generator, examples: int, steps: int, batch: int) -> Tensor:
+def minibatches(
+    generator: torch.Generator, examples: int, steps: int, batch: int, out: Tensor | None = None
+) -> Tensor:
     """Rows of the training examples, (steps, batch). Blocks of any size draw the same stream."""
-    return torch.randint(0, examples, (steps, batch), generator=generator)
+    return torch.randint(0, examples, (steps, batch), generator=generator, out=out)
 
 
 def take_blocks(

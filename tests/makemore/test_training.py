@@ -179,6 +179,31 @@ def test_what_is_shown_of_a_sweep_is_the_mean_of_the_networks_that_go_on(
     assert "loss 2.0000" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_minibatches_of_a_sweep_are_those_of_its_seeds(
+    threads, dataset, monkeypatch, capsys
+) -> None:
+    """However many threads draw them."""
+    models = sweep.start(Settings(hidden=5, steps=30), [0.1, 0.2], [3, 9, 4, 7], dataset)
+    drawn: list[Tensor] = []
+
+    @contextmanager
+    def trainer(*_: object) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        def steps(index: Tensor, lr: Tensor) -> Tensor:
+            drawn.append(index)
+            return torch.zeros(8, index.shape[1])
+
+        yield steps
+
+    monkeypatch.setattr(sweep.processes, "trainer", trainer)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    sweep.train(models, "manual", dataset)
+    for ours, seed in zip(torch.cat(drawn, 1), (3, 9, 4, 7), strict=True):
+        s = Settings(hidden=5, seed=seed)
+        _, generator = model.initial_parameters(s, len(dataset.vocabulary), CPU)
+        assert torch.equal(ours, training.minibatches(generator, len(dataset.train), 30, s.batch))
+
+
 def test_the_fastest_engine_has_a_name_of_its_own(dataset, monkeypatch) -> None:
     parameters, _ = model.initial_parameters(Settings(), len(dataset.vocabulary), CPU)
     for method, name in (("eager", "manual"), ("numba", "numba"), ("graph", "graph")):
