@@ -528,6 +528,8 @@ def _swept(models: Any, engine: str, dataset: Any, folder: Path, device: torch.d
         print("\ninterrupted; nothing is saved of a sweep that is not complete")
         return _INTERRUPTED
     results = models.results(dataset)
+    if all(r.val_loss is None for r in results):  # the last step's update, which no loss shows
+        raise sweep.no_longer_finite(models, settings.steps)
     content = {
         "steps": settings.steps,
         "models_steps_per_second": len(models) * outcome.steps_per_second,

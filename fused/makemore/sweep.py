@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fused.makemore import processes, training
 from fused.makemore.data import Dataset
+from fused.makemore.errors import InputError
 from fused.makemore.model import Settings, calibrate, initial_parameters
 from fused.mlp_train import MLPParameters
 
@@ -72,7 +73,10 @@ def start(settings: Settings, lr: list[float], seeds: list[int], dataset: Datase
 
 
 def train(models: Models, engine: str, dataset: Dataset) -> training.Outcome:
-    """Trains until the last step, or until Ctrl-C. Raises InputError where the engine cannot."""
+    """Trains until the last step, or until Ctrl-C.
+
+    Raises InputError where the engine cannot, and where no network's loss is a finite number.
+    """
     s, split = models.settings, dataset.train
     lr, final_lr = (
         rates.to(split.x.device, torch.float32) for rates in (models.lr, models.lr / 10)
@@ -80,17 +84,22 @@ def train(models: Models, engine: str, dataset: Dataset) -> training.Outcome:
 
     blocks: list[Tensor] = []
     step = 0
+    finite = torch.ones(len(models), dtype=torch.bool)  # networks whose every loss was
 
     def draw(generator: torch.Generator, out: Tensor) -> None:
         training.minibatches(generator, len(split), len(out), s.batch, out)
 
     def take(count: int) -> Tensor:
-        nonlocal step
+        nonlocal step, finite
         streams = torch.empty(len(models.generators), count, s.batch, dtype=torch.int64)
         # Side by side: at 10 to 20 ns a number, those of many seeds take longer than a GPU's steps.
         list(threads.map(draw, models.generators, streams))
         late = step >= s.steps // 2
         blocks.append(steps(streams.to(split.x.device), final_lr if late else lr))
+        bad = blocks[-1].isfinite().logical_not()
+        if bad[finite].any(1).all():
+            raise no_longer_finite(models, step + int(bad[finite].int().argmax(1).max()))
+        finite &= ~bad.any(1)
         step += count
         return blocks[-1].nanmean(0)
 
@@ -103,6 +112,14 @@ def train(models: Models, engine: str, dataset: Dataset) -> training.Outcome:
         elapsed = time.monotonic() - started
     models.losses = torch.cat((models.losses, *blocks), 1)
     return training.Outcome(interrupted, step / elapsed)
+
+
+def no_longer_finite(models: Models, step: int) -> InputError:
+    """What to say of a sweep whose last network to go diverged at that step."""
+    return InputError(
+        "the loss of every network is no longer a finite number, of the last one at step "
+        f"{step}; try a smaller --lr than {models.lr.min():g}"
+    )
 
 
 def table(results: list[Result]) -> str:

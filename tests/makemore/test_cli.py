@@ -288,8 +288,10 @@ def test_numbers_that_the_last_step_loses(tmp_path, capsys) -> None:
     rates = ["--lr", "1e38", "--final-lr", "1e38"]
     status, _, err = run(capsys, "train", *options, *rates, "--out", str(folder))
     assert status == 2 and "finite number at step 1" in err and not folder.exists()
-    options += ["--lr", "1e38,0.1", "--seed", "1", "--out", str(folder)]
-    assert run(capsys, "sweep", *options)[0] == 0
+    options += ["--seed", "1", "--out", str(folder)]
+    status, _, err = run(capsys, "sweep", *options, "--lr", "1e38")
+    assert status == 2 and "of the last one at step 1;" in err and not folder.exists()
+    assert run(capsys, "sweep", *options, "--lr", "1e38,0.1")[0] == 0
     results = json.loads((folder / "sweep.json").read_text())["results"]
     assert [(r["lr"], r["diverged_at"]) for r in results] == [(0.1, None), (1e38, 1)]
 
@@ -321,6 +323,16 @@ def test_an_interrupted_sweep(tmp_path, capsys, monkeypatch) -> None:
         (folder,) = re.findall(r"folder (\S+)\n", said)
         assert (tmp_path / folder).exists() == left
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "words.txt"]
+
+
+@pytest.mark.parametrize("engine", ["persistent", "graph", "numba", "manual"])
+def test_a_sweep_ends_where_no_network_has_a_number(engine, tmp_path, capsys) -> None:
+    """Long before its last step; where one has, the others are in the table (`test_sweep`)."""
+    options = [*tiny(engine, tmp_path), "--steps", "100000000", "--out", str(tmp_path / "s")]
+    status, out, err = run(capsys, "sweep", *options, "--lr", "1e37,1e38", "--seed", "0:2")
+    assert status == 2 and "4 networks (2 learning rates x 2 seeds)" in out
+    assert re.search(r"of the last one at step [1-9]; try a smaller --lr than 1e\+37\n$", err)
+    assert not (tmp_path / "s").exists()
 
 
 def test_sweep(tmp_path, capsys) -> None:

@@ -179,6 +179,27 @@ def test_what_is_shown_of_a_sweep_is_the_mean_of_the_networks_that_go_on(
     assert "loss 2.0000" in capsys.readouterr().err
 
 
+def test_a_sweep_stops_at_the_last_network_to_go(dataset, monkeypatch, capsys) -> None:
+    """Its step is counted from the first, not from its block; the one before stops nothing."""
+    models = sweep.start(Settings(hidden=5, steps=40), [0.2, 0.1], [3], dataset)
+    losses = torch.ones(2, 40)
+    losses[0, 4:], losses[1, 13] = float("nan"), float("inf")
+    blocks: list[int] = []
+
+    @contextmanager
+    def trainer(*_: object) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        def steps(index: Tensor, lr: Tensor) -> Tensor:
+            blocks.append(index.shape[1])
+            return losses[:, sum(blocks[:-1]) : sum(blocks)]
+
+        yield steps
+
+    monkeypatch.setattr(sweep.processes, "trainer", trainer)
+    with pytest.raises(InputError, match="last one at step 13; try a smaller --lr than 0.1"):
+        sweep.train(models, "manual", dataset)
+    assert blocks == [10, 10]
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_minibatches_of_a_sweep_are_those_of_its_seeds(
     threads, dataset, monkeypatch, capsys
