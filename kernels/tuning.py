@@ -419,14 +419,16 @@ class MLPTrainPlan:
     def shared_bytes(self) -> int:
         """At most what the compiler takes of shared memory: for a sum over all units, where the
         tiles of a row share the second factor, a copy of the first for each of them and one half of
-        the second; for the table's product its matrix of zeros and ones, and demb. On NVIDIA both
-        halves of the first and of demb lie there, on AMD one half of one factor at a time."""
+        the second (both halves of a single row's, since Triton 3.9); for the table's product its
+        matrix of zeros and ones, and demb. On NVIDIA both halves of the first and of demb lie
+        there, on AMD one half of one factor at a time."""
         units, rows = self.groups * self.units, self.BLOCK_T * self.BLOCK_B
         onehot, demb = 2 * self.BLOCK_V * rows, 2 * rows * self.BLOCK_E  # of float16
         most = max(onehot, demb) if self.lanes == 64 else onehot + 2 * demb
         for n in (self.BLOCK_V, self.BLOCK_F):
             a, b = 2 * units * self.columns(n) * self.BLOCK_B, 2 * units * n
-            most = max(most, max(a, b) if self.lanes == 64 else 2 * a + b)
+            halves = 2 if self.rows == 1 else 1
+            most = max(most, max(a, b) if self.lanes == 64 else 2 * a + halves * b)
         return most
 
 

@@ -599,15 +599,16 @@ def test_probabilities_that_vanish(method) -> None:
     assert_close(fused.train_mlp(*data, 0.01, method=method), expected(*data, 0.01), batch=5)
 
 
-# What Triton 3.7.1 takes for sm_90 and gfx942 of sizes (T, E, H, V, B): as much as the plan says.
+# What Triton takes for sm_90 and gfx942 of sizes (T, E, H, V, B): as much as the plan says.
 SHARED = {
     (3, 10, 200, 27, 32): (73728, 32768),
-    (3, 10, 200, 27, 2): (40960, 16384),
+    (3, 10, 200, 27, 2): (49152, 16384),  # 40960 with 3.7
     (5, 10, 100, 27, 32): (81920, 32768),
-    (8, 10, 200, 27, 2): (98304, 32768),
+    (8, 10, 100, 27, 2): (131072, 32768),  # 98304 with 3.7
     (5, 10, 200, 65, 32): (98304, 65536),  # 81920 on sm_90, 98304 on sm_80
     (8, 10, 200, 65, 48): (163840, 131072),
     (3, 10, 20, 27, 32): (20480, 8192),
+    (3, 10, 64, 300, 16): (327680, 131072),  # 98304 on sm_90 with 3.7
     (3, 10, 1000, 27, 32): (294912, 131072),
 }
 
