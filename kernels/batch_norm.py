@@ -493,5 +493,5 @@ class _Backward(NamedTuple):
         if self.kind != "signs":
             return plan.stages(self.x, self.dy, self.kept)
         # Signs, too few bytes a thread to go to shared memory, are read ahead into registers: a
-        # stage fewer, or these spilled.
-        return max(1, plan.stages(self.x, self.dy) - 1)
+        # stage fewer, or these spilled. Of two one would read nothing ahead, and none spilled.
+        return max(2, plan.stages(self.x, self.dy) - 1)

@@ -359,8 +359,8 @@ def batch_norm(
     tiles = _ceil_div(n, block_n) * _ceil_div(length, block_l)
     n_programs = 1
     if not whole:
-        # No more than two programs for each multiprocessor, which are resident at once; each of the
-        # second launch merges what the first's found, two tiles at most.
+        # No more than two programs for each multiprocessor, which most often are resident at once;
+        # each of the second launch merges what the first's found, two tiles at most.
         wanted = 2 * processors // _ceil_div(c, block_c)
         n_programs = max(1, min(tiles, wanted, 2 * _TILE_VALUES // block_c))
     tiles_per_program = max(1, _ceil_div(tiles, n_programs))
