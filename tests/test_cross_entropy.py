@@ -1,5 +1,6 @@
 """fused.cross_entropy on the closed forms and on the Triton kernels, against torch's."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -582,7 +583,15 @@ def calls(draw) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
         options["softcap"] = draw(st.sampled_from([2.0, 30.0]))
     if draw(st.booleans()):
         options["logit_scale"] = draw(st.sampled_from([0.3, 2.0]))
-    return logits, target, weight, options
+    if kind == "indices":
+        dtype = draw(st.sampled_from([torch.int64, torch.int32, torch.uint8]))
+        options["ignore_index"] = draw(
+            st.sampled_from([0, 3] if dtype == torch.uint8 else [-100, 0])
+        )
+        target = target.masked_fill(target == -100, options["ignore_index"]).to(dtype)
+    order = draw(st.permutations(range(target.dim())))
+    back = [order.index(i) for i in range(target.dim())]
+    return logits, target.permute(order).contiguous().permute(back), weight, options
 
 
 @settings(
@@ -591,8 +600,11 @@ def calls(draw) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(call=calls())
-def test_any_call(call, implementation, device) -> None:
+@given(call=calls(), grad_in_forward=st.booleans())
+def test_any_call(call, grad_in_forward, implementation, device) -> None:
     logits, target, weight, options = call
     weight = None if weight is None else weight.to(device)
-    check_against_torch(logits.to(device), target.to(device), weight, implementation, **options)
+    function = functools.partial(fused.cross_entropy, grad_in_forward=grad_in_forward)
+    check_against_torch(
+        logits.to(device), target.to(device), weight, implementation, function, **options
+    )

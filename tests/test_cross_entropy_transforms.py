@@ -294,6 +294,14 @@ def test_pytorchs_own_samples(dtype, implementation, device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", DTYPES[1::2], ids=str)
+def test_pytorchs_own_samples_on_the_cpu(dtype) -> None:
+    """The same, without the interpreter, which takes long."""
+    with fused.backend.use("eager"):
+        test_pytorchs_own_samples(dtype, "eager", torch.device("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_pytorchs_own_error_inputs(implementation, device) -> None:
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
