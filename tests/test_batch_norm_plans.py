@@ -80,6 +80,7 @@ TILES = [
     ((65536, 65, 1), True, 8, 64, 4096, 8),  # 128 bytes a row
     ((65536, 65, 1), True, 4, 64, 2048, 8),  # accesses of 8 bytes
     ((256, 64, 12544), False, 16, 1024, 2048, 8),  # of 2048 an eighth would be beyond the end
+    ((256, 64, 130), False, 2, 64, 2048, 16),  # of 64 more would be, but runs are no shorter
 ]
 
 
@@ -93,7 +94,15 @@ def test_tiles(shape, columns, align, block, values, warps) -> None:
     for dtype in (BF16, F32, F64):
         x = torch.empty(1, dtype=dtype)
         stages, size = plan.stages(x, x), 2 * values * x.itemsize
-        assert stages == (1 if plan.n_tiles == 1 else 1 + max(1, 49152 // size))
+        assert stages == (1 if plan.n_tiles == 1 else min(8, 1 + max(1, 49152 // size)))
+
+
+def test_no_more_stages_than_8_and_two_tiles_of_results() -> None:
+    plan = tuning.batch_norm(65536, 128, 3, False, 1, BF16, 1)
+    assert plan.BLOCK_N * plan.BLOCK_L * plan.BLOCK_C == 1024
+    assert plan.stages(torch.empty(1, dtype=BF16)) == 8
+    # Of 264 programs, two a multiprocessor, 256 that share 7,813 tiles: 31 tiles each.
+    assert tuning.batch_norm(1000000, 32, 1, True, 16, BF16, 1).n_programs == 253
 
 
 # Contiguous images of few positions: (n, channels, length), and channels of a bfloat16 program.
