@@ -134,7 +134,7 @@ def _early_gradient(ctx: Any, dloss: Tensor) -> Tensor:
         dx = ctx.kernels.cross_entropy_fwd_bwd(
             input, target, weight, *ctx.options, dloss.dtype, False, False
         )[-1]
-    dx = ctx.kernels.cross_entropy_scale(dx, dloss)
+    dx = ctx.kernels.cross_entropy_scale(dx, dloss, zeros_stay=True)
     if ctx.inplace:
         increment_version(dx)
     return dx

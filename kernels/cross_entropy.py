@@ -351,8 +351,9 @@ def cross_entropy_bwd(
 
 
 @on_its_device
-def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
-    """dx, in its own memory, times dloss, one number on the device.
+def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor, zeros_stay: bool) -> torch.Tensor:
+    """dx, in its own memory, times dloss, one number on the device; with `zeros_stay` what is 0, as
+    an ignored row is, stays so where dloss is inf or NaN (but in a slice of larger memory).
 
     Bytes: none where dloss is 1, which only the device looks at; else reads and writes dx once. One
     launch.
@@ -368,6 +369,7 @@ def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
             dx,
             dloss.resolve_neg(),
             dx.numel(),
+            ZEROS_STAY=zeros_stay,
             ACC=TRITON[computed_in(dx, dx)],
             BLOCK=walk.BLOCK,
             num_warps=walk.num_warps,

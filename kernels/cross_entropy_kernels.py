@@ -379,12 +379,11 @@ def _cross_entropy_scale_kernel(
     dx_ptr,  # in and out: the gradient, n numbers
     dloss_ptr,  # upstream gradient, one number
     n,
+    ZEROS_STAY: tl.constexpr,  # also where dloss is inf or NaN
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dx = dloss * dx; nothing at all where dloss is 1. What is 0, as an ignored row, stays 0 also
-    where dloss is not finite
-    """
+    """dx = dloss * dx; nothing at all where dloss is 1"""
     dloss = tl.load(dloss_ptr).to(ACC)
     if dloss != 1.0:
         first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -392,4 +391,7 @@ def _cross_entropy_scale_kernel(
             places = start + tl.arange(0, BLOCK)
             mask = places < n
             dx = tl.load(dx_ptr + places, mask=mask, other=0.0).to(ACC)
-            tl.store(dx_ptr + places, tl.where(dx == 0.0, dx, dloss * dx), mask=mask)
+            scaled = dloss * dx
+            if ZEROS_STAY:
+                scaled = tl.where(dx == 0.0, dx, scaled)
+            tl.store(dx_ptr + places, scaled, mask=mask)

@@ -160,11 +160,11 @@ PITFALLS: dict[str, tuple[Any, dict[str, Any]]] = {
     "1128 classes": (pitfalls.test_classes_that_are_no_multiple_of_a_block, {"classes": 1128}),
     "ignored rows": (
         pitfalls.test_ignored_rows_have_loss_and_gradient_0,
-        {"reduction": "mean", "label_smoothing": 0.1, "dtype": torch.float32},
+        {"reduction": "mean", "label_smoothing": 0.1, "upstream": 1.0, "dtype": torch.float32},
     ),
     "ignored rows, bfloat16": (
         pitfalls.test_ignored_rows_have_loss_and_gradient_0,
-        {"reduction": "mean", "label_smoothing": 0.0, "dtype": torch.bfloat16},
+        {"reduction": "mean", "label_smoothing": 0.0, "upstream": 1.0, "dtype": torch.bfloat16},
     ),
     "all ignored": (
         pitfalls.test_all_rows_ignored,

@@ -156,13 +156,14 @@ def cross_entropy_bwd(
     return dx, dtarget
 
 
-def cross_entropy_scale(dx: Tensor, dloss: Tensor) -> Tensor:
-    """dx, in its own memory, times dloss, one number."""
+def cross_entropy_scale(dx: Tensor, dloss: Tensor, zeros_stay: bool) -> Tensor:
+    """dx, in its own memory, times dloss, one number; with `zeros_stay` what is 0, as an ignored
+    row is, stays so where dloss is inf or NaN."""
     if dx.is_cpu:  # elsewhere nobody may look
         factor = dloss.item()
         if factor == 1:
             return dx
-        if not math.isfinite(factor):  # of ignored rows the gradient stays 0
+        if zeros_stay and not math.isfinite(factor):
             return dx.copy_(torch.where(dx == 0, dx, dx * dloss))
     return dx.mul_(dloss)
 

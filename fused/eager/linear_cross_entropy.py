@@ -117,7 +117,7 @@ class Gradients:
                 found.append(None)
                 continue
             if factor is not None:
-                gradient = kernels.cross_entropy_scale(gradient, factor)
+                gradient = kernels.cross_entropy_scale(gradient, factor, zeros_stay=False)
             found.append(gradient.to(like.dtype).view(like.shape))
         return found
 
