@@ -21,7 +21,7 @@ _COLOURS = {
     "compile max": "tab:olive",
     "chunked": "tab:gray",
     "torch chunked": "navy",
-    "three products": "gold",
+    "products": "gold",
     "liger": "tab:purple",
     "jax": "tab:orange",
 }

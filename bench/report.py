@@ -41,7 +41,7 @@ section names the command that made its file.
 - `fused correction=1` is batch norm with Bessel's correction, given the weight and eps that make
   its output the others'.
 - `chunked` is the notebook's unfused form, `torch chunked` PyTorch's own `linear_cross_entropy`,
-  and `three products` its matrix products alone. `compile` is `torch.compile` of torch's operation,
+  and `products` its matrix products alone. `compile` is `torch.compile` of torch's operation,
   with `max` for its max-autotune mode; `graph` a replay from a CUDA graph.
 - GB/s is of the `fused` column: the least number of bytes that has to be moved over the time, so
   that re-reads show as lost bandwidth; `of copy` is its share of a large copy's rate in that run.
