@@ -187,7 +187,7 @@ def batch_norm_bwd(
     an activation, dresidual once, in one launch, the least possible, 3S without a residual. So it
     is from memory where a program reads its channels twice from cache; where there are channels
     enough for a program each, but larger than that, one launch reads them twice: 5S. Where programs
-    share channels: with frozen statistics 3S, in one launch and two sums of partial results; else
+    share channels: with frozen statistics 3S, in one launch, and a small sum and two copies; else
     two launches that read dy, x and what was kept twice, 5S, unless dresidual is wanted, which then
     serves the second in the place of dy and what was kept.
     """
@@ -201,9 +201,8 @@ def batch_norm_bwd(
     plan, partial = step.plan(reduced=True), None
     reduction = plan.reduction
     if reduction == "partial" and not batch_statistics:  # dx does not wait for the sums
-        dgamma, dbeta = _for(gamma, mean), _for(beta, mean)
-        for gradient, part in zip((dgamma, dbeta), step.sums(plan).unbind(1), strict=True):
-            torch.sum(part, 0, out=gradient)
+        sums = step.sums(plan).sum(0)  # in their own dtype: a narrower `out` would round each first
+        dgamma, dbeta = _for(gamma, mean).copy_(sums[0]), _for(beta, mean).copy_(sums[1])
         return dx, dgamma, dbeta, dresidual
     if reduction == "partial":
         partial = step._replace(dx=None).sums(plan)

@@ -310,6 +310,17 @@ def test_gradients_have_memory_of_their_own(training, shape, small_plans, device
     assert len(memory) == 3
 
 
+def test_gradients_of_narrow_parameters_are_rounded_once(small_plans, device) -> None:
+    """In evaluation: the programs' results are added in float32 before."""
+    narrow = {name: t.to(BF16) for name, t in example((900, 12), F32, device).items()}
+    wide = {name: t if name == "input" else t.float() for name, t in narrow.items()}
+    upstream = torch.rand_like(narrow["input"])
+    with fused.backend.use("triton"):
+        found, exact = (run(fused.batch_norm, t, upstream) for t in (narrow, wide))
+    for name in ("dweight", "dbias"):
+        torch.testing.assert_close(found[name], exact[name].to(BF16), rtol=0, atol=0)
+
+
 def test_statistics_of_data_that_drifts(small_plans, implementation, device) -> None:
     """From 0 to 1e4 over the rows, in every order, and with a first row far off; and images, of
     which a program's first tile is the end of one: some positions begin in its second."""
