@@ -19,6 +19,8 @@ channels, on chip or in cache (tuning.batch_norm says when), 3S and 5S elsewhere
 launch leaves partial results, which every program of the second merges in the same order. A
 residual costs S more forward and, behind an activation, 2S backward: its gradient written, itself
 or y read. With relu it is S/16 more forward and S + S/16 backward.
+
+Rows that begin at odd addresses are seen as longer ones that do not (tuning.Pack).
 """
 
 from typing import NamedTuple
@@ -251,8 +253,10 @@ def _empty_like(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _launch_moments(x3: torch.Tensor, view: View, plan: tuning.BatchNormPlan) -> torch.Tensor:
     """(n_programs, 3, C): each program's count of rows, mean (from the first row) and m2"""
+    grid = plan.grid(view.c)
     partial = torch.empty((plan.n_programs, 3, view.c), dtype=_accumulator(x3), device=x3.device)
-    _batch_norm_moments_kernel[plan.grid(view.c)](
+    view = view.packed(plan)
+    _batch_norm_moments_kernel[grid](
         x3,
         partial,
         view.n,
@@ -266,6 +270,7 @@ def _launch_moments(x3: torch.Tensor, view: View, plan: tuning.BatchNormPlan) ->
         BLOCK_C=plan.BLOCK_C,
         ALIGN=view.align(),
         STAGES=plan.stages(x3),
+        PACK=plan.pack,
         num_warps=plan.num_warps,
         enable_fp_fusion=False,
     )
@@ -305,7 +310,8 @@ def _normalise(
     running = layout.vector(running_mean), layout.vector(running_var)
     # What the kernel counts in.
     counter = tracked if tracked is None or tracked.dtype == torch.int64 else tracked.long()
-    _batch_norm_fwd_kernel[plan.grid(view.c)](
+    grid, view = plan.grid(view.c), view.packed(plan)
+    _batch_norm_fwd_kernel[grid](
         x3,
         layout.vector(gamma),
         layout.vector(beta),
@@ -338,7 +344,8 @@ def _normalise(
         BLOCK_C=plan.BLOCK_C,
         ALIGN=view.align(),
         STAGES=plan.stages(x3, residual3),
-        BLOCK_P=tuning.next_power_of_2(plan.n_programs),
+        PACK=plan.pack,
+        BLOCK_P=plan.partials(plan.n_programs),
         num_warps=plan.num_warps,
         enable_fp_fusion=False,
     )
@@ -400,6 +407,7 @@ class _Backward(NamedTuple):
         """(n_programs, 2, C): dgamma and dbeta of each program's rows; writes dz, and dx = slope *
         dz, where there is one"""
         partial = self.mean.new_empty(plan.n_programs, 2, self.view.c)
+        view = self.view.packed(plan)
         _batch_norm_sums_kernel[plan.grid(self.view.c)](
             self.dy,
             self.x,
@@ -411,21 +419,22 @@ class _Backward(NamedTuple):
             self.dx,
             self.dz,
             partial,
-            self.view.n,
-            self.view.c,
-            self.view.length,
-            *self.strides(),
+            view.n,
+            view.c,
+            view.length,
+            *self.strides(view),
             plan.n_tiles,
             plan.tiles_per_program,
             ACTIVATION=self.activation,
             KEPT=self.kind,
-            GROUP=self.view.group(plan, self.x.dtype),
-            COLUMNS=self.view.columns,
+            GROUP=view.group(plan, self.x.dtype),
+            COLUMNS=view.columns,
             BLOCK_N=plan.BLOCK_N,
             BLOCK_L=plan.BLOCK_L,
             BLOCK_C=plan.BLOCK_C,
-            ALIGN=self.view.align(),
+            ALIGN=view.align(),
             STAGES=self.stages(plan),
+            PACK=plan.pack,
             num_warps=plan.num_warps,
             enable_fp_fusion=False,
         )
@@ -443,6 +452,7 @@ class _Backward(NamedTuple):
         """dgamma and dbeta (C,); writes dx, and dz where there is one"""
         dgamma, dbeta = _for(self.gamma, self.mean), _for(self.beta, self.mean)
         n_partials = 1 if partial is None else partial.shape[0]
+        view = self.view.packed(plan)
         _batch_norm_bwd_kernel[plan.grid(self.view.c)](
             self.dy,
             self.x,
@@ -457,10 +467,10 @@ class _Backward(NamedTuple):
             self.dz,
             dgamma,
             dbeta,
-            self.view.n,
-            self.view.c,
-            self.view.length,
-            *self.strides(),
+            view.n,
+            view.c,
+            view.length,
+            *self.strides(view),
             plan.n_tiles,
             plan.tiles_per_program,
             n_partials,
@@ -469,22 +479,24 @@ class _Backward(NamedTuple):
             BATCH_STATISTICS=batch_statistics,
             ACTIVATION=self.activation,
             KEPT=self.kind,
-            GROUP=self.view.group(plan, self.x.dtype),
-            COLUMNS=self.view.columns,
+            GROUP=view.group(plan, self.x.dtype),
+            COLUMNS=view.columns,
             BLOCK_N=plan.BLOCK_N,
             BLOCK_L=plan.BLOCK_L,
             BLOCK_C=plan.BLOCK_C,
-            ALIGN=self.view.align(),
+            ALIGN=view.align(),
             STAGES=self.stages(plan),
-            BLOCK_P=tuning.next_power_of_2(n_partials),
+            PACK=plan.pack,
+            BLOCK_P=plan.partials(n_partials),
             num_warps=plan.num_warps,
             enable_fp_fusion=False,
         )
         return dgamma, dbeta
 
-    def strides(self) -> tuple[tuple[int, int, int], ...]:
+    @staticmethod
+    def strides(view: View) -> tuple[tuple[int, int, int], ...]:
         """Of dy, x, kept, dx and dz"""
-        x, dy, *rest = self.view.strides
+        x, dy, *rest = view.strides
         return (dy, x, *rest)
 
     def stages(self, plan: tuning.BatchNormPlan) -> int:

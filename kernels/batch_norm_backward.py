@@ -6,12 +6,15 @@ import triton.language as tl
 from fused.kernels.activation import pull_back, pull_back_from_output
 from fused.kernels.batch_norm_signs import load_signs
 from fused.kernels.batch_norm_tile import (
+    channels_in,
+    columns_of,
     count_rows,
     load_channel,
     mask_of,
-    multiple,
     offset_of,
     offsets_in_tile,
+    parts_of,
+    pooled,
     start_of,
 )
 
@@ -57,7 +60,7 @@ def _sums(
     mean, rstd, gamma, beta, N, C, L, stride_dy, stride_x, stride_k, stride_dx, stride_dz,
     acc: tl.constexpr, ACTIVATION: tl.constexpr, KEPT: tl.constexpr,
     GROUP: tl.constexpr, COLUMNS: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    PACK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dgamma and dbeta of tiles [begin, end): (BLOCK_C,) each; dz, and slope * dz, on the way
 
@@ -92,7 +95,7 @@ def _sums(
         if dz_ptr is not None:
             tl.store(dz_ptr + offset_of(start, stride_dz, ALIGN) + dz_offsets, dz, mask=mask)
         dgamma = tl.where(mask, tl.fma(dz, d, dgamma), dgamma)
-    return tl.sum(dgamma, axis=0) * rstd, tl.sum(dbeta, axis=0)
+    return pooled(tl.sum(dgamma, axis=0), PACK) * rstd, pooled(tl.sum(dbeta, axis=0), PACK)
 
 
 @triton.jit(do_not_specialize=["N", "n_tiles", "tiles_per_program"])
@@ -126,26 +129,29 @@ def _batch_norm_sums_kernel(
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
+    PACK: tl.constexpr,  # a tuning.Pack, or None; with one, C counts its columns
 ):
     """dgamma = sum_i dz_i * xhat_i and dbeta = sum_i dz_i over this program's rows"""
     acc: tl.constexpr = mean_ptr.dtype.element_ty
+    if PACK is not None:  # all tensors lie alike
+        stride_dy, stride_k, stride_dx, stride_dz = stride_x, stride_x, stride_x, stride_x
     column = tl.program_id(0)
-    cols = column * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
-    col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
+    cols, col_mask, channels, _, leads = columns_of(column, C, PACK, ALIGN, BLOCK_L, BLOCK_C)
     begin = tl.program_id(1) * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, n_tiles)
-    mean = tl.load(mean_ptr + cols, mask=col_mask, other=0.0)
-    rstd = tl.load(rstd_ptr + cols, mask=col_mask, other=0.0)
-    gamma = load_channel(gamma_ptr, cols, col_mask, 1.0, acc)
-    beta = load_channel(beta_ptr, cols, col_mask, 0.0, acc)
+    mean = tl.load(mean_ptr + channels, mask=col_mask, other=0.0)
+    rstd = tl.load(rstd_ptr + channels, mask=col_mask, other=0.0)
+    gamma = load_channel(gamma_ptr, channels, col_mask, 1.0, acc)
+    beta = load_channel(beta_ptr, channels, col_mask, 0.0, acc)
     dgamma, dbeta = _sums(
         dy_ptr, x_ptr, kept_ptr, dx_ptr, dz_ptr, begin, end, column, cols, col_mask,
         mean, rstd, gamma, beta, N, C, L, stride_dy, stride_x, stride_k, stride_dx, stride_dz,
-        acc, ACTIVATION, KEPT, GROUP, COLUMNS, ALIGN, STAGES, BLOCK_N, BLOCK_L, BLOCK_C,
+        acc, ACTIVATION, KEPT, GROUP, COLUMNS, ALIGN, STAGES, PACK, BLOCK_N, BLOCK_L, BLOCK_C,
     )  # fmt: skip
-    out = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * C + cols
-    tl.store(out, dgamma, mask=col_mask)
-    tl.store(out + C, dbeta, mask=col_mask)
+    C = channels_in(C, PACK)
+    out = partial_ptr + tl.program_id(1).to(tl.int64) * 2 * C + channels
+    tl.store(out, dgamma, mask=leads)
+    tl.store(out + C, dbeta, mask=leads)
 
 
 @triton.jit(do_not_specialize=["N", "n_tiles", "tiles_per_program", "n_partials"])
@@ -186,6 +192,7 @@ def _batch_norm_bwd_kernel(
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
+    PACK: tl.constexpr,  # a tuning.Pack, or None; with one, C counts its columns
     BLOCK_P: tl.constexpr,
 ):
     """dx = gamma * rstd * (dz - dbeta/n - xhat * dgamma/(n - correction)), or gamma * rstd * dz
@@ -193,16 +200,17 @@ def _batch_norm_bwd_kernel(
     Tiles are written from the last to the first: what was read last is what L2 still has.
     """
     acc: tl.constexpr = mean_ptr.dtype.element_ty
+    if PACK is not None:  # all tensors lie alike
+        stride_dy, stride_k, stride_dx, stride_dz = stride_x, stride_x, stride_x, stride_x
     column = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
-    cols = column * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
-    col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
+    cols, col_mask, channels, _, leads = columns_of(column, C, PACK, ALIGN, BLOCK_L, BLOCK_C)
     begin = part * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, n_tiles)
-    mean = tl.load(mean_ptr + cols, mask=col_mask, other=0.0)
-    rstd = tl.load(rstd_ptr + cols, mask=col_mask, other=0.0)
-    gamma = load_channel(gamma_ptr, cols, col_mask, 1.0, acc)
-    beta = load_channel(beta_ptr, cols, col_mask, 0.0, acc)
+    mean = tl.load(mean_ptr + channels, mask=col_mask, other=0.0)
+    rstd = tl.load(rstd_ptr + channels, mask=col_mask, other=0.0)
+    gamma = load_channel(gamma_ptr, channels, col_mask, 1.0, acc)
+    beta = load_channel(beta_ptr, channels, col_mask, 0.0, acc)
     slope = gamma * rstd
     dy_offsets = offsets_in_tile(cols, stride_dy, ALIGN, BLOCK_N, BLOCK_L)
     x_offsets = offsets_in_tile(cols, stride_x, ALIGN, BLOCK_N, BLOCK_L)
@@ -210,7 +218,7 @@ def _batch_norm_bwd_kernel(
     dx_offsets = offsets_in_tile(cols, stride_dx, ALIGN, BLOCK_N, BLOCK_L)
     dz_offsets = offsets_in_tile(cols, stride_dz, ALIGN, BLOCK_N, BLOCK_L)
 
-    n = count_rows(N, L, acc)
+    n = count_rows(N, L, acc, PACK)
     if count_ptr is not None:
         n = tl.load(count_ptr).to(acc)
     if SUMS == "tile":
@@ -225,8 +233,8 @@ def _batch_norm_bwd_kernel(
             acc, ACTIVATION, KEPT, GROUP, COLUMNS, BLOCK_N, BLOCK_L, BLOCK_C,
         )  # fmt: skip
         dz = tl.where(mask, dz, 0.0)
-        dgamma = tl.sum(dz * tl.where(mask, d, 0.0), axis=0) * rstd
-        dbeta = tl.sum(dz, axis=0)
+        dgamma = pooled(tl.sum(dz * tl.where(mask, d, 0.0), axis=0), PACK) * rstd
+        dbeta = pooled(tl.sum(dz, axis=0), PACK)
         dx = _dx(dz, d, dgamma, dbeta, rstd, slope, n, correction, BATCH_STATISTICS)
         tl.store(dx_ptr + dx_offsets, dx, mask=mask)
         if dz_ptr is not None:
@@ -238,15 +246,17 @@ def _batch_norm_bwd_kernel(
                 dy_ptr, x_ptr, kept_ptr, None if BATCH_STATISTICS else dx_ptr, dz_ptr, begin, end,
                 column, cols, col_mask, mean, rstd, gamma, beta, N, C, L,
                 stride_dy, stride_x, stride_k, stride_dx, stride_dz,
-                acc, ACTIVATION, KEPT, GROUP, COLUMNS, ALIGN, STAGES, BLOCK_N, BLOCK_L, BLOCK_C,
+                acc, ACTIVATION, KEPT, GROUP, COLUMNS, ALIGN, STAGES,
+                PACK, BLOCK_N, BLOCK_L, BLOCK_C,
             )  # fmt: skip
         else:
-            p = tl.arange(0, BLOCK_P)  # (BLOCK_P,)
-            rows = partial_ptr + p.to(tl.int64) * 2 * C
-            parts = cols[:, None] + rows[None, :]
-            p_mask = col_mask[:, None] & (p < n_partials)[None, :]
-            dgamma = tl.sum(tl.load(parts, mask=p_mask, other=0.0), axis=1)
-            dbeta = tl.sum(tl.load(parts + C, mask=p_mask, other=0.0), axis=1)
+            p, p_exists = parts_of(n_partials, BLOCK_P, BLOCK_C, PACK)
+            n_channels = channels_in(C, PACK)
+            parts = partial_ptr + (channels[:, None] + p * 2 * n_channels)
+            p_mask = col_mask[:, None] & p_exists
+            dgamma = pooled(tl.sum(tl.load(parts, mask=p_mask, other=0.0), axis=1), PACK)
+            parts += n_channels
+            dbeta = pooled(tl.sum(tl.load(parts, mask=p_mask, other=0.0), axis=1), PACK)
         if SUMS == "partial" or BATCH_STATISTICS:
             for i in tl.range(begin, end, num_stages=STAGES):
                 start = start_of(begin + end - 1 - i, L, BLOCK_N, BLOCK_L)
@@ -263,5 +273,5 @@ def _batch_norm_bwd_kernel(
                 dx = _dx(dz, d, dgamma, dbeta, rstd, slope, n, correction, BATCH_STATISTICS)
                 tl.store(dx_ptr + offset_of(start, stride_dx, ALIGN) + dx_offsets, dx, mask=mask)
     if part == 0:
-        tl.store(dgamma_ptr + cols, dgamma, mask=col_mask)
-        tl.store(dbeta_ptr + cols, dbeta, mask=col_mask)
+        tl.store(dgamma_ptr + channels, dgamma, mask=leads)
+        tl.store(dbeta_ptr + channels, dbeta, mask=leads)

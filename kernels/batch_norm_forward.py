@@ -6,15 +6,20 @@ import triton.language as tl
 from fused.kernels.activation import activate
 from fused.kernels.batch_norm_signs import store_signs
 from fused.kernels.batch_norm_tile import (
+    channels_in,
+    columns_of,
     count_rows,
     finite,
     load_channel,
     mask_of,
     merged,
     moments,
-    multiple,
     offset_of,
     offsets_in_tile,
+    parts_of,
+    pooled,
+    pooled_moments,
+    rows_of_parts,
     start_of,
 )
 
@@ -34,14 +39,16 @@ def _batch_norm_moments_kernel(
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
+    PACK: tl.constexpr,  # a tuning.Pack, or None; with one, C counts its columns
 ):
     """mean and sum of squared deviations of this program's rows"""
     acc: tl.constexpr = partial_ptr.dtype.element_ty
-    cols = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
-    col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
+    cols, col_mask, channels, leaders, leads = columns_of(
+        tl.program_id(0), C, PACK, ALIGN, BLOCK_L, BLOCK_C
+    )
     begin = tl.program_id(1) * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, n_tiles)
-    first = tl.load(x_ptr + cols.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0)
+    first = tl.load(x_ptr + leaders.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0)
     first = finite(first.to(acc))
     n, mean, m2 = moments(
         x_ptr,
@@ -58,11 +65,13 @@ def _batch_norm_moments_kernel(
         STAGES,
         BLOCK_N,
         BLOCK_L,
+        PACK,
     )
-    out = partial_ptr + tl.program_id(1).to(tl.int64) * 3 * C + cols
-    tl.store(out, tl.full((BLOCK_C,), 0.0, acc) + n, mask=col_mask)
-    tl.store(out + C, mean, mask=col_mask)
-    tl.store(out + 2 * C, m2, mask=col_mask)
+    C = channels_in(C, PACK)
+    out = partial_ptr + tl.program_id(1).to(tl.int64) * 3 * C + channels
+    tl.store(out, n, mask=leads)
+    tl.store(out + C, mean, mask=leads)
+    tl.store(out + 2 * C, m2, mask=leads)
 
 
 @triton.jit
@@ -153,6 +162,7 @@ def _batch_norm_fwd_kernel(
     BLOCK_C: tl.constexpr,
     ALIGN: tl.constexpr,
     STAGES: tl.constexpr,
+    PACK: tl.constexpr,  # a tuning.Pack, or None; with one, C counts its columns
     BLOCK_P: tl.constexpr,
 ):
     """y = f(gamma * xhat + beta + residual); running += momentum * (batch - running)
@@ -162,30 +172,31 @@ def _batch_norm_fwd_kernel(
     acc: tl.constexpr = mean_ptr.dtype.element_ty
     column = tl.num_programs(0) - 1 - tl.program_id(0)
     part = tl.num_programs(1) - 1 - tl.program_id(1)
-    cols = column * BLOCK_C + tl.arange(0, BLOCK_C)  # (BLOCK_C,)
-    col_mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
+    cols, col_mask, channels, leaders, leads = columns_of(column, C, PACK, ALIGN, BLOCK_L, BLOCK_C)
     begin = part * tiles_per_program
     end = tl.minimum(begin + tiles_per_program, n_tiles)
+    if PACK is not None:  # all tensors lie alike
+        stride_r, stride_y = stride_x, stride_x
     x_offsets = offsets_in_tile(cols, stride_x, ALIGN, BLOCK_N, BLOCK_L)
     y_offsets = offsets_in_tile(cols, stride_y, ALIGN, BLOCK_N, BLOCK_L)
     r_offsets = offsets_in_tile(cols, stride_r, ALIGN, BLOCK_N, BLOCK_L)
 
-    n = count_rows(N, L, acc)
+    n = count_rows(N, L, acc, PACK)
     if STATISTICS == "running":
-        first = tl.load(running_mean_ptr + cols, mask=col_mask, other=0.0).to(acc)
+        first = tl.load(running_mean_ptr + channels, mask=col_mask, other=0.0).to(acc)
         mean = tl.zeros((BLOCK_C,), acc)
-        var = tl.load(running_var_ptr + cols, mask=col_mask, other=1.0).to(acc)
+        var = tl.load(running_var_ptr + channels, mask=col_mask, other=1.0).to(acc)
     else:
-        first = tl.load(x_ptr + cols.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0)
+        first = tl.load(x_ptr + leaders.to(tl.int64) * stride_x[1], mask=col_mask, other=0.0)
         first = finite(first.to(acc))
         if STATISTICS == "tile":
             start = start_of(0, L, BLOCK_N, BLOCK_L)
             mask = mask_of(start, col_mask, N, L, ALIGN, BLOCK_N, BLOCK_L)
             x = tl.load(x_ptr + x_offsets, mask=mask, other=0.0)  # and here it stays
             d = tl.where(mask, x.to(acc) - first[None, :], 0.0)
-            mean = tl.sum(d, axis=0) / n
+            mean = pooled(tl.sum(d, axis=0), PACK) / n
             d = tl.where(mask, d - mean[None, :], 0.0)
-            m2 = tl.sum(d * d, axis=0)
+            m2 = pooled(tl.sum(d * d, axis=0), PACK)
         elif STATISTICS == "program":
             _, mean, m2 = moments(
                 x_ptr,
@@ -202,34 +213,41 @@ def _batch_norm_fwd_kernel(
                 STAGES,
                 BLOCK_N,
                 BLOCK_L,
+                PACK,
             )
         else:
-            p = tl.arange(0, BLOCK_P)  # (BLOCK_P,)
-            rows = partial_ptr + p.to(tl.int64) * 3 * C
-            parts = cols[:, None] + rows[None, :]
-            p_mask = col_mask[:, None] & (p < n_partials)[None, :]
-            counts = tl.load(rows, mask=p < n_partials, other=0.0)
-            means = tl.load(parts + C, mask=p_mask, other=0.0)
-            m2s = tl.load(parts + 2 * C, mask=p_mask, other=0.0)
-            _, mean, m2 = merged(counts[None, :], means, m2s, axis=1)
+            p, p_exists = parts_of(n_partials, BLOCK_P, BLOCK_C, PACK)
+            n_channels = channels_in(C, PACK)
+            rows = partial_ptr + p * 3 * n_channels
+            parts = channels[:, None] + rows
+            p_mask = col_mask[:, None] & p_exists
+            if PACK is None:
+                counts = tl.load(rows, mask=p_exists, other=0.0)
+            else:  # each column has others
+                share = tiles_per_program * BLOCK_N
+                counts = rows_of_parts(p, n_partials, N, share, PACK).to(acc)
+            means = tl.load(parts + n_channels, mask=p_mask, other=0.0)
+            m2s = tl.load(parts + 2 * n_channels, mask=p_mask, other=0.0)
+            k, mean, m2 = merged(counts, means, m2s, axis=1)
+            _, mean, m2 = pooled_moments(k, mean, m2, PACK)
         var = m2 / (n - correction)
     rstd = 1.0 / tl.sqrt(var + eps)
     centre = first + mean
 
     if part == 0:
-        tl.store(mean_ptr + cols, centre, mask=col_mask)
-        tl.store(rstd_ptr + cols, rstd, mask=col_mask)
+        tl.store(mean_ptr + channels, centre, mask=leads)
+        tl.store(rstd_ptr + channels, rstd, mask=leads)
         if STATISTICS != "running":
             unbiased = m2 / (n - 1.0)  # whatever the correction: as torch.nn.BatchNorm keeps it
             _keep_statistics(
-                running_mean_ptr, running_var_ptr, tracked_ptr, centre, unbiased, cols, col_mask,
+                running_mean_ptr, running_var_ptr, tracked_ptr, centre, unbiased, channels, leads,
                 momentum, CUMULATIVE, SKIP_NONFINITE,
             )  # fmt: skip
 
-    scale = rstd * load_channel(gamma_ptr, cols, col_mask, 1.0, acc)
+    scale = rstd * load_channel(gamma_ptr, channels, col_mask, 1.0, acc)
     # What rounding took from the mean, which x - centre still has.
     lost = (first - centre) + mean
-    shift = load_channel(beta_ptr, cols, col_mask, 0.0, acc) - lost * scale
+    shift = load_channel(beta_ptr, channels, col_mask, 0.0, acc) - lost * scale
     if STATISTICS == "tile":
         r_ptr = None if residual_ptr is None else residual_ptr + r_offsets
         z = _argument(x, r_ptr, centre, scale, shift, mask, acc)

@@ -18,24 +18,41 @@ class View(NamedTuple):
     length: int
     columns: bool  # the channels are adjacent in memory, not the positions
     strides: list[tuple[int, int, int]]
+    compact: bool  # nothing lies between a tensor's elements, and there are no signs
 
     @classmethod
     def of(cls, x: torch.Tensor, *others: torch.Tensor | None, signs: bool) -> "View":
         """Of tensors (N, C, L); None has strides of 0. Bytes of `signs` end where an image ends."""
         n, c, length = x.shape
-        strides = [layout.strides(t) for t in (x, *others)]
+        tensors = x, *others
+        strides = [layout.strides(t) for t in tensors]
         columns = by_channel(x)
         if length == 1:
             rows = [s[0] for s in strides]
         elif n == 1 or (all(s[0] == length * s[2] for s in strides) and (columns or not signs)):
             rows = [s[2] for s in strides]
         else:
-            return cls(n, c, length, columns, strides)
-        if columns:
+            rows = None
+        if rows is not None and columns:
+            n, length = n * length, 1
             strides = [(r, s[1], 0) for r, s in zip(rows, strides, strict=True)]
-            return cls(n * length, c, 1, True, strides)
-        strides = [(0, s[1], r) for r, s in zip(rows, strides, strict=True)]
-        return cls(1, c, n * length, False, strides)
+        elif rows is not None:
+            n, length = 1, n * length
+            strides = [(0, s[1], r) for r, s in zip(rows, strides, strict=True)]
+        dense = (c, 1, 0) if columns else (0 if n == 1 else c * length, length, 1)
+        compact = not signs and all(
+            s == dense for s, t in zip(strides, tensors, strict=True) if t is not None
+        )
+        return cls(n, c, length, columns, strides, compact)
+
+    def packed(self, plan: tuning.BatchNormPlan) -> "View":
+        """As the plan wants it; its channels are columns."""
+        if plan.pack is None:
+            return self
+        members = plan.pack.members
+        n, c = self.n * self.length // members, self.c * members
+        strides = [(c, 1, 0) if any(s) else s for s in self.strides]
+        return View(n, c, 1, True, strides, True)
 
     def align(self) -> int:
         """What divides all strides but those of neighbours, and the number of neighbours."""
@@ -54,7 +71,7 @@ class View(NamedTuple):
         """For x, one of the tensors."""
         return tuning.batch_norm(
             self.n, self.c, self.length, self.columns, self.align(), x.dtype, tensors,
-            tuning.multiprocessors(x.device),
+            tuning.multiprocessors(x.device), self.compact,
         )  # fmt: skip
 
 

@@ -3,6 +3,9 @@
 x is (N, C, L) with any strides, a row being one (n, l). A tile is BLOCK_N * BLOCK_L rows of BLOCK_C
 channels; tiles are numbered, positions first. No index of an element is ever divided by L: only the
 number of a tile is, and not where L is 1.
+
+Where accesses of 16 bytes need it, a row is seen as several rows or positions side by side, so that
+a channel has several columns: PACK, of tuning.Pack.
 """
 
 import triton
@@ -78,6 +81,97 @@ def tiles_with_row(tile, N, L, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr):
 
 
 @triton.jit
+def place_in(w, PACK: tl.constexpr):
+    """Of the columns w of a block: (which of its channels it belongs to, which of those it is)"""
+    return w // PACK[2] % PACK[0], w // PACK[3] % PACK[1]
+
+
+@triton.jit
+def columns_of(
+    column, C, PACK: tl.constexpr, ALIGN: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Of a block's columns: (themselves, which exist, their channels, the first column of each of
+    these, which columns are that)"""
+    w = tl.arange(0, BLOCK_C)
+    if PACK is None:
+        cols = column * BLOCK_C + w  # (BLOCK_C,)
+        mask = cols < (multiple(C, ALIGN) if BLOCK_L == 1 else C)
+        return cols, mask, cols, cols, mask
+    else:
+        WIDTH: tl.constexpr = PACK[0] * PACK[1]
+        cols = column * WIDTH + w
+        mask = (w < WIDTH) & (cols < multiple(C, ALIGN))
+        channel, member = place_in(w, PACK)
+        return (
+            cols,
+            mask,
+            column * PACK[0] + channel,
+            column * WIDTH + channel * PACK[2],
+            mask & (member == 0),
+        )
+
+
+@triton.jit
+def channels_in(C, PACK: tl.constexpr):
+    """How many channels C columns are"""
+    if PACK is None:
+        return C
+    else:
+        return C // PACK[1]
+
+
+@triton.jit
+def pooled(v, PACK: tl.constexpr):
+    """Of each column of a block the sum of v (BLOCK_C,) over its channel's columns"""
+    if PACK is None:
+        return v
+    else:
+        BLOCK_K: tl.constexpr = triton.next_power_of_2(PACK[0])
+        BLOCK_G: tl.constexpr = triton.next_power_of_2(PACK[1])
+        channel, member = tl.arange(0, BLOCK_K)[:, None], tl.arange(0, BLOCK_G)[None, :]
+        exists = (channel < PACK[0]) & (member < PACK[1])
+        columns = tl.where(exists, channel * PACK[2] + member * PACK[3], 0)
+        parts = tl.gather(v, tl.reshape(columns, (BLOCK_K * BLOCK_G,)), 0)
+        parts = tl.where(exists, tl.reshape(parts, (BLOCK_K, BLOCK_G)), 0.0)
+        channel, _ = place_in(tl.arange(0, v.shape[0]), PACK)
+        return tl.gather(tl.sum(parts, axis=1), channel, 0)
+
+
+@triton.jit
+def pooled_moments(n, mean, m2, PACK: tl.constexpr):
+    """`merged`, of each channel's columns; n may be 0"""
+    if PACK is None:
+        return n, mean, m2
+    else:
+        exists = n > 0.0
+        total = pooled(n, PACK)
+        common = pooled(tl.where(exists, n * mean, 0.0), PACK) / total
+        d = mean - common
+        return total, common, pooled(tl.where(exists, m2 + n * d * d, 0.0), PACK)
+
+
+@triton.jit
+def parts_of(n_partials, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, PACK: tl.constexpr):
+    """Which partial results each column merges, and which of these there are: (1, BLOCK_P), or of
+    each of a channel's columns its share, (BLOCK_C, BLOCK_P)"""
+    p = tl.arange(0, BLOCK_P)[None, :]
+    if PACK is None:
+        return p.to(tl.int64), p < n_partials
+    else:
+        _, member = place_in(tl.arange(0, BLOCK_C), PACK)
+        p = p * PACK[1] + member[:, None]  # of few results an int32 holds the offsets
+        return p, p < n_partials
+
+
+@triton.jit
+def rows_of_parts(p, n_partials, N, share, PACK: tl.constexpr):
+    """How many rows of a channel the p-th program has had: `share` packed ones, and the last one
+    what was left of N"""
+    last = N - (n_partials - 1) * share
+    return tl.where(p < n_partials - 1, share, tl.where(p < n_partials, last, 0)) * PACK[1]
+
+
+@triton.jit
 def load_channel(ptr, cols, mask, default: tl.constexpr, acc: tl.constexpr):
     """A per-channel vector, or `default` where there is none"""
     if ptr is None:
@@ -87,9 +181,12 @@ def load_channel(ptr, cols, mask, default: tl.constexpr, acc: tl.constexpr):
 
 
 @triton.jit
-def count_rows(N, L, acc: tl.constexpr):
-    """N * L"""
-    return tl.cast(tl.cast(N, tl.int64) * L, acc)
+def count_rows(N, L, acc: tl.constexpr, PACK: tl.constexpr):
+    """N * L, and what is packed"""
+    rows = tl.cast(N, tl.int64) * L
+    if PACK is not None:
+        rows *= PACK[1]
+    return tl.cast(rows, acc)
 
 
 @triton.jit
@@ -102,7 +199,7 @@ def finite(x):
 def moments(
     x_ptr, first, begin, end, cols, col_mask, N, L, stride,
     acc: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """Row count, mean (relative to `first`) and sum of squared deviations of tiles [begin, end)
 
@@ -134,7 +231,9 @@ def moments(
     m2 = tl.where(m2 < 0.0, 0.0, m2)
     m2 = tl.where((q == float("inf")) & (s - s == 0.0), float("inf"), m2)  # overflow is not NaN
     m2 = tl.where(col_mask[None, :], m2, 0.0)
-    return merged(k[:, None], (x0 - first[None, :]) + share, m2, axis=0)
+    n, mean, m2 = merged(k[:, None], (x0 - first[None, :]) + share, m2, axis=0)
+    n = tl.full(mean.shape, 0.0, acc) + n
+    return pooled_moments(n, mean, m2, PACK)
 
 
 @triton.jit
@@ -146,7 +245,7 @@ def merged(counts, means, m2s, axis: tl.constexpr):
     """
     n = tl.sum(counts, axis=axis)
     exists = counts > 0.0
-    mean = tl.sum(tl.where(exists, counts * means, 0.0), axis=axis) / n
+    mean = tl.sum(tl.where(exists, counts * means, 0.0), axis=axis) / tl.maximum(n, 1.0)
     d = tl.where(exists, means - tl.expand_dims(mean, axis), 0.0)
     m2s = tl.where(exists, m2s, 0.0) + counts * d * d
     return n, mean, tl.sum(m2s, axis=axis)

@@ -1,7 +1,9 @@
 """Block sizes and warps of every kernel: the only place that makes them of a shape and a dtype."""
 
 import functools
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -236,11 +238,26 @@ def clusters_reduce(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
+class Pack(NamedTuple):
+    """The columns of a block where x (n, c, length) is seen as fewer, longer rows, which begin at
+    multiples of 16 bytes: several rows of c channels side by side, or all positions of several
+    channels.
+
+    Member m of the block's channel k is its column k * channel_stride + m * member_stride.
+    """
+
+    channels: int
+    members: int
+    channel_stride: int
+    member_stride: int
+
+
 @dataclass(frozen=True)
 class BatchNormPlan:
     """Tiles of BLOCK_N * BLOCK_L rows (n, l) and BLOCK_C channels, and who walks over them.
 
-    The rows of a block of channels are n_tiles tiles, which n_programs share.
+    The rows of a block of channels are n_tiles tiles, which n_programs share. With a pack they are
+    the rows of what it makes of x, and BLOCK_C is of columns.
     """
 
     BLOCK_N: int
@@ -250,6 +267,7 @@ class BatchNormPlan:
     n_tiles: int
     n_programs: int
     tiles_per_program: int
+    pack: Pack | None = None
 
     @property
     def reduction(self) -> str:
@@ -269,7 +287,12 @@ class BatchNormPlan:
 
     def grid(self, n_channels: int) -> tuple[int, int]:
         """Programs over channels and over rows."""
-        return (_ceil_div(n_channels, self.BLOCK_C), self.n_programs)
+        block = self.BLOCK_C if self.pack is None else self.pack.channels
+        return (_ceil_div(n_channels, block), self.n_programs)
+
+    def partials(self, n: int) -> int:
+        """How many of n partial results a column merges at the most, as a power of two."""
+        return next_power_of_2(_ceil_div(n, 1 if self.pack is None else self.pack.members))
 
 
 def _ceil_div(n: int, d: int) -> int:
@@ -287,6 +310,8 @@ _TILE_VALUES = 4096
 _CACHED_BYTES = 131072
 # Programs that are enough to read at full speed: about half of the multiprocessors.
 _ENOUGH_PROGRAMS = 64
+# Bytes of the packed columns of a block: two warps' accesses of 16 bytes.
+_PACKED_BYTES = 1024
 
 
 def batch_norm(
@@ -298,13 +323,86 @@ def batch_norm(
     dtype: torch.dtype,
     tensors: int,
     processors: int = 132,
+    compact: bool = False,
 ) -> BatchNormPlan:
     """For x (n, c, length), its channels adjacent in memory (`columns`) or else its positions, runs
     of which begin at multiples of `align` elements, on a device of `processors` multiprocessors.
 
     `tensors` are held at once to reduce over a channel: 1 forward, 2 backward, 0 where nothing is
-    reduced.
+    reduced. `compact`: nothing lies between the elements of a tensor, so that it may be packed.
     """
+    plan = _batch_norm(n, c, length, columns, align, dtype, tensors, processors)
+    cached = n * length * dtype.itemsize <= _CACHED_BYTES
+    whole = tensors > 0 and plan.n_programs == 1 and cached
+    pack = _pack(n, c, length, columns, dtype.itemsize, whole) if compact else None
+    if pack is None:
+        return plan
+    packed = _packed(n * length, c, pack, dtype.itemsize, tensors, whole, processors)
+    return packed or plan
+
+
+@functools.cache
+def _pack(n: int, c: int, length: int, columns: bool, itemsize: int, whole: bool) -> Pack | None:
+    """The pack of x (n, c, length), if its rows do not begin at multiples of 16 bytes anyway;
+    `whole`, if programs own whole channels."""
+    vector, most = 16 // itemsize, _PACKED_BYTES // itemsize
+    if columns:
+        rows = math.gcd(n, vector // math.gcd(vector, c))
+        # What programs found of more channels, or of more columns, would be too much to merge.
+        while rows * c > most // 2:
+            rows //= 2
+        return None if whole or length > 1 or rows <= 1 or c > 64 else Pack(c, rows, 1, c)
+    least = vector // math.gcd(vector, length)  # channels
+    total = c * length  # columns, of which an int32 holds the number
+    if least == 1 or total % vector or total >= 2**31:
+        return None
+    # As many times the least as leave the fewest of a block's columns unused.
+    most = min(most // (least * length), c // least // (_ENOUGH_PROGRAMS if whole else 1))
+    times = range(1, most + 1)
+    widths = [m * least * length for m in times if m * least * length * itemsize >= 64]
+    if not widths:
+        return None
+    width = max(widths, key=lambda w: (w / next_power_of_2(w), w))
+    return Pack(width // length, length, length, 1)
+
+
+def _packed(
+    rows: int, c: int, pack: Pack, itemsize: int, tensors: int, whole: bool, processors: int
+) -> BatchNormPlan | None:
+    """For `rows` rows of c channels; none where a program should own whole channels and cannot."""
+    n, width = rows // pack.members, pack.channels * pack.members
+    block_n, block_c = next_power_of_2(n), next_power_of_2(width)
+    capacity = _ON_CHIP_VALUES * 2 // max(1, tensors) * 4 // max(4, itemsize)
+    if whole and block_n * block_c <= capacity:
+        return BatchNormPlan(block_n, 1, block_c, 8, 1, 1, 1, pack)
+    block_n = min(max(1, _TILE_VALUES // block_c), block_n)
+    tiles = _ceil_div(n, block_n)
+    if whole and n * width * itemsize > _CACHED_BYTES:
+        return None
+    programs = 1
+    if not whole:  # one of 16 warps for each multiprocessor; each column merges its part
+        most = 2 * _TILE_VALUES * pack.members // block_c
+        programs = min(processors // _ceil_div(c, pack.channels), most)
+    return BatchNormPlan(block_n, 1, block_c, 16, *_shared(tiles, programs), pack)
+
+
+def _shared(tiles: int, programs: int) -> tuple[int, int, int]:
+    """(tiles, programs, tiles per program) of at most `programs`, of which each has a tile."""
+    tiles_per_program = max(1, _ceil_div(tiles, max(1, min(tiles, programs))))
+    return tiles, max(1, _ceil_div(tiles, tiles_per_program)), tiles_per_program
+
+
+def _batch_norm(
+    n: int,
+    c: int,
+    length: int,
+    columns: bool,
+    align: int,
+    dtype: torch.dtype,
+    tensors: int,
+    processors: int,
+) -> BatchNormPlan:
+    """As above, of rows as they are."""
     rows, itemsize = n * length, dtype.itemsize
     # A channel's rows on chip, in one tile: every value is read once.
     capacity = _ON_CHIP_VALUES * 2 // max(1, tensors) * 4 // max(4, itemsize)
@@ -357,17 +455,12 @@ def batch_norm(
             block_l //= 2
     block_n = min(max(1, values // (block_c * block_l)), next_power_of_2(n))
     tiles = _ceil_div(n, block_n) * _ceil_div(length, block_l)
-    n_programs = 1
+    programs = 1
     if not whole:
         # No more than two programs for each multiprocessor, which most often are resident at once;
         # each of the second launch merges what the first's found, two tiles at most.
-        wanted = 2 * processors // _ceil_div(c, block_c)
-        n_programs = max(1, min(tiles, wanted, 2 * _TILE_VALUES // block_c))
-    tiles_per_program = max(1, _ceil_div(tiles, n_programs))
-    n_programs = max(1, _ceil_div(tiles, tiles_per_program))
-    return BatchNormPlan(
-        block_n, block_l, block_c, 16 if whole else 8, tiles, n_programs, tiles_per_program
-    )
+        programs = min(2 * processors // _ceil_div(c, block_c), 2 * _TILE_VALUES // block_c)
+    return BatchNormPlan(block_n, block_l, block_c, 16 if whole else 8, *_shared(tiles, programs))
 
 
 def scan(n: int) -> int:

@@ -154,6 +154,68 @@ def test_warps_of_small_images(shape, warps) -> None:
     assert backward.num_warps == (4 if n <= 16 or length <= 32 else 8)
 
 
+ROWS = "partial"  # several programs share them
+# Rows that begin at odd addresses: (rows, channels, length), channels adjacent?, dtype, and in
+# evaluation, forward and backward how many channels a block packs, of how many columns each, and
+# what a program reduces.
+PACKS: list[tuple[tuple[int, int, int], bool, torch.dtype, Any, Any, Any]] = [
+    ((125000, 50, 1), True, BF16, (50, 4), (50, 4, ROWS), (50, 4, ROWS)),
+    ((125000, 50, 1), True, F32, (50, 2), (50, 2, ROWS), (50, 2, ROWS)),
+    ((125000, 50, 1), True, F64, None, None, None),  # 400 bytes
+    ((125001, 50, 1), True, BF16, None, None, None),
+    ((32, 50, 1), True, BF16, (50, 4), None, None),
+    ((65536, 27, 1), True, BF16, (27, 8), (27, 8, ROWS), (27, 8, ROWS)),
+    ((65536, 60, 1), True, BF16, (60, 2), (60, 2, ROWS), (60, 2, ROWS)),
+    ((65536, 65, 1), True, BF16, None, None, None),
+    ((32, 2048, 49), False, BF16, (8, 49), (8, 49, "tile"), (8, 49, "program")),
+    ((32, 2048, 49), False, F32, (4, 49), (4, 49, "tile"), (4, 49, "tile")),
+    ((32, 2048, 49), False, F64, (2, 49), (2, 49, "tile"), (2, 49, "tile")),
+    ((32, 2048, 48), False, BF16, None, None, None),
+    ((32, 2047, 49), False, BF16, None, None, None),  # images begin at odd addresses, too
+    ((32, 512, 49), False, BF16, (8, 49), (8, 49, "tile"), (8, 49, "program")),
+    ((32, 504, 49), False, BF16, (8, 49), None, None),  # 63 programs
+    ((1000, 504, 49), False, BF16, (8, 49), None, None),  # a program reads a channel from cache
+    ((2688, 504, 49), False, BF16, (8, 49), (8, 49, ROWS), (8, 49, ROWS)),
+    ((32, 2048, 81), False, BF16, None, None, None),  # 648 columns
+    ((32, 2048, 4), False, BF16, (128, 4), (32, 4, "tile"), (32, 4, "tile")),
+    ((32, 256, 4), False, BF16, (128, 4), None, None),  # 32 bytes a row
+]
+
+
+@pytest.mark.parametrize("shape, columns, dtype, evaluation, forward, backward", PACKS, ids=str)
+def test_pack(shape, columns, dtype, evaluation, forward, backward) -> None:
+    """Rows are seen as fewer that begin at multiples of 16 bytes, where programs stay enough."""
+    n, c, length = shape
+    for tensors, expected in enumerate((evaluation, forward, backward)):
+        of = n, c, length, columns, 1, dtype, tensors, 132
+        plan = tuning.batch_norm(*of, compact=True)
+        if expected is None:
+            assert plan == tuning.batch_norm(*of)
+            continue
+        assert plan.pack is not None
+        channels, members = plan.pack[:2]
+        assert (channels, members, plan.reduction)[: len(expected)] == expected
+        width = channels * members
+        assert width * dtype.itemsize % 16 == 0
+        assert plan.BLOCK_L == 1 and plan.BLOCK_C // 2 < width <= plan.BLOCK_C
+        assert plan.n_tiles * plan.BLOCK_N * members >= n * length
+        assert plan.n_programs * plan.tiles_per_program >= plan.n_tiles
+        assert (plan.n_programs - 1) * plan.tiles_per_program < plan.n_tiles
+        # Two tiles of results to merge, a thread's registers, and a program a multiprocessor.
+        assert plan.partials(plan.n_programs) * plan.BLOCK_C <= 2 * 4096
+        assert plan.BLOCK_N * plan.BLOCK_C <= plan.num_warps * 32 * 64
+        blocks, programs = plan.grid(c)
+        assert (blocks - 1) * channels < c <= blocks * channels
+        assert programs == 1 or blocks * programs <= 132
+
+
+def test_two_rows_are_better_than_one() -> None:
+    """Of a number that 4 does not divide, and of more channels than 4 rows of which fit a block."""
+    for n, c, dtype, rows in ((125002, 50, BF16, 2), (65536, 63, BF16, 4), (65536, 33, F32, 2)):
+        plan = tuning.batch_norm(n, c, 1, True, 1, dtype, 1, 132, compact=True)
+        assert plan.pack is not None and plan.pack.members == rows
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The kernels launched, by name"""
@@ -236,6 +298,61 @@ def test_edge(shape, expected, channels_last, activation, small_plans, launches,
     check_against_torch(tensors, "triton", training=False, activation=activation)
     # dx does not wait for sums: one pass, and a sum of the programs' results
     assert launches == ["fwd", "sums" if expected is SHARED else "bwd"]
+
+
+# Shape, dtype, what is launched with batch statistics, and how many columns each channel has of a
+# block in evaluation, forward and backward (1: nothing is packed). By `small_plans`.
+PACKED_EDGES: list[tuple[tuple[int, ...], torch.dtype, list[str], tuple[int, int, int]]] = [
+    ((260, 7), F32, SHARED, (4, 4, 4)),
+    ((258, 7), F32, SHARED, (2, 2, 2)),
+    ((259, 7), F32, SHARED, (1, 1, 1)),
+    ((264, 7), BF16, SHARED, (8, 8, 8)),
+    ((260, 50), F32, SHARED, (2, 2, 2)),
+    ((48, 7), F32, ONE, (4, 1, 1)),  # a channel's rows in a program: packed in evaluation alone
+    ((4, 8, 15), F32, ONE, (15, 15, 15)),  # on chip both ways
+    ((9, 8, 15), F32, ONE, (15, 15, 15)),  # on chip forward
+    ((30, 8, 15), F32, ONE, (15, 15, 15)),  # in cache
+    ((40, 8, 15), F32, ONE, (15, 1, 1)),  # of four channels at a time not
+    ((4, 4, 15), F32, ONE, (15, 1, 1)),  # one program
+    ((4, 9, 15), F32, ONE, (1, 1, 1)),  # nine channels are no multiple of 16 bytes
+    ((140, 8, 15), F32, SHARED, (15, 15, 15)),
+    ((4, 40, 3, 7), BF16, ONE, (21, 21, 21)),  # 16 channels in a block, and 8 in the last
+    ((5, 16, 2, 2), BF16, ONE, (4, 4, 4)),
+]
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("shape, dtype, expected, members", PACKED_EDGES, ids=str)
+def test_packed_edge(
+    shape, dtype, expected, members, residual, small_plans, launches, monkeypatch, device
+) -> None:
+    """The results are torch's, and the same twice; tensors that do not lie alike are not packed."""
+    packs: dict[int, int] = {}
+    plan_of = tuning.batch_norm
+
+    def planned(*args: Any) -> tuning.BatchNormPlan:
+        plan, tensors = plan_of(*args), args[6]
+        packs[tensors] = 1 if plan.pack is None else plan.pack.members
+        return plan
+
+    monkeypatch.setattr(tuning, "batch_norm", planned)
+    tensors = example(shape, dtype, device, residual)
+    upstream = torch.randn_like(tensors["input"])
+    options: dict[str, Any] = {"correction": 1, "activation": "silu" if residual else "tanh"}
+    check_against_torch(tensors, "triton", training=True, **options)
+    assert launches == expected
+    first, second = (
+        run(fused.batch_norm, tensors, upstream, training=True, **options) for _ in range(2)
+    )
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+    check_against_torch(tensors, "triton", training=False, activation=options["activation"])
+    assert tuple(packs[i] for i in range(3)) == members
+    # Every second channel of twice as many.
+    tensors["input"] = tensors["input"].repeat_interleave(2, 1)[:, ::2]
+    packs.clear()
+    check_against_torch(tensors, "triton", training=True, **options)
+    assert packs and set(packs.values()) == {1}
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)

@@ -85,6 +85,9 @@ BATCH_NORM = [
     ((2, 3, 256), TILE, TILE),
     ((8, 3, 256), PROGRAM, TILE),
     ((8, 3, 260), PARTIAL, FROZEN_PARTIAL),
+    ((1800, 6), PARTIAL, FROZEN_PARTIAL),  # two rows seen as one
+    # Four channels of an image seen as one row; of 8 rows a program the 4 vectors are a half more.
+    ((30, 8, 15), PROGRAM, TILE | {"fwd": (1.5, 1.0)}),
 ]
 
 

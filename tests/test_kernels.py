@@ -268,6 +268,26 @@ def test_batch_norm_streams_without_spills() -> None:
     assert asked(rows) == {"batch_norm_fwd": (2.0, 1.0), "batch_norm_bwd": (4.0, 1.0)}
 
 
+def test_batch_norm_of_rows_of_100_bytes_streams() -> None:
+    """Four of them are seen as one."""
+    rows = report("batch_norm", "125000x50-bf16-tanh")
+    check_nothing_is_spilled(rows)
+    check_accesses_of_16_bytes(rows)
+
+
+def test_batch_norm_of_rows_of_98_bytes_streams() -> None:
+    """Eight channels are seen as one, of which forward holds the 32 images."""
+    forward, backward = report("batch_norm", "32x2048x7x7-bf16-relu")
+    check_nothing_is_spilled([forward, backward])
+    check_accesses_of_16_bytes([backward])
+    for target in ("sm_80", "sm_90", "sm_100"):
+        compiled = forward["targets"][target]
+        held = 32 * 512 * 2 // (32 * compiled["warps"])  # bytes a thread
+        for accesses in (compiled["code"]["loads"], compiled["code"]["stores"]):
+            assert 16 * accesses["16"] == held
+            assert all(int(width) <= 4 for width in accesses if width != "16")  # of channels
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("operation", ["cross_entropy", "batch_norm"])
 def test_every_case_compiles_without_spills(operation) -> None:
