@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fused import backend
 from fused.eager import batch_norm as eager
@@ -19,6 +20,7 @@ from fused.transforms import (
     is_recorded,
     is_symbolic,
     is_transformed,
+    may_be_overridden,
     outlives_the_call,
     refuse_script,
 )
@@ -169,6 +171,13 @@ def batch_norm(
     Source: Ioffe and Szegedy, "Batch Normalization" (2015); the backward pass is derived in
     docs/derivations.md.
     """
+    tensors = (input, running_mean, running_var, weight, bias, residual)
+    if has_torch_function_variadic(*tensors) and may_be_overridden():
+        return handle_torch_function(
+            batch_norm, tensors, input, running_mean, running_var, weight=weight, bias=bias,
+            training=training, momentum=momentum, eps=eps, correction=correction,
+            activation=activation, residual=residual, skip_nonfinite=skip_nonfinite,
+        )  # fmt: skip
     if momentum is None:  # as torch; to `run` it means 1 / tracked
         raise TypeError(
             "batch_norm: expected momentum to be a number, got None; only the modules know how "

@@ -1,11 +1,14 @@
 """Cross-entropy: the checked function, its backward pass and its module."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.compiler import is_compiling
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fused import backend
 from fused.cross_entropy_arguments import (
@@ -31,6 +34,7 @@ from fused.transforms import (
     is_recorded,
     is_symbolic,
     is_transformed,
+    may_be_overridden,
     refuse_script,
 )
 
@@ -43,6 +47,21 @@ class CrossEntropyOutput(NamedTuple):
     lse: Tensor  # log-sum-exp of each row's logits, shaped as class indices; 0 where ignored
     correct: Tensor  # 0-d int64: rows, not ignored, whose largest logit is the target's
     prediction: Tensor  # int64: class of each row's largest logit, shaped so too; -1 where ignored
+
+
+_of_fields: Any = CrossEntropyOutput.__new__
+
+
+# Takes one iterable, too, as torch.return_types do, of which Tensor.__torch_function__ makes the
+# result where tensors are of a subclass.
+@functools.wraps(_of_fields)
+def _of_fields_or_iterable(cls: type[CrossEntropyOutput], *fields: Any, **named: Any) -> Any:
+    if len(fields) == 1 and not named:
+        return cls._make(*fields)
+    return _of_fields(cls, *fields, **named)
+
+
+CrossEntropyOutput.__new__ = _of_fields_or_iterable  # type: ignore[assignment, method-assign]
 
 
 class _Overwritten(torch.autograd.Function):
@@ -256,6 +275,13 @@ def cross_entropy(
     The formulas are derived in docs/derivations.md. The z-loss is that of PaLM (Chowdhery et al.,
     2022), the cap that of Gemma 2 (2024).
     """
+    if has_torch_function_variadic(input, target, weight) and may_be_overridden():
+        return handle_torch_function(
+            cross_entropy, (input, target, weight), input, target, weight=weight,
+            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, inplace=inplace,
+            grad_in_forward=grad_in_forward,
+        )  # fmt: skip
     # A Tensor's comparison is a Tensor, not True: `options_of` refuses a scale that is learned.
     usual = (label_smoothing == z_loss == 0) is True and (logit_scale == 1) is True
     plain = usual and weight is None and softcap is None and not inplace
@@ -289,6 +315,13 @@ def cross_entropy_with_stats(
     counts. Logits are here what the loss is of: scaled and capped. Beside a NaN the prediction is
     some class.
     """
+    if has_torch_function_variadic(input, target, weight) and may_be_overridden():
+        return handle_torch_function(
+            cross_entropy_with_stats, (input, target, weight), input, target, weight=weight,
+            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing,
+            z_loss=z_loss, softcap=softcap, logit_scale=logit_scale, inplace=inplace,
+            grad_in_forward=grad_in_forward,
+        )  # fmt: skip
     options = options_of(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
     outputs = _run(input, target, weight, options, inplace, grad_in_forward, True, False)
     return CrossEntropyOutput(*outputs)
@@ -439,7 +472,7 @@ def _small(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
     which every line here takes a hundredth of the time.
     """
     if (
-        torch.compiler.is_compiling()
+        is_compiling()
         or not (isinstance(input, Tensor) and isinstance(target, Tensor))
         or not is_small(input, target)
         or reduction not in REDUCTIONS

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.loss import _WeightedLoss
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fused import backend
 from fused.cross_entropy import CrossEntropyOutput
@@ -25,6 +26,7 @@ from fused.transforms import (
     is_recorded,
     is_symbolic,
     is_transformed,
+    may_be_overridden,
     outlives_the_call,
     refuse_script,
 )
@@ -146,7 +148,15 @@ def linear_cross_entropy(
         What `F.linear_cross_entropy` and `fused.cross_entropy` raise; TypeError for a memory budget
         that is no int, ValueError for one that is not positive.
     """
-    arguments = (input, linear_weight, target, linear_bias, weight, reduction, ignore_index)
+    tensors = (input, linear_weight, target, linear_bias, weight)
+    if has_torch_function_variadic(*tensors) and may_be_overridden():
+        return handle_torch_function(
+            linear_cross_entropy, tensors, input, linear_weight, target, linear_bias=linear_bias,
+            weight=weight, reduction=reduction, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            logit_scale=logit_scale, memory_budget_bytes=memory_budget_bytes,
+        )  # fmt: skip
+    arguments = (*tensors, reduction, ignore_index)
     numbers = (label_smoothing, z_loss, softcap, logit_scale)
     return _run(*arguments, *numbers, memory_budget_bytes, False)[0]
 
@@ -169,7 +179,15 @@ def linear_cross_entropy_with_stats(
     """`linear_cross_entropy`, and what the same pass knows besides: see
     `fused.cross_entropy_with_stats`.
     """
-    arguments = (input, linear_weight, target, linear_bias, weight, reduction, ignore_index)
+    tensors = (input, linear_weight, target, linear_bias, weight)
+    if has_torch_function_variadic(*tensors) and may_be_overridden():
+        return handle_torch_function(
+            linear_cross_entropy_with_stats, tensors, input, linear_weight, target,
+            linear_bias=linear_bias, weight=weight, reduction=reduction, ignore_index=ignore_index,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            logit_scale=logit_scale, memory_budget_bytes=memory_budget_bytes,
+        )  # fmt: skip
+    arguments = (*tensors, reduction, ignore_index)
     numbers = (label_smoothing, z_loss, softcap, logit_scale)
     return CrossEntropyOutput(*_run(*arguments, *numbers, memory_budget_bytes, True))
 

@@ -53,6 +53,12 @@ def is_composed(upstream: Tensor) -> bool:
     return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(upstream)
 
 
+def may_be_overridden() -> bool:
+    """Whether `__torch_function__` of an argument, or a TorchFunctionMode, is asked for a call's
+    result. Not by torch.compile, which cannot follow that: it asks for the operations within."""
+    return not torch.compiler.is_compiling()
+
+
 def is_symbolic(input: Any) -> bool:
     """Whether torch.fx.symbolic_trace calls a module: input then has no shape to look at."""
     return isinstance(input, torch.fx.Proxy)

@@ -7,12 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fused import backend
 from fused.cross_entropy import cross_entropy
 from fused.cross_entropy_arguments import check, check_inplace, loss_dtype_of, options_of
 from fused.operators import vocab_parallel_cross_entropy as operators
-from fused.transforms import is_recorded, refuse_transforms
+from fused.transforms import is_recorded, may_be_overridden, refuse_transforms
 
 
 class VocabParallelCrossEntropyFunction(torch.autograd.Function):
@@ -126,6 +127,13 @@ def vocab_parallel_cross_entropy(
 
     The method is that of Megatron-LM (Shoeybi et al., 2019), which takes three collectives.
     """
+    if has_torch_function_variadic(input, target) and may_be_overridden():
+        return handle_torch_function(
+            vocab_parallel_cross_entropy, (input, target), input, target, group=group,
+            widths=widths, ignore_index=ignore_index, reduction=reduction,
+            label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            logit_scale=logit_scale, inplace=inplace,
+        )  # fmt: skip
     options = options_of(ignore_index, reduction, label_smoothing, z_loss, softcap, logit_scale)
     _check(input, target, options)
     n_shards, rank = 1, 0
