@@ -239,7 +239,12 @@ class _BatchNorm(nn.modules.batchnorm._BatchNorm):
             self.activation,
             self.skip_nonfinite,
         )
-        return call(input, self.weight, self.bias, residual, mean, var, tracked, options)
+        tensors = (input, self.weight, self.bias, residual, mean, var)
+        arguments: Any = (*tensors, tracked, options)
+        if has_torch_function_variadic(*tensors) and may_be_overridden():
+            # Not `batch_norm`, as torch's modules call F.batch_norm: it would not count the batch.
+            return handle_torch_function(call, tensors, *arguments)
+        return call(*arguments)
 
     def extra_repr(self) -> str:
         return with_options(

@@ -206,6 +206,37 @@ def test_output_of_an_iterable() -> None:
         make(fields[:2])
 
 
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("cls", [fused.BatchNorm1d, fused.SyncBatchNorm])
+def test_batch_norm_modules(cls, training, momentum, implementation, device) -> None:
+    """What is within is not asked for, and the batch is counted all the same."""
+    modules = [cls(4, momentum=momentum, activation="tanh").to(device) for _ in range(3)]
+    x, residual = X.to(device), X.cos().to(device)
+    outputs, asked = [], []
+    with Log() as log:
+        outputs.append(modules[0].train(training)(x, residual))
+    asked.append(log.asked)
+    Logged.asked.clear()
+    outputs.append(modules[1].train(training)(x.as_subclass(Logged), residual))
+    asked.append(Logged.asked)
+    assert all([f.__name__ for f in functions] == ["dim", "run"] for functions in asked)
+    assert type(outputs[1]) is Logged
+    plain = modules[2].train(training)(x, residual)
+    assert all(torch.equal(output.as_subclass(Tensor), plain) for output in outputs)
+    states = [module.state_dict() for module in modules]
+    for name, tensor in states[2].items():
+        assert torch.equal(states[0][name], tensor) and torch.equal(states[1][name], tensor)
+
+
+def test_synchronised_batch_norm(half_a_group, implementation, device) -> None:
+    """Nor of what talks to other processes."""
+    norm, x = fused.SyncBatchNorm(4, device=device), X.to(device)
+    with Log() as log:
+        norm(x)
+    assert [f.__name__ for f in log.asked] == ["dim", "_run"]
+
+
 def test_losses_call_the_function(device) -> None:
     x, y = X.to(device), Y.to(device)
     with Log() as log:
