@@ -290,7 +290,7 @@ def run(
     if o.batch_statistics:
         check_rows(input)
     tensors = (input, weight, bias, residual)
-    if is_transformed(input):
+    if is_transformed(*tensors, running_mean, running_var):
         return _functional(*tensors, running_mean, running_var, tracked, o)
     if is_recorded():
         keep = outlives_the_call() or will_differentiate(*tensors)

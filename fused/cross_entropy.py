@@ -31,6 +31,7 @@ from fused.second_order import differentiable_gradients
 from fused.transforms import (
     as_leaf,
     is_composed,
+    is_made_of_others,
     is_recorded,
     is_symbolic,
     is_transformed,
@@ -409,7 +410,7 @@ def _run(
     if no_batch:
         input = input.unsqueeze(0)
         target = target.reshape(input.shape if target.is_floating_point() else 1)
-    if is_transformed(input):
+    if is_transformed(input, target, weight):
         outputs = eager.cross_entropy_composed(
             input, target, weight, *options, loss_dtype, want_extras
         )
@@ -473,7 +474,8 @@ def _small(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
     """
     if (
         is_compiling()
-        or not (isinstance(input, Tensor) and isinstance(target, Tensor))
+        or not (type(input) is Tensor or isinstance(input, Tensor) and not is_made_of_others(input))
+        or not isinstance(target, Tensor)
         or not is_small(input, target)
         or reduction not in REDUCTIONS
         or backend.name_for(input) != "eager"

@@ -323,7 +323,7 @@ def _run(
     # ctx.needs_input_grad would not know of no_grad.
     enabled = torch.is_grad_enabled() or (recorded and outlives_the_call())
     wants = tuple(t is not None and t.requires_grad and enabled for t in tensors[:3])
-    if is_transformed(input) or _wants_more(target, weight):
+    if is_transformed(*tensors) or _wants_more(target, weight):
         outputs = _composed(Problem(*tensors, *numbers), want_extras)
     elif recorded:
         outputs = operators.call(*tensors, *numbers, *wants, want_extras)

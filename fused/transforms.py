@@ -6,25 +6,39 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+_PLAIN = (Tensor, nn.Parameter, type(None))
 _MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
 
 
-def is_transformed(input: Tensor) -> bool:
-    """Whether torch.func, forward-mode differentiation, or a tensor made of others, as DTensor,
-    goes through every operation: they know torch's own."""
+def is_transformed(*tensors: Tensor | None) -> bool:
+    """Whether torch.func, forward-mode differentiation, or a tensor made of others goes through
+    every operation: they know torch's own."""
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or hasattr(type(input), "__tensor_flatten__")
+        or any(map(is_made_of_others, tensors))
     )
 
 
-def refuse_transforms(name: str) -> None:
-    """Of what talks to other processes, whose part of a transformed call nobody would take."""
+def is_made_of_others(tensor: Tensor | None) -> bool:
+    """As a DTensor is, which has no memory that a kernel could read."""
+    kind = type(tensor)
+    return kind not in _PLAIN and hasattr(kind, "__tensor_flatten__")
+
+
+def refuse_transforms(name: str, instead: str, *tensors: Tensor | None) -> None:
+    """Of what talks to other processes, whose part of a transformed call nobody would take.
+
+    `instead` takes DTensors."""
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{name}: expected no transform of torch.func among several processes: it is "
             "differentiated by autograd, once"
+        )
+    for tensor in filter(is_made_of_others, tensors):
+        raise TypeError(
+            f"{name}: expected plain tensors, this process's own, got a {type(tensor).__name__}; "
+            f"of a DTensor take to_local(), or {instead}, which takes it as it is"
         )
 
 

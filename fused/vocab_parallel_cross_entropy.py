@@ -120,7 +120,7 @@ def vocab_parallel_cross_entropy(
             width without `widths`. On a GPU looking would stall the device: there the loss is NaN.
         RuntimeError: as `cross_entropy`; a target of probabilities; a process outside the group; a
             transform of torch.func.
-        TypeError: as `cross_entropy`.
+        TypeError: as `cross_entropy`; a DTensor, which `cross_entropy` takes.
         NotImplementedError: an input that is not floating point.
         IndexError: a class index outside [0, C), on the CPU. On a GPU such a row has loss and
             gradient NaN.
@@ -139,13 +139,14 @@ def vocab_parallel_cross_entropy(
     n_shards, rank = 1, 0
     if dist.is_available() and dist.is_initialized():
         n_shards, rank = dist.get_world_size(group), dist.get_rank(group)
+    if n_shards > 1:
+        refuse_transforms("vocab_parallel_cross_entropy", "fused.cross_entropy", input, target)
     shard = _shard(input.shape[1], rank, n_shards, widths)
     if n_shards == 1:
         return cross_entropy(
             input, target, None, *options[:3], z_loss=z_loss, softcap=softcap,
             logit_scale=logit_scale, inplace=inplace,
         )  # fmt: skip
-    refuse_transforms("vocab_parallel_cross_entropy")
     loss_dtype = loss_dtype_of(input, target, None)
     if is_recorded():
         return operators.call(input, target, group, n_shards, *shard, *options, loss_dtype)

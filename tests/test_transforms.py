@@ -176,6 +176,24 @@ def test_tensors_made_of_others(case, implementation) -> None:
         torch.testing.assert_close(found, differentiated(ours, part))
 
 
+@pytest.mark.parametrize("name", ["target", "weight", "linear_weight", "residual", "gain", "mean"])
+def test_tensors_made_of_others_beside_plain_ones(name, implementation, device) -> None:
+    """A kernel would read memory that they have not."""
+    x, w = torch.rand(6, 4, device=device), torch.rand(4, 4, device=device)
+    target = torch.arange(6, device=device) % 4
+    functions: dict[str, tuple[Callable[[Tensor], Tensor], Tensor]] = {
+        "target": (lambda t: fused.cross_entropy(x, t, z_loss=0.1), target),
+        "weight": (lambda t: fused.cross_entropy(x, target, t), w[0]),
+        "linear_weight": (lambda t: fused.linear_cross_entropy(x, t, target), w),
+        "residual": (lambda t: fused.batch_norm(x, None, None, training=True, residual=t), x.cos()),
+        "gain": (lambda t: fused.batch_norm(x, w[0], w[1], t, activation="silu"), w[2]),
+        "mean": (lambda t: fused.batch_norm(x, t, w[1]), w[0]),
+    }
+    function, tensor = functions[name]
+    pair: Any = function(TwoTensor(tensor.clone(), tensor.flip(0)))
+    torch.testing.assert_close((pair.a, pair.b), (function(tensor), function(tensor.flip(0))))
+
+
 def test_symbolic_trace(device) -> None:
     """torch.fx takes our modules for leaves, as torch's."""
 

@@ -407,7 +407,8 @@ def cross_entropy_composed(
     rows = F.cross_entropy(
         z, index, w, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing
     )
-    lse = torch.logsumexp(z, 1)
+    if z_loss or want_extras:  # torch 2.9 has it not of DTensors
+        lse = torch.logsumexp(z, 1)
     counted = torch.ones_like(rows, dtype=torch.bool) if soft else index != ignore_index
     if z_loss:
         rows = rows + torch.where(counted, z_loss * lse.square(), 0.0)
