@@ -1,6 +1,7 @@
 """Linear layer and cross-entropy, mean: from input (N, D) and weight (C, D) to the loss.
 
-A case is N x C, with D as its variant: its one large tensor is the logits.
+A case is N x C, with D as its variant: its one large tensor is the logits. `scaled` has another
+upstream gradient than 1.
 
 pytest-benchmark: python -m pytest bench/bench_linear_cross_entropy.py
 """
@@ -38,10 +39,12 @@ _QUICK = [(4096, 32000, 256)]
 def cases(suite: str) -> list[Case]:
     quick = suite == "quick"
     dtype = torch.float32 if quick else torch.bfloat16
-    return [
+    found = [
         Case(OPERATION, (n, c), dtype, f"d{d}", headline=True)
         for n, c, d in (_QUICK if quick else _FULL)
     ]
+    n, c, d = _QUICK[0]
+    return [*found, Case(OPERATION, (n, c), dtype, f"d{d}-scaled")]
 
 
 def kernel_cases() -> list[Case]:
@@ -63,13 +66,16 @@ def launch(case: Case, device: torch.device) -> None:
 
 def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:
     n, c = case.shape
-    d = int(case.variant.removeprefix("d"))
+    width, *scaled = case.variant.split("-")
+    d = int(width.removeprefix("d"))
     numbers = generator(device)
     x = torch.randn(n, d, device=device, generator=numbers).to(case.dtype).requires_grad_()
     w = (torch.randn(c, d, device=device, generator=numbers) / d**0.5).to(case.dtype)
     w.requires_grad_()
     target = torch.randint(0, c, (n,), device=device, generator=numbers)
     upstream = torch.ones((), dtype=case.dtype, device=device)
+    if scaled:  # by 0.25 to 0.75: not by 1, which has a shorter way
+        upstream = (0.25 + torch.rand((), device=device, generator=numbers) / 2).to(case.dtype)
 
     def pair(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, w), target)

@@ -191,7 +191,8 @@ def batch_norm_bwd(
     enough for a program each, but larger than that, one launch reads them twice: 5S. Where programs
     share channels: with frozen statistics 3S, in one launch, and a small sum and two copies; else
     two launches that read dy, x and what was kept twice, 5S, unless dresidual is wanted, which then
-    serves the second in the place of dy and what was kept.
+    serves the second in the place of dy and what was kept. A dy that does not lie as x does is
+    copied first.
     """
     dx, dx3 = _empty_like(x)
     # Without an activation dz is dy: there is nothing to write.
@@ -392,7 +393,11 @@ class _Backward(NamedTuple):
             if (kept.dim() == 2) != by_channel(layout.inner(x)):
                 # x is not as the forward pass saw it: somebody kept a copy of it for us.
                 kept, kind = unpack_signs(kept, x).to(x.dtype), "output"
-        x, dy = layout.inner(x), layout.inner(dy)
+        x3, dy = layout.inner(x), layout.inner(dy)
+        if not layout.lies_as(dy, x3 if dx is None else dx):
+            # So its neighbours are x's, and what is summed in which order is said by x alone.
+            dy = layout.inner(torch.empty_like(x)).copy_(dy)
+        x = x3
         gamma, beta = layout.vector(gamma), layout.vector(beta)
         if kept is not None and kind != "signs":
             kept = layout.inner(kept)

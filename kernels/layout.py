@@ -31,6 +31,12 @@ def copy_back(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> None:
         tensor.copy_(rows.view(tensor.shape))
 
 
+def lies_as(x: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether x has the strides of another tensor of its shape, wherever these matter."""
+    steps = zip(x.shape, x.stride(), other.stride(), strict=True)
+    return all(size == 1 or a == b for size, a, b in steps)
+
+
 def strides(x: torch.Tensor | None) -> tuple[int, int, int]:
     """The strides of an (N, C, S) tensor, zeros for none."""
     return (0, 0, 0) if x is None else (x.stride(0), x.stride(1), x.stride(2))
