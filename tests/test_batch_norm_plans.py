@@ -355,6 +355,20 @@ def test_packed_edge(
     assert packs and set(packs.values()) == {1}
 
 
+@pytest.mark.parametrize("shape", [(264, 7), (30, 8, 15), (300, 12), (8, 3, 4, 65)], ids=str)
+def test_gradients_do_not_depend_on_how_the_upstream_one_lies(shape, small_plans, device) -> None:
+    """As a compiled graph may lay it out; not even in the last place."""
+    tensors = example(shape, F32, device)
+    upstream = torch.randn_like(tensors["input"])
+    reverse = range(len(shape) - 1, -1, -1)
+    otherwise = upstream.permute(*reverse).contiguous().permute(*reverse)
+    one = torch.ones((), device=device).expand(shape)
+    with fused.backend.use("triton"):
+        for a, b in ((upstream, otherwise), (one.contiguous(), one)):
+            first, second = (run(fused.batch_norm, tensors, dy, training=True) for dy in (a, b))
+            torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("shape", [(32, 64), (32, 200)], ids=str)
 def test_a_small_step_is_one_launch_each_way(shape, dtype, launches, device) -> None:
