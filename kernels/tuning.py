@@ -341,7 +341,7 @@ def batch_norm(
     return packed or plan
 
 
-@functools.cache
+@functools.lru_cache  # not of every batch size that ever was
 def _pack(n: int, c: int, length: int, columns: bool, itemsize: int, whole: bool) -> Pack | None:
     """The pack of x (n, c, length), if its rows do not begin at multiples of 16 bytes anyway;
     `whole`, if programs own whole channels."""
