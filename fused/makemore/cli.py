@@ -13,28 +13,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from fused import backend
 from fused.makemore.errors import InputError
 from fused.makemore.model import Settings
+from fused.makemore.options import SWEEP_LR, SWEEP_SEEDS, parse
 
-_DEFAULTS = Settings()
-_ENGINES = {
-    "auto": "the fastest that can run",
-    "persistent": "one launch of one GPU kernel for many steps",
-    "graph": "four GPU kernels a step, in a CUDA graph of many steps",
-    "numba": "closed forms in a compiled loop, on the CPU",
-    "manual": "closed forms in torch's operations, no autograd",
-    "fused": "this package's operations under autograd",
-    "chunked": "the 26 gradients one tensor at a time",
-    "autograd": "torch's own operations and .backward()",
-}
-_SWEEP_ENGINES = ("persistent", "graph", "numba", "manual")
-_MOST_MODELS = 65536
-_LARGEST = 2**31 - 1
 _METRICS, _SWEEP = "metrics.json", "sweep.json"
 # What a shell reports of a program that Ctrl-C ended, and of one whose output nobody reads.
 _INTERRUPTED, _UNREAD = 130, 141
@@ -47,11 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
     0; 1 for failed checks; 2 for bad input, for what does not fit memory, and for files that cannot
     be written; 130 where Ctrl-C ended it; 141 where the reader of its output went away.
     """
-    options = _parser().parse_args(arguments)
+    options = parse(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # names may have letters that a terminal has not
     try:
-        status = options.command(options)
+        status = _COMMANDS[options.command](options)
         print(end="", flush=True)
         return status
     except InputError as error:
@@ -75,192 +62,6 @@ def main(arguments: list[str] | None = None) -> int:
 def _refused(why: str) -> int:
     print(f"fused-makemore: {why}", file=sys.stderr)
     return 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="fused-makemore",
-        description="Train the character-level MLP of the makemore notebooks with hand-derived "
-        "backward passes.",
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    check = commands.add_parser(
-        "check",
-        help="compare hand-derived gradients with autograd's",
-        description="Compares the gradients of 26 tensors, derived by hand, with autograd's, on "
-        "one minibatch; then the two closed forms. Exit status 1 if one is not approximately "
-        "equal.",
-    )
-    _add_data(check)
-    _add_network(check, dataclasses.replace(_DEFAULTS, hidden=64))
-    check.set_defaults(command=_check)
-
-    train = commands.add_parser(
-        "train",
-        help="train, evaluate, sample and save a run",
-        description="Trains the network and saves checkpoint, metrics, loss curve and a picture "
-        "of the logits' gradient in a run folder. Ctrl-C saves a checkpoint to resume from.",
-    )
-    _add_data(train)
-    _add_network(train, _DEFAULTS)
-    _add(train, "--steps", _positive, _DEFAULTS.steps, "training steps")
-    _add(train, "--lr", _rate, _DEFAULTS.lr, "learning rate")
-    _add(train, "--final-lr", _rate, _DEFAULTS.final_lr, "learning rate from half way")
-    engines = "; ".join(f"{name}: {what}" for name, what in _ENGINES.items())
-    train.add_argument(
-        "--engine", choices=_ENGINES, help=f"how gradients are computed (default auto). {engines}"
-    )
-    train.add_argument("--out", type=_path, metavar="DIR", help="run folder (default runs/<time>)")
-    train.add_argument(
-        "--resume",
-        type=_path,
-        metavar="DIR",
-        help="run folder to continue; its settings hold, and it ends with exactly the parameters "
-        "of a run that was never interrupted",
-    )
-    train.set_defaults(command=_train)
-
-    sweep = commands.add_parser(
-        "sweep",
-        help="train many networks: learning rates times seeds",
-        description="Trains a network for each learning rate and seed, on a GPU all of them in one "
-        "launch, on a CPU on all cores; prints a table sorted by validation loss, and saves it as "
-        "JSON with plots of the losses. From half way the learning rate is a tenth.",
-    )
-    _add_data(sweep)
-    _add_network(sweep, _DEFAULTS, seed=False)
-    _add(sweep, "--steps", _positive, _DEFAULTS.steps, "training steps of each network")
-    sweep.add_argument(
-        "--lr",
-        type=_rates,
-        default=[0.03, 0.1, 0.3],
-        metavar="N,...",
-        help="learning rates (default 0.03,0.1,0.3)",
-    )
-    sweep.add_argument(
-        "--seed",
-        type=_seeds,
-        default=list(range(8)),
-        metavar="N,...|N:N",
-        help="seeds, a list or a range without its end (default 0:8)",
-    )
-    sweep.add_argument(
-        "--engine",
-        choices=("auto", *_SWEEP_ENGINES),
-        default="auto",
-        help="how gradients are computed (default auto: the fastest that can run)",
-    )
-    sweep.add_argument(
-        "--out", type=_path, metavar="DIR", help="folder for results (default sweeps/<time>)"
-    )
-    sweep.set_defaults(command=_sweep)
-
-    sample = commands.add_parser(
-        "sample", help="sample names from a checkpoint", description="Samples names."
-    )
-    sample.add_argument("checkpoint", type=_path, help="run folder or checkpoint file")
-    sample.add_argument("--num", type=_positive, default=20, help="how many names (default 20)")
-    sample.add_argument(
-        "--seed",
-        type=_seed,
-        help="seed of the draw (default: the run's, plus 11; train draws its names with the run's, "
-        "plus 10)",
-    )
-    _add_device(sample)
-    sample.set_defaults(command=_sample)
-    return parser
-
-
-def _add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device",
-        choices=("auto", "cpu", "cuda"),
-        default="auto",
-        help="where to compute (default auto: cuda where there is one)",
-    )
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--data",
-        type=_path,
-        metavar="FILE",
-        help="text file with one word a line (default: 5,163 given names of the US Census of 1990)",
-    )
-    _add_device(parser)
-
-
-def _add_network(parser: argparse.ArgumentParser, defaults: Settings, seed: bool = True) -> None:
-    _add(parser, "--context", _positive, defaults.context, "characters of context")
-    _add(parser, "--embedding", _positive, defaults.embedding, "numbers per character")
-    _add(parser, "--hidden", _positive, defaults.hidden, "hidden units")
-    _add(parser, "--batch", _positive, defaults.batch, "examples per minibatch")
-    if seed:
-        _add(parser, "--seed", _seed, defaults.seed, "seed of parameters and minibatches")
-    parser.set_defaults(defaults=defaults)
-
-
-def _add(parser: argparse.ArgumentParser, flag: str, kind: Any, default: Any, what: str) -> None:
-    # No default of argparse's own: None says that the option was not given.
-    parser.add_argument(flag, type=kind, metavar="N", help=f"{what} (default {default})")
-
-
-def _path(text: str) -> str:
-    if not text:  # a shell variable that is not set; as a path it would be the current folder
-        raise argparse.ArgumentTypeError("expected a path, got ''")
-    return text
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    if int(text) > _LARGEST:
-        raise argparse.ArgumentTypeError(f"expected a number up to {_LARGEST}, got {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 0 to 2^63-1, got {text!r}")
-    return int(text)
-
-
-def _rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
-    return value
-
-
-def _rates(text: str) -> list[float]:
-    return _distinct([_rate(part) for part in text.split(",")], text)
-
-
-def _seeds(text: str) -> list[int]:
-    if ":" not in text:
-        return _distinct([_seed(part) for part in text.split(",")], text)
-    first, _, end = text.partition(":")
-    seeds = range(_seed(first), _seed(end))
-    if not 0 < len(seeds) <= _MOST_MODELS:
-        raise argparse.ArgumentTypeError(
-            f"expected a range like 0:32 with 1 to {_MOST_MODELS} seeds, got {text!r}"
-        )
-    return list(seeds)
-
-
-def _distinct(values: list[Any], text: str) -> list[Any]:
-    if len(set(values)) < len(values):
-        raise argparse.ArgumentTypeError(f"expected every number once, got {text!r}")
-    return values
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -406,36 +207,59 @@ def _new_folder(parent: Path) -> Path:
 def _resumed(options: argparse.Namespace, device: torch.device) -> tuple[Any, Path]:
     from fused.makemore import checkpoint, training
 
-    if options.out is not None:
-        raise InputError("--out: a resumed run stays in its folder")
-    path = Path(options.resume)
+    path = _resumed_path(options, "run")
     saved = checkpoint.load(path, device)
     _check_backend(saved.engine, device)
-    asked = {**dataclasses.asdict(saved.settings), "engine": saved.engine}
-    for name, value in asked.items():
-        given = getattr(options, name, None)
-        if given is not None and given != value and (name, given) != ("engine", "auto"):
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} {given}: the run in {path} has {flag} {value}")
+    _check_given(options, {**saved.settings.asdict(), "engine": saved.engine}, f"the run in {path}")
     folder = path if path.is_dir() else path.parent
     if saved.step >= saved.settings.steps and (folder / _METRICS).exists():
         raise InputError(f"the run in {path} is complete: {saved.step} steps")
-    data = saved.data if options.data is None else options.data
-    dataset = _load_data(data, saved.settings, device)
-    if dataset.sha256 != saved.sha256:
-        raise InputError(f"{dataset.source} is not the data that the run in {path} began with")
-    generator = torch.Generator()
-    generator.set_state(saved.generator)
+    data, dataset = _resumed_data(options, saved, f"the run in {path}", device)
     run = training.Run(
         saved.settings,
         saved.engine,
         data,
         dataset,
-        saved.model.parameters,
-        generator,
+        saved.parameters,
+        checkpoint.generator(saved.generator),
         saved.losses,
     )
     return run, folder
+
+
+def _resumed_path(options: argparse.Namespace, what: str) -> Path:
+    if options.out is not None:
+        raise InputError(f"--out: a resumed {what} stays in its folder")
+    return Path(options.resume)
+
+
+def _check_given(options: argparse.Namespace, saved: dict[str, Any], where: str) -> None:
+    """Raises InputError where an option that was given is not what is resumed."""
+    for name, value in saved.items():
+        given = getattr(options, name, None)
+        if given is not None and given != value and (name, given) != ("engine", "auto"):
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} {_said(given)}: {where} has {flag} {_said(value)}")
+
+
+def _said(value: Any) -> str:
+    """An option's value as it is given."""
+    if not isinstance(value, list):
+        return str(value)
+    if len(value) > 2 and value == list(range(int(value[0]), int(value[0]) + len(value))):
+        return f"{value[0]}:{value[-1] + 1}"
+    return ",".join(map(str, value))
+
+
+def _resumed_data(
+    options: argparse.Namespace, saved: Any, where: str, device: torch.device
+) -> tuple[str | None, Any]:
+    """The option --data, and the data. Raises InputError where they are not what it began with."""
+    data = saved.data if options.data is None else options.data
+    dataset = _load_data(data, saved.settings, device)
+    if dataset.sha256 != saved.sha256:
+        raise InputError(f"{dataset.source} is not the data that {where} began with")
+    return data, dataset
 
 
 def _report(run: Any, folder: Path, steps_per_second: float, device: torch.device) -> None:
@@ -495,52 +319,83 @@ def _versions() -> dict[str, str]:
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from fused.makemore import engines, sweep
+    device = _device(options.device)
+    if options.resume is not None:
+        return _swept(*_resumed_sweep(options, device), device)
+    with _started_sweep(options, device) as (models, folder):
+        return _swept(models, folder, device)
 
-    settings, device = _settings(options), _device(options.device)
-    _check_backend(options.engine, device)
+
+@contextmanager
+def _started_sweep(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[Any, Path]]:
+    from fused.makemore import checkpoint, engines, sweep
+
+    settings, engine = _settings(options), options.engine or "auto"
+    lr, seeds = options.lr or SWEEP_LR, options.seed or SWEEP_SEEDS
+    _check_backend(engine, device)
     dataset = _load_data(options.data, settings, device)
-    models = sweep.start(settings, options.lr, options.seed, dataset)
-    engine = options.engine
-    if engine == "auto":
-        engine = engines.fastest(models.parameters, dataset.train.x, settings.batch)
-    # What cannot run leaves no folder.
-    engines.start(engine, models.parameters, dataset.train.x, dataset.train.y, settings.batch)
+    models = sweep.start(settings, lr, seeds, engine, options.data, dataset)
+    x, y = dataset.train.x, dataset.train.y
+    engines.start(models.engine, models.parameters, x, y, settings.batch)  # or leaves no folder
     with _folder(options.out, "sweeps") as folder:
-        return _swept(models, engine, dataset, folder, device)
+        if (folder / _SWEEP).is_file():
+            raise InputError(f"{folder} already holds a sweep; use another --out")
+        if (folder / checkpoint.SWEEP_FILE).exists():
+            raise InputError(f"{folder} already holds a sweep; continue it with --resume {folder}")
+        yield models, folder
 
 
-def _swept(models: Any, engine: str, dataset: Any, folder: Path, device: torch.device) -> int:
-    from fused.makemore import plots, sweep
+def _resumed_sweep(options: argparse.Namespace, device: torch.device) -> tuple[Any, Path]:
+    from fused.makemore import checkpoint, sweep
 
-    settings = models.settings
+    path = _resumed_path(options, "sweep")
+    folder = path if path.is_dir() else path.parent
     if (folder / _SWEEP).is_file():
-        raise InputError(f"{folder} already holds a sweep; use another --out")
+        raise InputError(f"the sweep in {path} is complete")
+    saved = checkpoint.load_sweep(path, device)
+    _check_backend(saved.engine, device)
+    common = {k: v for k, v in saved.settings.asdict().items() if k not in sweep.VARIED}
+    varied = {"lr": saved.lr, "seed": saved.seeds, "engine": saved.engine}
+    _check_given(options, {**common, **varied}, f"the sweep in {path}")
+    data, dataset = _resumed_data(options, saved, f"the sweep in {path}", device)
+    return sweep.resumed(saved, data, dataset), folder
+
+
+def _swept(models: Any, folder: Path, device: torch.device) -> int:
+    from fused.makemore import checkpoint, plots, sweep
+
+    settings, dataset = models.settings, models.dataset
     print(
         f"{dataset.source}: {dataset.words} words, {len(dataset.train)} training examples\n"
         f"{len(models)} networks ({len(models) // len(models.seeds)} learning rates x "
-        f"{len(models.seeds)} seeds), engine {engine}, device {device.type}, "
-        f"{settings.steps} steps, folder {folder}",
+        f"{len(models.seeds)} seeds), engine {models.engine}, device {device.type}, "
+        f"steps {models.step} to {settings.steps}, folder {folder}",
         flush=True,
     )
-    outcome = sweep.train(models, engine, dataset)
+    outcome = sweep.train(models, folder)
     if outcome.interrupted:
-        print("\ninterrupted; nothing is saved of a sweep that is not complete")
+        print(
+            f"\ninterrupted at step {models.step}; continue with: "
+            f"fused-makemore sweep --resume {folder}"
+        )
         return _INTERRUPTED
-    results = models.results(dataset)
+    results = models.results()
+    saved = folder / checkpoint.SWEEP_FILE
     if all(r.val_loss is None for r in results):  # the last step's update, which no loss shows
+        saved.unlink()
         raise sweep.no_longer_finite(models, settings.steps)
     content = {
         "steps": settings.steps,
         "models_steps_per_second": len(models) * outcome.steps_per_second,
-        "engine": engine,
+        "engine": models.engine,
         "settings": {k: v for k, v in settings.asdict().items() if k not in sweep.VARIED},
         **_circumstances(dataset, device),
         "results": [dataclasses.asdict(r) for r in results],
     }
-    (folder / _SWEEP).write_text(json.dumps(content, indent=2) + "\n")
     plots.sweep_losses(models.losses, models.lr, folder / "losses.png")
     plots.sweep_validation(results, folder / "validation.png")
+    (folder / _SWEEP).write_text(json.dumps(content, indent=2) + "\n")  # the last: it is complete
+    saved.unlink()
     print(
         f"{len(models)} networks x {outcome.steps_per_second:.0f} steps/s\n\n{sweep.table(results)}"
     )
@@ -556,3 +411,6 @@ def _sample(options: argparse.Namespace) -> int:
     names = saved.model.sample(saved.vocabulary, saved.settings.context, options.num, seed)
     print("\n".join(names))
     return 0
+
+
+_COMMANDS = {"check": _check, "train": _train, "sweep": _sweep, "sample": _sample}

@@ -5,11 +5,13 @@ import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fused.makemore import processes, training
+from fused.makemore import engines, processes, training
+from fused.makemore.checkpoint import SweepCheckpoint, generator
 from fused.makemore.data import Dataset
 from fused.makemore.errors import InputError
 from fused.makemore.model import Settings, calibrate, initial_parameters
@@ -31,25 +33,46 @@ class Result:
 
 @dataclass
 class Models:
-    """The networks in the order of their learning rates, then of their seeds."""
+    """A sweep under way: networks in the order of their learning rates, then of their seeds."""
 
     settings: Settings  # without what is varied
+    engine: str
+    data_option: str | None
+    dataset: Dataset
     lr: Tensor  # (M,), on the CPU
     seeds: list[int]  # S
-    parameters: MLPParameters  # with the models in front
+    parameters: MLPParameters  # with the models in front, updated in place
     generators: list[torch.Generator]  # one a seed: seeds alike see the same minibatches
     losses: Tensor  # (M, steps so far), on the CPU
 
     def __len__(self) -> int:
         return len(self.lr)
 
-    def results(self, dataset: Dataset) -> list[Result]:
+    @property
+    def step(self) -> int:
+        return self.losses.shape[1]
+
+    def checkpoint(self) -> SweepCheckpoint:
+        return SweepCheckpoint(
+            self.settings,
+            self.engine,
+            self.data_option,
+            self.dataset.sha256,
+            self.dataset.vocabulary,
+            self.parameters,
+            self.losses,
+            self.lr[:: len(self.seeds)].tolist(),
+            self.seeds,
+            torch.stack([g.get_state() for g in self.generators]),
+        )
+
+    def results(self) -> list[Result]:
         """Sorted by validation loss, those that diverged last."""
-        results = []
+        results, dataset = [], self.dataset
         for m, lr in enumerate(self.lr.tolist()):
             seed, losses = self.seeds[m % len(self.seeds)], self.losses[m]
             model = calibrate(MLPParameters(*(p[m] for p in self.parameters)), dataset.train)
-            val_loss, last = model.loss(dataset.val), losses[-1000:].mean().item()
+            val_loss, last = model.loss(dataset.val), losses[-training.RECENT :].mean().item()
             bad = [*losses.isfinite().logical_not().nonzero()[:, 0].tolist(), len(losses)][0]
             if bad == len(losses) and math.isfinite(val_loss):
                 results.append(Result(lr, seed, val_loss, last, None))
@@ -58,7 +81,14 @@ class Models:
         return sorted(results, key=lambda r: (r.val_loss is None, r.val_loss, r.lr, r.seed))
 
 
-def start(settings: Settings, lr: list[float], seeds: list[int], dataset: Dataset) -> Models:
+def start(
+    settings: Settings,
+    lr: list[float],
+    seeds: list[int],
+    engine: str,
+    data_option: str | None,
+    dataset: Dataset,
+) -> Models:
     """A network for each learning rate and seed, each as `train --lr --seed` starts it."""
     device = dataset.train.x.device
     drawn = [
@@ -67,30 +97,60 @@ def start(settings: Settings, lr: list[float], seeds: list[int], dataset: Datase
     ]
     of_seeds = [torch.stack(tensors) for tensors in zip(*(p for p, _ in drawn), strict=True)]
     parameters = MLPParameters(*(p.repeat(len(lr), *[1] * (p.dim() - 1)) for p in of_seeds))
-    rates = torch.tensor(lr, dtype=torch.float64).repeat_interleave(len(seeds))
-    losses = torch.empty(len(rates), 0)
-    return Models(settings, rates, seeds, parameters, [g for _, g in drawn], losses)
+    if engine == "auto":
+        engine = engines.fastest(parameters, dataset.train.x, settings.batch)
+    return Models(
+        settings,
+        engine,
+        data_option,
+        dataset,
+        _of_models(lr, seeds),
+        seeds,
+        parameters,
+        [g for _, g in drawn],
+        torch.empty(len(lr) * len(seeds), 0),
+    )
 
 
-def train(models: Models, engine: str, dataset: Dataset) -> training.Outcome:
-    """Trains until the last step, or until Ctrl-C.
+def resumed(saved: SweepCheckpoint, data_option: str | None, dataset: Dataset) -> Models:
+    """The networks where they were saved."""
+    return Models(
+        saved.settings,
+        saved.engine,
+        data_option,
+        dataset,
+        _of_models(saved.lr, saved.seeds),
+        saved.seeds,
+        saved.parameters,
+        [generator(state) for state in saved.generators],
+        saved.losses,
+    )
 
-    Raises InputError where the engine cannot, and where no network's loss is a finite number.
+
+def _of_models(lr: list[float], seeds: list[int]) -> Tensor:
+    return torch.tensor(lr, dtype=torch.float64).repeat_interleave(len(seeds))
+
+
+def train(models: Models, folder: Path) -> training.Outcome:
+    """Trains until the last step, or until Ctrl-C; saves a checkpoint now and then and at the end.
+
+    Raises InputError where the engine cannot, and where no network's loss is a finite number; the
+    checkpoint before stays.
     """
-    s, split = models.settings, dataset.train
+    s, split, first = models.settings, models.dataset.train, models.step
     lr, final_lr = (
         rates.to(split.x.device, torch.float32) for rates in (models.lr, models.lr / 10)
     )
 
-    blocks: list[Tensor] = []
-    step = 0
-    finite = torch.ones(len(models), dtype=torch.bool)  # networks whose every loss was
+    blocks: list[Tensor] = []  # the losses that models.losses has not yet
+    step, saved = first, time.monotonic()
+    finite = models.losses.isfinite().all(1)  # networks whose every loss was
 
     def draw(generator: torch.Generator, out: Tensor) -> None:
         training.minibatches(generator, len(split), len(out), s.batch, out)
 
     def take(count: int) -> Tensor:
-        nonlocal step, finite
+        nonlocal step, finite, saved
         streams = torch.empty(len(models.generators), count, s.batch, dtype=torch.int64)
         # Side by side: at 10 to 20 ns a number, those of many seeds take longer than a GPU's steps.
         list(threads.map(draw, models.generators, streams))
@@ -101,17 +161,27 @@ def train(models: Models, engine: str, dataset: Dataset) -> training.Outcome:
             raise no_longer_finite(models, step + int(bad[finite].int().argmax(1).max()))
         finite &= ~bad.any(1)
         step += count
-        return blocks[-1].nanmean(0)
+        shown = blocks[-1].nanmean(0)
+        if time.monotonic() - saved > training.SAVE_SECONDS:
+            save()
+            saved = time.monotonic()
+        return shown
+
+    def save() -> None:
+        models.losses = torch.cat((models.losses, *blocks), 1)
+        blocks.clear()
+        models.checkpoint().save(folder)
 
     with (
-        processes.trainer(engine, models.parameters, split.x, split.y, s) as steps,
+        processes.trainer(models.engine, models.parameters, split.x, split.y, s) as steps,
         ThreadPoolExecutor(torch.get_num_threads()) as threads,
     ):
-        started = time.monotonic()
-        interrupted = training.take_blocks(take, 0, s, len(models), torch.empty(0))
+        started = saved = time.monotonic()
+        recent = models.losses[:, -training.RECENT :].nanmean(0)
+        interrupted = training.take_blocks(take, first, s, len(models), recent)
         elapsed = time.monotonic() - started
-    models.losses = torch.cat((models.losses, *blocks), 1)
-    return training.Outcome(interrupted, step / elapsed)
+        save()
+    return training.Outcome(interrupted, (step - first) / elapsed)
 
 
 def no_longer_finite(models: Models, step: int) -> InputError:

@@ -22,9 +22,9 @@ from fused.makemore.model import Settings, calibrate
 from fused.mlp_train import MLPParameters
 
 _BLOCK_SECONDS = 0.2  # between two looks at the clock, the keyboard and the loss
-_SAVE_SECONDS = 60.0
+SAVE_SECONDS = 60.0
 _BLOCK_NUMBERS = 1 << 26  # of contexts: bounds what an engine may keep of a block
-_RECENT = 1000  # steps in the running loss
+RECENT = 1000  # steps in the running loss
 
 
 @dataclass
@@ -92,7 +92,7 @@ def train(run: Run, folder: Path) -> Outcome:
         if not losses.isfinite().all():
             raise diverged(run.step + int(losses.isfinite().logical_not().nonzero()[0]))
         run.losses = torch.cat((run.losses, losses))
-        if time.monotonic() - saved > _SAVE_SECONDS:
+        if time.monotonic() - saved > SAVE_SECONDS:
             save()
             saved = time.monotonic()
         return losses
@@ -125,7 +125,7 @@ def take_blocks(
             half = s.steps // 2
             steps = min(size, (half if step < half else s.steps) - step)
             began = time.monotonic()
-            recent = torch.cat((recent, take(steps)))[-_RECENT:]
+            recent = torch.cat((recent, take(steps)))[-RECENT:]
             step += steps
             progress.update(steps, recent.mean().item())
             size = int(steps * _BLOCK_SECONDS / (time.monotonic() - began))

@@ -151,7 +151,7 @@ def test_how_it_ends_before_training(error, status, tmp_path, capsys, monkeypatc
 
 def test_checkpoints_are_saved_now_and_then(tmp_path, capsys, monkeypatch) -> None:
     steps: list[int] = []
-    monkeypatch.setattr(training, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(training, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr(checkpoint.Checkpoint, "save", lambda run, folder: steps.append(run.step))
     options = ["--steps", "40", "--engine", "manual", "--out", str(tmp_path / "run")]
     assert run(capsys, "train", *FAST, *options)[0] == 0
@@ -234,6 +234,12 @@ def interrupted():
     yield SimpleNamespace(is_set=lambda: next(looks))
 
 
+@contextmanager
+def ready():
+    """Ctrl-C before it"""
+    yield SimpleNamespace(is_set=lambda: True)
+
+
 def tiny(engine: str, tmp_path) -> list[str]:
     """A run that Triton's interpreter can take steps of; on the GPU, where there is one"""
     if engine in ("persistent", "graph", "numba"):
@@ -311,18 +317,132 @@ def test_a_sweep_by_the_kernels(engine, tmp_path, capsys) -> None:
         assert ours[2] == pytest.approx(theirs[2], rel=1e-4)
 
 
-def test_an_interrupted_sweep(tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setattr(training, "_interruption", interrupted)
-    monkeypatch.chdir(tmp_path)
-    options = [*tiny("manual", tmp_path), "--steps", "30"]
-    (tmp_path / "there").mkdir()
-    for out, left in (([], False), (["--out", "a/s"], False), (["--out", "there"], True)):
-        status, said, _ = run(capsys, "sweep", *options, *out)
-        assert status == 130
-        assert said.endswith("nothing is saved of a sweep that is not complete\n")
-        (folder,) = re.findall(r"folder (\S+)\n", said)
-        assert (tmp_path / folder).exists() == left
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["there", "words.txt"]
+def sweep_parts(engine: str, tmp_path, capsys, monkeypatch) -> tuple[list[str], str]:
+    """The options of a sweep that Ctrl-C ended after 3 of its 7 steps; what it printed. It is in
+    tmp_path / "parts"; the second of its three learning rates diverges."""
+    options = [*tiny(engine, tmp_path), "--steps", "7", "--lr", "0.1,1e30,0.3", "--seed", "3:5"]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_interruption", interrupted)
+        status, out, _ = run(capsys, "sweep", *options, "--out", str(tmp_path / "parts"))
+    assert status == 130
+    return options, out
+
+
+@pytest.mark.parametrize("engine", ["persistent", "graph", "numba", "manual"])
+def test_a_sweep_resumes_exactly(engine, tmp_path, capsys, monkeypatch) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    options, out = sweep_parts(engine, tmp_path, capsys, monkeypatch)
+    end = f"\ninterrupted at step 3; continue with: fused-makemore sweep --resume {parts}\n"
+    assert out.endswith(end)
+    assert [path.name for path in parts.iterdir()] == ["sweep.pt"]
+    status, expected, _ = run(capsys, "sweep", *options, "--out", str(whole))
+    assert status == 0 and "steps 0 to 7," in expected
+    where = options[options.index("--device") :][:2]
+    status, ours, _ = run(capsys, "sweep", "--resume", str(parts), *where)
+    assert status == 0 and f"engine {engine}," in ours and "steps 3 to 7," in ours
+    assert ours.split("steps/s")[1] == expected.split("steps/s")[1]
+    a, b = (json.loads((folder / "sweep.json").read_text()) for folder in (parts, whole))
+    assert a["results"] == b["results"] and a["settings"] == b["settings"]
+    assert [r["diverged_at"] is None for r in a["results"]] == [True] * 4 + [False] * 2
+    names = sorted(path.name for path in whole.iterdir())
+    assert names == sorted(path.name for path in parts.iterdir())
+    assert names == ["losses.png", "sweep.json", "validation.png"]
+    for picture in ("losses.png", "validation.png"):
+        assert (parts / picture).read_bytes() == (whole / picture).read_bytes()
+
+
+def test_a_sweep_interrupted_after_its_last_step(tmp_path, capsys, monkeypatch) -> None:
+    """During the evaluation: sweep.json is written last."""
+    folder = tmp_path / "sweep"
+    options = [*tiny("manual", tmp_path), "--steps", "7", "--seed", "3", "--out", str(folder)]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plots, "sweep_validation", interrupt)
+        assert run(capsys, "sweep", *options)[0] == 130
+    status, out, _ = run(capsys, "sweep", "--resume", str(folder / "sweep.pt"), "--device", "cpu")
+    assert status == 0 and "steps 7 to 7," in out
+    assert len(json.loads((folder / "sweep.json").read_text())["results"]) == 3
+
+
+def test_what_a_resumed_sweep_refuses(tmp_path, capsys, monkeypatch) -> None:
+    parts = str(tmp_path / "parts")
+    options, _ = sweep_parts("manual", tmp_path, capsys, monkeypatch)
+    other = tmp_path / "other"
+    other.mkdir()
+    for given, message in {
+        ("--hidden", "64"): f"--hidden 64: the sweep in {parts} has --hidden 10",
+        ("--lr", "0.1"): f"--lr 0.1: the sweep in {parts} has --lr 0.1,1e+30,0.3",
+        ("--seed", "0:8"): f"--seed 0:8: the sweep in {parts} has --seed 3,4",
+        ("--engine", "numba"): f"--engine numba: the sweep in {parts} has --engine manual",
+        ("--data", words(other, b"c\n" * 20)): f"is not the data that the sweep in {parts} began",
+        ("--out", parts): "--out: a resumed sweep stays in its folder",
+    }.items():
+        status, out, err = run(capsys, "sweep", "--resume", parts, *given)
+        assert status == 2 and message in err and out == ""
+    status, out, err = run(capsys, "sweep", *options, "--out", parts)
+    assert status == 2 and f"already holds a sweep; continue it with --resume {parts}\n" in err
+    status, _, err = run(capsys, "train", "--resume", parts)
+    assert status == 2 and "cannot read" in err
+    same = [*options, "--engine", "auto"]
+    assert run(capsys, "sweep", "--resume", parts, *same)[0] == 0
+    status, _, err = run(capsys, "sweep", "--resume", parts)
+    assert status == 2 and f"the sweep in {parts} is complete" in err
+
+
+def damage_sweep(saved: dict, how: str) -> object:
+    match how:
+        case "a run":
+            return saved | {"format": "fused-makemore checkpoint"}
+        case "no rates":
+            return saved | {"lr": []}
+        case "half a seed":
+            return saved | {"seeds": [3, 4.5]}
+        case "another seed":
+            return saved | {"seeds": [3, 4, 5]}
+        case "half a generator":
+            return saved | {"generators": saved["generators"][:, :100]}
+        case "one network":
+            saved["parameters"]["W1"] = saved["parameters"]["W1"][:1]
+            return saved
+        case "fewer losses":
+            return saved | {"losses": saved["losses"][1:]}
+        case "an engine of train":
+            return saved | {"engine": "chunked"}
+    raise AssertionError(how)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("a run", "is not a sweep of fused-makemore"),
+        ("no rates", "is damaged: it has no lr"),
+        ("half a seed", "is damaged: its seed is 4.5"),
+        ("another seed", "is damaged: it has 2 generators for 3 seeds"),
+        ("half a generator", "is damaged: "),
+        ("one network", "expected W1 of shape (6, 20, 10), as its settings say, in float32, got"),
+        ("fewer losses", "expected losses of shape (6, 2)"),
+        ("an engine of train", "is damaged: there is no engine 'chunked'"),
+    ],
+)
+def test_other_sweeps(how, message, tmp_path, capsys, monkeypatch) -> None:
+    sweep_parts("manual", tmp_path, capsys, monkeypatch)
+    path = tmp_path / "parts" / "sweep.pt"
+    torch.save(damage_sweep(torch.load(path, weights_only=True), how), path)
+    status, out, err = run(capsys, "sweep", "--resume", str(tmp_path / "parts"))
+    assert status == 2 and message in err and len(err.splitlines()) == 1 and out == ""
+
+
+def test_a_sweep_interrupted_before_its_first_block(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(training, "_interruption", ready)
+    folder = str(tmp_path / "sweep")
+    options = [*tiny("manual", tmp_path), "--steps", "7", "--seed", "3"]
+    status, out, _ = run(capsys, "sweep", *options, "--out", folder)
+    assert status == 130 and "interrupted at step 0;" in out
+    monkeypatch.undo()
+    assert run(capsys, "sweep", "--resume", folder, "--device", "cpu")[0] == 0
 
 
 @pytest.mark.parametrize("engine", ["persistent", "graph", "numba", "manual"])
@@ -570,6 +690,7 @@ def test_where_nothing_can_be_written(tmp_path, capsys, monkeypatch) -> None:
     for command, file in (
         ("train", "checkpoint.tmp"),
         ("train", "loss.png"),
+        ("sweep", "sweep.tmp"),
         ("sweep", "sweep.json"),
     ):
         folder = tmp_path / file

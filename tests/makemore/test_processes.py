@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,23 +19,23 @@ def dataset() -> data.Dataset:
     return data.load(None, SETTINGS.context, CPU)
 
 
-def swept(dataset: data.Dataset) -> sweep.Models:
-    models = sweep.start(SETTINGS, [0.1, 1e30, 0.03], [3], dataset)
-    outcome = sweep.train(models, "manual", dataset)
+def swept(dataset: data.Dataset, tmp_path: Path) -> sweep.Models:
+    models = sweep.start(SETTINGS, [0.1, 1e30, 0.03], [3], "manual", None, dataset)
+    outcome = sweep.train(models, tmp_path)
     assert not outcome.interrupted
     return models
 
 
 def test_the_last_loss_is_the_mean_of_1000_steps(dataset) -> None:
-    models = sweep.start(SETTINGS, [0.1], [3], dataset)
+    models = sweep.start(SETTINGS, [0.1], [3], "manual", None, dataset)
     models.losses = torch.arange(2000.0).unsqueeze(0)
-    (result,) = models.results(dataset)
+    (result,) = models.results()
     assert result.last_loss == 1499.5 and result.diverged_at is None
 
 
-def test_divided_as_undivided(dataset, monkeypatch) -> None:
+def test_divided_as_undivided(dataset, tmp_path, monkeypatch) -> None:
     """To the last bit, with one network that diverges, and Ctrl-C reaching the processes."""
-    undivided, started = swept(dataset), []
+    undivided, started = swept(dataset, tmp_path), []
 
     class Interrupted(processes.Processes):
         def __enter__(self):
@@ -45,7 +46,7 @@ def test_divided_as_undivided(dataset, monkeypatch) -> None:
 
     monkeypatch.setattr(processes, "Processes", Interrupted)
     monkeypatch.setattr(processes, "worthwhile", lambda *_: 2)
-    divided = swept(dataset)
+    divided = swept(dataset, tmp_path)
     assert len(started) == 2 and not any(process.is_alive() for process in started)
     assert divided.losses[0].isfinite().all() and divided.losses[1].isnan().any()
     for ours, theirs in zip(
@@ -57,7 +58,7 @@ def test_divided_as_undivided(dataset, monkeypatch) -> None:
 
 
 def test_a_process_that_ends(dataset) -> None:
-    models = sweep.start(SETTINGS, [0.1], [3, 4], dataset)
+    models = sweep.start(SETTINGS, [0.1], [3, 4], "manual", None, dataset)
     split, before = dataset.train, signal.getsignal(signal.SIGINT)
     with processes.Processes("eager", models.parameters, split.x, split.y, 2) as divided:
         os.kill(divided._processes[1].pid, signal.SIGKILL)

@@ -96,7 +96,7 @@ def test_the_speed_of_a_resumed_run_is_of_its_own_steps(
 
 def test_lines_of_progress(clock, capsys, monkeypatch) -> None:
     """Every ten seconds and at the end; the loss is the mean of the last thousand steps."""
-    monkeypatch.setattr(training, "_RECENT", 2)
+    monkeypatch.setattr(training, "RECENT", 2)
 
     def take(steps: int) -> Tensor:
         clock.now += 4.0
@@ -155,33 +155,37 @@ def test_beside_the_main_thread() -> None:
     assert found == [False]
 
 
+def swept(dataset: data.Dataset, steps: int, lr: list[float], seeds: list[int]) -> sweep.Models:
+    return sweep.start(Settings(hidden=5, steps=steps), lr, seeds, "manual", None, dataset)
+
+
 def test_a_network_whose_loss_was_no_number_has_diverged(dataset) -> None:
     """Though it goes on with numbers; those that diverged are in the order of their rates."""
-    models = sweep.start(Settings(hidden=5, steps=4), [0.3, 0.2, 0.1], [4, 3], dataset)
+    models = swept(dataset, 4, [0.3, 0.2, 0.1], [4, 3])
     models.losses = torch.ones(6, 4)
     models.losses[:4, 2] = float("inf")
-    results = models.results(dataset)
+    results = models.results()
     assert [r.diverged_at for r in results] == [None, None, 2, 2, 2, 2]
     assert [(r.lr, r.seed) for r in results[2:]] == [(0.2, 3), (0.2, 4), (0.3, 3), (0.3, 4)]
 
 
 def test_what_is_shown_of_a_sweep_is_the_mean_of_the_networks_that_go_on(
-    dataset, monkeypatch, capsys
+    dataset, tmp_path, monkeypatch, capsys
 ) -> None:
-    models = sweep.start(Settings(hidden=5, steps=4), [0.1, 0.2], [3], dataset)
+    models = swept(dataset, 4, [0.1, 0.2], [3])
 
     @contextmanager
     def trainer(*_: object) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
         yield lambda index, lr: torch.tensor([[2.0], [float("nan")]]).expand(2, index.shape[1])
 
     monkeypatch.setattr(sweep.processes, "trainer", trainer)
-    assert not sweep.train(models, "manual", dataset).interrupted
+    assert not sweep.train(models, tmp_path).interrupted
     assert "loss 2.0000" in capsys.readouterr().err
 
 
-def test_a_sweep_stops_at_the_last_network_to_go(dataset, monkeypatch, capsys) -> None:
+def test_a_sweep_stops_at_the_last_network_to_go(dataset, tmp_path, monkeypatch, capsys) -> None:
     """Its step is counted from the first, not from its block; the one before stops nothing."""
-    models = sweep.start(Settings(hidden=5, steps=40), [0.2, 0.1], [3], dataset)
+    models = swept(dataset, 40, [0.2, 0.1], [3])
     losses = torch.ones(2, 40)
     losses[0, 4:], losses[1, 13] = float("nan"), float("inf")
     blocks: list[int] = []
@@ -196,16 +200,16 @@ def test_a_sweep_stops_at_the_last_network_to_go(dataset, monkeypatch, capsys) -
 
     monkeypatch.setattr(sweep.processes, "trainer", trainer)
     with pytest.raises(InputError, match="last one at step 13; try a smaller --lr than 0.1"):
-        sweep.train(models, "manual", dataset)
+        sweep.train(models, tmp_path)
     assert blocks == [10, 10]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_the_minibatches_of_a_sweep_are_those_of_its_seeds(
-    threads, dataset, monkeypatch, capsys
+    threads, dataset, tmp_path, monkeypatch, capsys
 ) -> None:
     """However many threads draw them."""
-    models = sweep.start(Settings(hidden=5, steps=30), [0.1, 0.2], [3, 9, 4, 7], dataset)
+    models = swept(dataset, 30, [0.1, 0.2], [3, 9, 4, 7])
     drawn: list[Tensor] = []
 
     @contextmanager
@@ -218,7 +222,7 @@ def test_the_minibatches_of_a_sweep_are_those_of_its_seeds(
 
     monkeypatch.setattr(sweep.processes, "trainer", trainer)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    sweep.train(models, "manual", dataset)
+    sweep.train(models, tmp_path)
     for ours, seed in zip(torch.cat(drawn, 1), (3, 9, 4, 7), strict=True):
         s = Settings(hidden=5, seed=seed)
         _, generator = model.initial_parameters(s, len(dataset.vocabulary), CPU)
