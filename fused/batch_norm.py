@@ -353,14 +353,16 @@ def _composed_gradients(
     o: _Options,
 ) -> list[Tensor | None]:
     """Gradients of input, weight, bias and residual that can be differentiated again."""
-    input, weight, bias, residual = tensors
-    assert input is not None
-    with torch.enable_grad():
-        y, _, _ = eager.batch_norm_composed(
+
+    def output(
+        input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
+    ) -> Tensor:
+        return eager.batch_norm_composed(
             input, weight, bias, residual, *frozen, o.eps, o.correction, activation
-        )
-    gradients = differentiable_gradients(y, dy, tensors, wants)
-    if wants[3] and residual is None:  # not kept without an activation: its gradient is dy
+        )[0]
+
+    gradients = differentiable_gradients(output, dy, tensors, wants)
+    if wants[3] and tensors[3] is None:  # not kept without an activation: its gradient is dy
         gradients[3] = dy
     return gradients
 

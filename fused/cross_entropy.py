@@ -186,8 +186,10 @@ def _composed_gradients(ctx: Any, dloss: Tensor) -> list[Tensor | None]:
     input, target, weight, _, _ = ctx.saved_tensors
     wants = ctx.needs_input_grad[:3]
     options: Options = ctx.options
-    with torch.enable_grad():
-        (loss,) = eager.cross_entropy_composed(input, target, weight, *options, dloss.dtype, False)
+
+    def loss(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
+        return eager.cross_entropy_composed(input, target, weight, *options, dloss.dtype, False)[0]
+
     return differentiable_gradients(loss, dloss, (input, target, weight), wants)
 
 

@@ -67,8 +67,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         problem = Problem(*ctx.saved_tensors, *ctx.numbers)
         wants, kernels = ctx.needs_input_grad[:3], ctx.kernels
         if is_composed(dloss):
-            with torch.enable_grad():
-                (loss,) = _composed(problem, False)
+
+            def loss(x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+                return _composed(problem._replace(x=x, w=w, b=b), False)[0]
+
             gradients = differentiable_gradients(loss, dloss, problem[:3], wants)
         elif problem.reduction == "none":
             gradients = chunked.linear_cross_entropy_bwd(

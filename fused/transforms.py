@@ -63,8 +63,13 @@ def outlives_the_call() -> bool:
 
 def is_composed(upstream: Tensor) -> bool:
     """Whether a backward pass is made of operations that torch knows: if it is to be differentiated
-    (create_graph=True), or upstream is many gradients at once (is_grads_batched=True)."""
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(upstream)
+    (create_graph=True), or upstream is many gradients at once (is_grads_batched=True, and
+    torch.func.vmap over torch.autograd.grad)."""
+    return (
+        torch.is_grad_enabled()
+        or torch._C._functorch.is_legacy_batchedtensor(upstream)
+        or torch._C._functorch.is_functorch_wrapped_tensor(upstream)
+    )
 
 
 def may_be_overridden() -> bool:

@@ -89,6 +89,67 @@ def test_many_gradients_at_once(case, implementation) -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_gradients_under_vmap(case, implementation) -> None:
+    """torch.func.vmap over torch.autograd.grad, another way to the same Jacobian."""
+    gradients = []
+    for function in case[:2]:
+        x = case[2].clone().requires_grad_()
+        y = function(x)
+        upstream = torch.arange(1.0, 1 + 3 * y.numel(), device=y.device).view(3, *y.shape)
+
+        def pulled_back(v: Tensor, x: Tensor = x, y: Tensor = y) -> Tensor:
+            return torch.autograd.grad(y, x, v, retain_graph=True)[0]
+
+        gradients.append(torch.func.vmap(pulled_back)(upstream.to(y.dtype).cos()))
+    torch.testing.assert_close(*gradients)
+    assert not gradients[0].requires_grad
+
+
+def dependent(ours: bool, device: torch.device) -> dict[str, Function]:
+    """Functions of one tensor, (4, 5), that is several arguments of one operation, in part by way
+    of others; large enough, or with options, for PyTorch not to serve them on the CPU."""
+    loss: Any = fused.cross_entropy if ours else F.cross_entropy
+    norm: Any = fused.batch_norm if ours else F.batch_norm
+    y = torch.arange(4, device=device)
+    weight = torch.rand(5, dtype=torch.float64, device=device) + 0.5
+
+    def linear(x: Tensor, w: Tensor) -> Tensor:
+        return fused.linear_cross_entropy(x, w, y) if ours else F.cross_entropy(x @ w.T, y)
+
+    return {
+        "a target made of the logits": lambda x: loss(x, x.softmax(1), reduction="none"),
+        "the same tensor twice": lambda x: loss(x, x, label_smoothing=0.1),
+        "weights made of the logits": lambda x: loss(x, x.softmax(1), x.mean(0).exp()),
+        "hooks alone": lambda x: loss(x, y, weight, label_smoothing=0.1),
+        "tied weights": lambda x: linear(x.cos() @ x.T @ x, x),
+        "a gain made of the input": lambda x: norm(x, None, None, x.mean(0), x.var(0), True),
+    }
+
+
+@pytest.mark.parametrize("name", dependent(True, torch.device("cpu")))
+def test_second_derivatives_of_arguments_made_of_each_other(name, implementation, device) -> None:
+    """With hooks, which are run once a pass, and gradients that are retained."""
+    torch.manual_seed(0)
+    start = torch.randn(4, 5, dtype=torch.float64, device=device)
+    found: list[list[Any]] = []
+    for ours in (True, False):
+        torch.manual_seed(1)
+        function = dependent(ours, device)[name]
+        x, passes = start.clone().requires_grad_(), []
+        x.register_hook(lambda g, passes=passes: passes.append(1) or 2 * g)
+        z = x * 1
+        z.retain_grad()
+        loss = function(z).square().sum()
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x, retain_graph=True)
+        once = len(passes)
+        loss.backward(create_graph=True)
+        assert z.grad is not None and x.grad is not None
+        found.append([first, second, z.grad.detach(), x.grad.detach(), once])
+        z.grad = x.grad = None  # they hold each other
+    torch.testing.assert_close(found[0], found[1])
+
+
 def test_forward_mode(case) -> None:
     ours, theirs, x = case
     tangents = []
