@@ -154,7 +154,7 @@ def _early_gradient(ctx: Any, dloss: Tensor) -> Tensor:
         dx = ctx.kernels.cross_entropy_fwd_bwd(
             input, target, weight, *ctx.options, dloss.dtype, False, False
         )[-1]
-    dx = ctx.kernels.cross_entropy_scale(dx, dloss, zeros_stay=True)
+    dx = ctx.kernels.cross_entropy_scale(dx, dloss)
     if ctx.inplace:
         increment_version(dx)
     return dx

@@ -92,10 +92,12 @@ def cross_entropy_fwd_bwd(
     loss_dtype: torch.dtype,
     want_extras: bool,
     inplace: bool,
+    divisor: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, torch.Tensor]:
     """The loss of `cross_entropy_fwd`, "mean" or "sum", and its gradient: (loss, extras, dx).
 
-    dx is in x's dtype and memory format, or in x's own memory if `inplace`.
+    dx is in x's dtype and memory format, or in x's own memory if `inplace`. A `divisor`, one number
+    on the device, divides both, for "sum" as for "mean", which then does not count.
 
     Bytes: reads x once and writes dx once, the least possible: a row stays in registers, or beyond
     `tuning`'s threshold is read a second time from L2, where it is kept until then. Launches: one
@@ -110,8 +112,9 @@ def cross_entropy_fwd_bwd(
     if want_extras:
         stats = torch.empty((4, n_rows), dtype=computed_in(x, target), device=x.device)
     loss, extras = _forward(
-        x, target, weight, numbers, reduction, loss_dtype, want_extras, None, stats, dx
-    )
+        x, target, weight, numbers, reduction, loss_dtype, want_extras, None, stats, dx,
+        counts=divisor,
+    )  # fmt: skip
     return loss, extras, dx
 
 
@@ -151,8 +154,10 @@ def _forward(
     dx: torch.Tensor | None,
     shard: tuple[int, int] | None = None,
     rows_loss: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
-    """(loss, extras); fills scale, stats, dx and rows_loss, where they are given."""
+    """(loss, extras); fills scale, stats, dx and rows_loss, where they are given. `counts`, one
+    number, is what the reduction divides by, where it is known."""
     ignore_index, label_smoothing, z_loss, softcap, logit_scale = numbers
     x3, target3, soft = layout.inner(x), rows_of_target(x, target), target.shape == x.shape
     dx3 = None if dx is None else x3 if dx is x else layout.inner(dx)
@@ -161,14 +166,14 @@ def _forward(
         dx3 = None if dx3 is None else dx3.transpose(0, -1)
     n_rows, n_inner, n_classes = x3.shape[0] * x3.shape[2], x3.shape[2], x3.shape[1]
     acc, t_strides = computed_in(x, target), _target_strides(target3, soft)
-    reduced, mean = reduction != "none", reduction == "mean"
-    plan, weight = tuning.cross_entropy(x3, dx is x), layout.vector(weight)
+    reduced, mean = reduction != "none", reduction == "mean" or counts is not None
+    plan, weight = tuning.cross_entropy(x3, dx is None or dx is x), layout.vector(weight)
 
     def new(*shape: int, dtype: torch.dtype = acc) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=x.device)
 
-    counts, n_counts = None, 0
-    if mean and not soft and n_rows > plan.max_rows_to_count:
+    n_counts = 1
+    if mean and counts is None and not soft and n_rows > plan.max_rows_to_count:
         walk = tuning.count(n_rows)
         n_counts = walk.n_programs
         counts = new(n_counts)
@@ -351,9 +356,9 @@ def cross_entropy_bwd(
 
 
 @on_its_device
-def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor, zeros_stay: bool) -> torch.Tensor:
-    """dx, in its own memory, times dloss, one number on the device; with `zeros_stay` what is 0, as
-    an ignored row is, stays so where dloss is inf or NaN (but in a slice of larger memory).
+def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
+    """dx, in its own memory, times dloss, one number on the device; what is 0, as an ignored row
+    is, stays so where dloss is inf or NaN (but in a slice of larger memory).
 
     Bytes: none where dloss is 1, which only the device looks at; else reads and writes dx once. One
     launch.
@@ -369,7 +374,6 @@ def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor, zeros_stay: bool)
             dx,
             dloss.resolve_neg(),
             dx.numel(),
-            ZEROS_STAY=zeros_stay,
             ACC=TRITON[computed_in(dx, dx)],
             BLOCK=walk.BLOCK,
             num_warps=walk.num_warps,

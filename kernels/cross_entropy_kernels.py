@@ -114,7 +114,7 @@ def _cross_entropy_fwd_kernel(
     at_y: tl.constexpr = not SOFT and HELD and (BLOCK_N > 1 or NUM_CTAS > 1)
     scale = tl.full((), 1.0, ACC)
     if MEAN:
-        if SOFT:
+        if SOFT and counts_ptr is None:
             scale = 1.0 / tl.cast(n_rows, ACC)
         else:
             if counts_ptr is not None:
@@ -124,7 +124,7 @@ def _cross_entropy_fwd_kernel(
                     0, n_rows, target_ptr, weight_ptr, n_inner, n_classes, stride_t, ignore_index,
                     ACC, BLOCK_COUNT,
                 )  # fmt: skip
-            # A mean over a total weight of 0 is NaN, as torch's, also of losses that are not 0.
+            # A mean over a total weight of 0 is NaN, also of losses that are not 0.
             scale = tl.where(total == 0.0, float("nan"), 1.0 / total)
 
     loss_sum = tl.zeros((BLOCK_N,), ACC)
@@ -379,11 +379,10 @@ def _cross_entropy_scale_kernel(
     dx_ptr,  # in and out: the gradient, n numbers
     dloss_ptr,  # upstream gradient, one number
     n,
-    ZEROS_STAY: tl.constexpr,  # also where dloss is inf or NaN
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """dx = dloss * dx; nothing at all where dloss is 1"""
+    """dx = dloss * dx, of 0 always 0; nothing at all where dloss is 1"""
     dloss = tl.load(dloss_ptr).to(ACC)
     if dloss != 1.0:
         first = tl.program_id(0).to(tl.int64) * BLOCK
@@ -391,7 +390,4 @@ def _cross_entropy_scale_kernel(
             places = start + tl.arange(0, BLOCK)
             mask = places < n
             dx = tl.load(dx_ptr + places, mask=mask, other=0.0).to(ACC)
-            scaled = dloss * dx
-            if ZEROS_STAY:
-                scaled = tl.where(dx == 0.0, dx, scaled)
-            tl.store(dx_ptr + places, scaled, mask=mask)
+            tl.store(dx_ptr + places, tl.where(dx == 0.0, dx, dloss * dx), mask=mask)

@@ -52,8 +52,8 @@ class CrossEntropyPlan:
 def cross_entropy(
     x: torch.Tensor, inplace: bool = False, clusters: bool = True
 ) -> CrossEntropyPlan:
-    """For logits x (N, C, S), whose gradient is written over them or to torch.empty_like(x); a
-    program owns whole rows, and is a cluster only if `clusters`.
+    """For logits x (N, C, S), whose gradient is written to torch.empty_like(x), or if `inplace`
+    over them or nowhere; a program owns whole rows, and is a cluster only if `clusters`.
 
     Not for more: whichever kernels compute them, two sums are then equal to the last bit.
     """

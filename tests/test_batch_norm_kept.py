@@ -187,14 +187,17 @@ def test_output_may_be_changed_where_signs_are_kept(implementation, device) -> N
 
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])
 def test_relu_stops_and_passes_what_torchs_does(with_residual, implementation, device) -> None:
-    """An infinite gradient stops where the output is 0; a NaN in the output lets gradients by."""
+    """An infinite gradient stops where the output is 0, as it is of -inf; a NaN in the output lets
+    gradients by."""
     t = example((4, 2), torch.float32, device)
     residual = torch.tensor([[-50.0, 50.0]] * 4, device=device)
     if with_residual:
         t["residual"] = residual.clone()
         t["residual"][0, 0] = float("nan")
+        t["residual"][2, 0] = -float("inf")
     else:
         t["bias"] = residual[0].clone()
+        t["input"][2, 0] = -float("inf")
     upstream = torch.ones(4, 2, device=device)
     upstream[1, 0] = float("inf")
     results = [
@@ -202,7 +205,7 @@ def test_relu_stops_and_passes_what_torchs_does(with_residual, implementation, d
     ]
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], equal_nan=True)
-    assert results[0]["dinput"][1, 0] == 0
+    assert results[0]["dinput"][1, 0] == 0 and results[0]["output"][2, 0] == 0
 
 
 @pytest.mark.parametrize("with_residual", [False, True], ids=["", "residual"])

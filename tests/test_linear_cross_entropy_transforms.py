@@ -51,6 +51,17 @@ def test_functional_derivatives(implementation, device) -> None:
     torch.testing.assert_close(models, torch.stack([loss(x, w, b), loss(x, 2 * w, b)]))
 
 
+def test_compiled_for_no_rows_that_count(implementation, device) -> None:
+    """Their NaN from upstream does not reach a weight."""
+    x, w, _, target = example(5, (9,), torch.float32, device, ignored=2.0)
+    leaves = [t.requires_grad_() for t in (x, w)]
+    torch.compiler.reset()
+    compiled = torch.compile(fused.linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    loss = compiled(*leaves, target)
+    assert loss.isnan()
+    assert not any(g.any() for g in torch.autograd.grad(loss.exp(), leaves))
+
+
 COMPILED: dict[str, dict[str, Any]] = {
     "mean": {},
     "several chunks": {"memory_budget_bytes": 3 * 27 * 4},

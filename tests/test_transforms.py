@@ -135,7 +135,8 @@ def test_second_derivatives_of_arguments_made_of_each_other(name, implementation
     for ours in (True, False):
         torch.manual_seed(1)
         function = dependent(ours, device)[name]
-        x, passes = start.clone().requires_grad_(), []
+        x = start.clone().requires_grad_()
+        passes: list[int] = []
         x.register_hook(lambda g, passes=passes: passes.append(1) or 2 * g)
         z = x * 1
         z.retain_grad()

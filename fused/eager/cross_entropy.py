@@ -93,10 +93,12 @@ def cross_entropy_fwd_bwd(
     loss_dtype: torch.dtype,
     want_extras: bool,
     inplace: bool,
+    divisor: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor]:
     """The loss of `cross_entropy_fwd`, "mean" or "sum", and its gradient: (loss, extras, dx).
 
-    dx is in x's dtype and memory format, or in x's own memory if `inplace`.
+    dx is in x's dtype and memory format, or in x's own memory if `inplace`. A `divisor`, one
+    number, divides both, for "sum" as for "mean", which then does not count.
     """
     numbers = (label_smoothing, z_loss, softcap, logit_scale)
     dx = x if inplace else torch.empty_like(x)
@@ -105,7 +107,7 @@ def cross_entropy_fwd_bwd(
         raise_if_outside(target, x.shape[1], ignore_index)
     with index_errors(target, x.shape[1], ignore_index):
         rows = Rows.of(view(x), view(target), weight, ignore_index, *numbers)
-        scale = _scale(rows, reduction)
+        scale = _scale(rows, reduction) if divisor is None else _one_over(divisor)
         losses = _forward(rows, scale, view(dx), loss_dtype, want_extras)
     loss, extras = _reduced(losses, view, reduction, scale, loss_dtype)
     return loss, extras, dx
@@ -156,14 +158,14 @@ def cross_entropy_bwd(
     return dx, dtarget
 
 
-def cross_entropy_scale(dx: Tensor, dloss: Tensor, zeros_stay: bool) -> Tensor:
-    """dx, in its own memory, times dloss, one number; with `zeros_stay` what is 0, as an ignored
-    row is, stays so where dloss is inf or NaN."""
+def cross_entropy_scale(dx: Tensor, dloss: Tensor) -> Tensor:
+    """dx, in its own memory, times dloss, one number; what is 0, as an ignored row is, stays so
+    where dloss is inf or NaN."""
     if dx.is_cpu:  # elsewhere nobody may look
         factor = dloss.item()
         if factor == 1:
             return dx
-        if zeros_stay and not math.isfinite(factor):
+        if not math.isfinite(factor):
             return dx.copy_(torch.where(dx == 0, dx, dx * dloss))
     return dx.mul_(dloss)
 
@@ -186,10 +188,14 @@ def _scale(rows: Rows, reduction: str) -> Tensor | None:
     if weight is not None:
         w_y = weight.to(dtype)[labels.classes.squeeze(1)]
         total = (w_y if labels.ignored is None else w_y.masked_fill(labels.ignored, 0.0)).sum()
-        # NaN of a total weight of 0, as torch's mean, also where the losses are not 0.
-        return total.reciprocal().masked_fill_(total == 0, float("nan"))
+        return _one_over(total)
     assert labels.ignored is not None
     return labels.ignored.logical_not().sum().to(dtype).reciprocal()
+
+
+def _one_over(total: Tensor) -> Tensor:
+    """NaN of a total weight of 0, also where the losses are not 0."""
+    return total.reciprocal().masked_fill_(total == 0, float("nan"))
 
 
 def _forward(

@@ -6,9 +6,10 @@
 
 The products are the library's; `kernels` is the implementation of cross_entropy that serves the
 tensors, fused.kernels.cross_entropy or fused.eager.cross_entropy. Over several chunks the loss is
-their sum, and what the mean divides by, `scale`, is applied to the gradients at the end: dz is then
-p - onehot, which float16 holds well, as it would not hold it over the number of rows. The sums of
-so large a dz it may not hold: they are float32 until they are scaled.
+their sum, and what the mean divides by, `scale`, is applied to the gradients at the end. float16 is
+narrow: there dz is formed in a `unit` in which p - onehot times class weights and logit_scale is
+about 16, whatever they are and however many rows there are. The sums of so large a dz it may not
+hold: they are float32 until they are scaled.
 """
 
 from collections.abc import Iterator
@@ -53,6 +54,25 @@ class Problem(NamedTuple):
     def overflows(self) -> bool:
         """Whether x's dtype may not hold gradients that are still to be scaled."""
         return self.x.dtype == torch.float16 and self.reduction != "none"
+
+    def unit(self) -> Tensor:
+        """A power of two, one number: over it dz is at most about 16, and more by z_loss alone.
+
+        It looks at the class weights on their device.
+        """
+        factor = self.w.new_ones((), dtype=self.computed_in)
+        if self.weight is not None:
+            weight = self.weight.to(factor.dtype).abs()
+            weight = weight.masked_fill(~weight.isfinite(), 0.0)
+            if self.target.is_floating_point() or self.label_smoothing:
+                factor = weight.amax()
+            elif self.target.numel():
+                y = self.target.long()
+                counted = (y != self.ignore_index) & (y >= 0) & (y < len(weight))
+                factor = (weight[torch.where(counted, y, 0)] * counted).amax()
+        factor = (factor + 2 * abs(self.z_loss)) * abs(self.logit_scale)
+        exponent = factor.log2().ceil().clamp(-100, 100) - 4
+        return torch.where(factor > 0, exponent.exp2(), 1.0)
 
     def chunk(self, want_dw: bool) -> int:
         """Rows at a time, in a pass that forms dw or does not."""
@@ -117,7 +137,7 @@ class Gradients:
                 found.append(None)
                 continue
             if factor is not None:
-                gradient = kernels.cross_entropy_scale(gradient, factor, zeros_stay=False)
+                gradient = kernels.cross_entropy_scale(gradient, factor)
             found.append(gradient.to(like.dtype).view(like.shape))
         return found
 
@@ -171,6 +191,7 @@ def _forward(
     whole = p.chunk(want_dw) >= p.x.shape[0] and p.x.dtype != torch.float16
     reduction = p.reduction if whole or not reduced else "sum"
     loss_dtype = p.loss_dtype if whole or not reduced else p.computed_in
+    mean, divisor = (None, None) if whole else _factors(p, gradients is not None)
     losses, extras, stats = [], [], []
     for rows, z in _logits(kernels, p, want_dw):
         arguments = (
@@ -182,7 +203,7 @@ def _forward(
             if kept is not None and not reduced:
                 stats.append(kept)
         else:
-            loss, extra, dz = kernels.cross_entropy_fwd_bwd(*arguments, inplace=True)
+            loss, extra, dz = kernels.cross_entropy_fwd_bwd(*arguments, True, divisor)
             gradients.add(rows, dz)
         losses.append(loss)
         extras.append(extra)
@@ -193,15 +214,10 @@ def _forward(
         (loss,) = losses
     else:
         loss = torch.stack(losses).sum()
-        if p.reduction == "mean":
-            logits = p.x.new_empty(()).expand(p.x.shape[0], *p.w.shape[:-1])  # of that shape
-            scale = cross_entropy.row_scale(logits, p.target, p.weight, p.ignore_index, p.reduction)
-            assert scale is not None
-            loss = loss * scale
-            # A mean over no rows: gradients are 0. Over rows that weigh nothing they are NaN.
-            soft = p.target.is_floating_point()
-            none = scale.isinf() if soft else (p.target.long() == p.ignore_index).all()
-            scale = scale.masked_fill(none, 0.0)
+        if divisor is not None:
+            loss, scale = loss * divisor, divisor
+        if mean is not None:
+            loss, scale = loss * mean, mean if scale is None else mean * scale
         loss = loss.to(p.loss_dtype)
     merged = None
     if want_extras:
@@ -209,6 +225,23 @@ def _forward(
         rows_of_all = (torch.cat(row_losses), torch.cat(lses))
         merged = (*rows_of_all, torch.stack(correct).sum(), torch.cat(predictions))
     return Forward(loss, merged, torch.cat(stats, 1) if stats else None, gradients, scale)
+
+
+def _factors(p: Problem, formed: bool) -> tuple[Tensor | None, Tensor | None]:
+    """What the sums are multiplied by for the mean, and what dz, if it is `formed`, is divided by;
+    each None for 1."""
+    divisor = p.unit() if formed and p.overflows else None
+    if p.reduction != "mean":
+        return None, divisor
+    logits = p.x.new_empty(()).expand(p.x.shape[0], *p.w.shape[:-1])  # of that shape
+    mean = cross_entropy.row_scale(logits, p.target, p.weight, p.ignore_index, p.reduction)
+    assert mean is not None
+    if formed and p.weight is not None:
+        # Rows that count and weigh nothing have a gradient of 0 / 0, the others 0.
+        divisor = torch.where(
+            mean.isnan(), 0.0, torch.ones_like(mean) if divisor is None else divisor
+        )
+    return mean, divisor
 
 
 def linear_cross_entropy_bwd(

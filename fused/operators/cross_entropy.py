@@ -127,7 +127,7 @@ def _bwd_operator(
         _, _, dx = kernels.cross_entropy_fwd_bwd(
             input, target, weight, ignore_index, reduction, *numbers, dloss.dtype, False, False
         )
-        dx = kernels.cross_entropy_scale(dx, dloss, zeros_stay=True)
+        dx = kernels.cross_entropy_scale(dx, dloss)
     else:
         dx, dtarget = kernels.cross_entropy_bwd(
             dloss,

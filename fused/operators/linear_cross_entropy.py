@@ -117,11 +117,16 @@ def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | No
         factor = torch.ops.fused.linear_cross_entropy_once(dloss.to(scale.dtype) * scale, *wanted)
         triples = zip((dx, dw, db), tensors[:3], wants, strict=True)
         found = [
-            (g.to(scale.dtype) * factor).to(t.dtype).view(t.shape) if want else None
+            _scaled(g.to(scale.dtype), factor).to(t.dtype).view(t.shape) if want else None
             for g, t, want in triples
         ]
     none = (None,) * 14
     return (*(g if want else None for g, want in zip(found, wants, strict=True)), *none)
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """As cross_entropy_scale: what is 0 stays so where the factor is inf or NaN."""
+    return torch.where(gradient == 0, gradient, gradient * factor)
 
 
 def _once_operator(factor: Tensor, *_: Tensor | None) -> Tensor:
