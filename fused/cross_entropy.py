@@ -37,6 +37,7 @@ from fused.transforms import (
     is_transformed,
     may_be_overridden,
     refuse_script,
+    saves_elsewhere,
 )
 
 
@@ -248,8 +249,9 @@ def cross_entropy(
         inplace: lets the gradient be written over the logits, which saves memory of their size. The
             logits must not be used after the call; where autograd would, it raises. (Of a part of a
             larger tensor, such as a slice, it knows of uses before the call alone.) Hooks on them
-            are registered before it. No effect where input needs no gradient, nor under
-            torch.compile, which plans memory itself.
+            are registered before it. No effect where input needs no gradient, where hooks have what
+            autograd saves (checkpointing, save_on_cpu), nor under torch.compile, which plans memory
+            itself.
         grad_in_forward: forms the gradient of a mean or sum in the forward, while the logits are at
             hand: they are read once, dinput is written once, and a backward whose upstream gradient
             is 1 has nothing left to do. Another one costs a second read and write of dinput, and a
@@ -257,7 +259,8 @@ def cross_entropy(
             in the backward, as for "none": the logits are read twice, whatever comes from upstream.
             Better where that is known not to be 1: a loss scale, or a weighted sum of losses. So
             done in any case for float16, in which gradients would underflow before a loss scale
-            arrives, and where target or weight wants a gradient too. Under torch.compile either
+            arrives, where target or weight wants a gradient too, and where hooks have what autograd
+            saves, as nothing of the logits' size is to be kept there. Under torch.compile either
             forms it in the backward, and rounds as without. Take False where a CUDA graph of the
             backward alone is replayed more than once a forward: each replay would scale again.
 
@@ -430,10 +433,10 @@ def _run(
             )
         else:
             wants_gradient = input.requires_grad and torch.is_grad_enabled()
-            inplace = inplace and wants_gradient
-            if inplace:
+            if inplace and wants_gradient:
                 check_inplace(input)
-            early = early and wants_gradient
+            formed_now = wants_gradient and not saves_elsewhere()
+            inplace, early = inplace and formed_now, early and formed_now
             outputs = CrossEntropyFunction.apply(
                 input, target, weight, options, loss_dtype, want_extras, inplace, early
             )

@@ -29,6 +29,7 @@ from fused.transforms import (
     may_be_overridden,
     outlives_the_call,
     refuse_script,
+    saves_elsewhere,
 )
 
 # What a chunk of logits may take. On a GPU its rows are what keeps the products efficient: 2048 of
@@ -55,7 +56,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         kernels = backend.implementation("cross_entropy", x)
         with _without_autocast(x):
             done = chunked.linear_cross_entropy_fwd(kernels, problem, wants, want_extras)
-        ctx.kernels, ctx.numbers, ctx.done = kernels, numbers, done
+        formed = problem.reduction == "none" or done.gradients is not None
+        ctx.kernels, ctx.numbers, ctx.done = kernels, numbers, done if formed else None
         ctx.save_for_backward(x, w, b, target, weight)
         if done.extras is None:
             return (done.loss,)
@@ -78,7 +80,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             )
         else:
             done, ctx.done = ctx.done, None  # handed over: autograd may keep it as .grad
-            if done is None:  # a second backward through a retained graph
+            if done is None:  # not formed, or this is a second backward through a retained graph
                 done = chunked.linear_cross_entropy_fwd(kernels, problem, wants, False)
             factor = dloss.to(problem.computed_in)
             factor = factor if done.scale is None else factor * done.scale
@@ -119,10 +121,11 @@ def linear_cross_entropy(
 
     Derivatives of higher order, functional ones (`torch.func`), and calls whose target
     probabilities or class weights require a gradient hold the logits as torch does. A second
-    backward through a retained graph computes the gradients again. Of a compiled call there are no
-    derivatives of higher order: asking for one raises RuntimeError. (Where x, W or b is computed
-    within the compiled function torch.compile does not notice, nor does it with the pair, and
-    leaves a part out.)
+    backward through a retained graph computes the gradients again; under checkpointing and
+    save_on_cpu the first one does, for a product more, and the forward keeps none. Of a compiled
+    call there are no derivatives of higher order: asking for one raises RuntimeError. (Where x, W
+    or b is computed within the compiled function torch.compile does not notice, nor does it with
+    the pair, and leaves a part out.)
 
     Args:
         input: x, shape (D,) or (N, D), float16, bfloat16, float32 or float64.
@@ -330,6 +333,8 @@ def _run(
     elif recorded:
         outputs = operators.call(*tensors, *numbers, *wants, want_extras)
     else:
+        if saves_elsewhere():
+            wants = (False, False, False)
         outputs = LinearCrossEntropyFunction.apply(*tensors, numbers, wants, want_extras)
     if no_batch:
         outputs = tuple(t.squeeze(0) if t.dim() else t for t in outputs)

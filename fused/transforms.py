@@ -61,6 +61,12 @@ def outlives_the_call() -> bool:
     return torch.compiler.is_exporting() or not torch.compiler.is_compiling()
 
 
+def saves_elsewhere() -> bool:
+    """Whether hooks have what autograd saves (torch.utils.checkpoint, save_on_cpu): to keep nothing
+    of the logits' size from the forward to the backward, and to know no memory again in it."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def is_composed(upstream: Tensor) -> bool:
     """Whether a backward pass is made of operations that torch knows: if it is to be differentiated
     (create_graph=True), or upstream is many gradients at once (is_grads_batched=True, and

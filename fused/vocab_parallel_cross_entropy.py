@@ -13,7 +13,12 @@ from fused import backend
 from fused.cross_entropy import cross_entropy
 from fused.cross_entropy_arguments import check, check_inplace, loss_dtype_of, options_of
 from fused.operators import vocab_parallel_cross_entropy as operators
-from fused.transforms import is_recorded, may_be_overridden, refuse_transforms
+from fused.transforms import (
+    is_recorded,
+    may_be_overridden,
+    refuse_transforms,
+    saves_elsewhere,
+)
 
 
 class VocabParallelCrossEntropyFunction(torch.autograd.Function):
@@ -153,6 +158,7 @@ def vocab_parallel_cross_entropy(
     inplace = inplace and input.requires_grad and torch.is_grad_enabled()
     if inplace:
         check_inplace(input)
+        inplace = not saves_elsewhere()
     loss: Tensor = VocabParallelCrossEntropyFunction.apply(
         input, target, group, n_shards, shard, options, loss_dtype, inplace
     )

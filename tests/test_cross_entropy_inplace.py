@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -235,6 +236,39 @@ def test_inplace_behind_a_checkpoint(reentrant, options, implementation, device)
         result.backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": False}], ids=str)
+@pytest.mark.parametrize("copied", [True, False])
+def test_inplace_where_hooks_have_what_is_saved(copied, options, implementation, device) -> None:
+    """They take no notice of versions: nothing is overwritten, and every use is right."""
+    found = []
+    ours: Any = functools.partial(fused.cross_entropy, inplace=True, **options)
+    for function in (ours, F.cross_entropy):
+        leaf, target, _ = example((9, 27), torch.float32, device)
+        leaf.requires_grad_()
+        pack = (lambda t: t.clone()) if copied else (lambda t: t)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            logits = leaf * 2.0
+            squares = (logits * logits).sum()
+            loss = function(logits, target)
+        gradients = [torch.autograd.grad(loss, leaf, retain_graph=True)[0] for _ in range(2)]
+        found.append([*gradients, *torch.autograd.grad(squares, leaf)])
+    torch.testing.assert_close(*found)
+
+
+def test_nothing_of_the_logits_size_is_kept_for_a_checkpoint(implementation, device) -> None:
+    leaf, target, _ = example((9, 27), torch.float32, device)
+    leaf.requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        return fused.cross_entropy(x.cos(), target, label_smoothing=0.1)
+
+    assert loss(leaf).grad_fn.dx.shape == leaf.shape  # formed in the forward
+    checkpointed = checkpoint(loss, leaf, use_reentrant=False)
+    assert checkpointed.grad_fn.dx is None
+    found = [torch.autograd.grad(y, leaf)[0] for y in (checkpointed, loss(leaf))]
+    torch.testing.assert_close(*found)
 
 
 def test_inplace_differentiated_twice_where_the_logits_are_still_there(

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fused
 from fused.eager.linear_cross_entropy import Problem, chunk_rows
@@ -313,6 +314,25 @@ def test_second_backward_and_accumulation(reduction, implementation, device) -> 
     loss.sum().backward()
     for leaf, gradient in zip(leaves, first, strict=True):
         torch.testing.assert_close(leaf.grad, 2 * gradient, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_no_gradient_is_kept_for_a_checkpoint(reduction, implementation, device) -> None:
+    """Which would compute it twice."""
+    x, w, b, target = example(8, (27,), torch.float32, device)
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+
+    def loss(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        y = fused.linear_cross_entropy(x.cos(), w, target, linear_bias=b, reduction=reduction)
+        return y.sum() * 3
+
+    with Products() as forward:
+        checkpointed = checkpoint(loss, *leaves, use_reentrant=False)
+    with Products() as backward:
+        found = torch.autograd.grad(checkpointed, leaves)
+    # The logits once more for the checkpoint, and once more for their gradient.
+    assert (forward.count, backward.count) == (1, 4)
+    torch.testing.assert_close(found, torch.autograd.grad(loss(*leaves), leaves))
 
 
 class Products(TorchDispatchMode):

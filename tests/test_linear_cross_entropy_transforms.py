@@ -56,8 +56,11 @@ def test_compiled_for_no_rows_that_count(implementation, device) -> None:
     x, w, _, target = example(5, (9,), torch.float32, device, ignored=2.0)
     leaves = [t.requires_grad_() for t in (x, w)]
     torch.compiler.reset()
-    compiled = torch.compile(fused.linear_cross_entropy, backend="aot_eager", fullgraph=True)
-    loss = compiled(*leaves, target)
+
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return fused.linear_cross_entropy(x, w, target)
+
+    loss = torch.compile(function, backend="aot_eager", fullgraph=True)(x, w)
     assert loss.isnan()
     assert not any(g.any() for g in torch.autograd.grad(loss.exp(), leaves))
 
