@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -63,6 +64,14 @@ def name_for(tensor: torch.Tensor) -> str:
 def implementation(operation: str, tensor: torch.Tensor) -> ModuleType:
     """The module that serves `operation` ("cross_entropy", ...) on `tensor`."""
     return _module(name_for(tensor), operation)
+
+
+def kernels_could_serve(tensor: torch.Tensor) -> bool:
+    """Whether the Triton kernels serve `tensor` somewhere else, whatever serves it here and now: in
+    another thread, or where `use` ends."""
+    if tensor.is_cuda or tensor.is_meta:
+        return _triton_installed()
+    return "triton" in sys.modules and _runs_on_cpus()
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from fused.eager import batch_norm as eager
 from fused.eager.batch_norm_small import batch_norm_small, is_small
 from fused.module_repr import with_options
 from fused.operators import batch_norm as operators
-from fused.second_order import differentiable_gradients
+from fused.second_order import batch_norm_gradients
 from fused.transforms import (
     as_leaf,
     is_composed,
@@ -90,13 +90,11 @@ class BatchNormFunction(torch.autograd.Function):
         o = ctx.options
         if is_composed(dy):
             frozen = (None, None) if o.batch_statistics else (mean, rstd)
-            dy, residual, activation = (
-                (dy, kept, o.activation)
-                if ctx.kept_residual
-                else (_pulled_back(dy, kept, input, o.activation), None, None)
-            )
-            tensors = (input, weight, bias, residual)
-            return (*_composed_gradients(dy, tensors, wants, frozen, activation, o), *none)
+            gradients = batch_norm_gradients(
+                dy, input, weight, bias, kept, ctx.kept_residual, frozen, o.eps, o.correction,
+                o.activation, wants,
+            )  # fmt: skip
+            return (*gradients, *none)
         dx, dgamma, dbeta, dresidual = ctx.kernels.batch_norm_bwd(
             dy, input, weight, bias, kept, mean, rstd, o.correction, o.activation,
             o.batch_statistics, wants[3],
@@ -342,42 +340,6 @@ def _functional(
             running_mean, running_var, tracked, o.momentum, mean.detach(), var, o.skip_nonfinite
         )
     return y
-
-
-def _composed_gradients(
-    dy: Tensor,
-    tensors: tuple[Tensor | None, ...],
-    wants: tuple[bool, ...],
-    frozen: tuple[Tensor | None, Tensor | None],
-    activation: str | None,
-    o: _Options,
-) -> list[Tensor | None]:
-    """Gradients of input, weight, bias and residual that can be differentiated again."""
-
-    def output(
-        input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None
-    ) -> Tensor:
-        return eager.batch_norm_composed(
-            input, weight, bias, residual, *frozen, o.eps, o.correction, activation
-        )[0]
-
-    gradients = differentiable_gradients(output, dy, tensors, wants)
-    if wants[3] and tensors[3] is None:  # not kept without an activation: its gradient is dy
-        gradients[3] = dy
-    return gradients
-
-
-def _pulled_back(dy: Tensor, kept: Tensor | None, input: Tensor, activation: str | None) -> Tensor:
-    """dz, which can be differentiated again, from y or the signs of z."""
-    if kept is None:
-        return dy
-    if activation == "tanh":
-        return dy * (1 - kept * kept)
-    if kept.dtype == torch.uint8:
-        from fused.kernels.batch_norm_layout import unpack_signs  # with kernels, when needed
-
-        return torch.where(unpack_signs(kept, input), dy, 0)
-    return torch.where(kept <= 0, 0, dy)
 
 
 def check_options(

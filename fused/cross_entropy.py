@@ -27,7 +27,7 @@ from fused.eager.cross_entropy_small import (
 )
 from fused.module_repr import with_options
 from fused.operators import cross_entropy as operators
-from fused.second_order import differentiable_gradients
+from fused.second_order import cross_entropy_gradients
 from fused.transforms import (
     as_leaf,
     is_composed,
@@ -186,12 +186,7 @@ def _composed_gradients(ctx: Any, dloss: Tensor) -> list[Tensor | None]:
         )
     input, target, weight, _, _ = ctx.saved_tensors
     wants = ctx.needs_input_grad[:3]
-    options: Options = ctx.options
-
-    def loss(input: Tensor, target: Tensor, weight: Tensor | None) -> Tensor:
-        return eager.cross_entropy_composed(input, target, weight, *options, dloss.dtype, False)[0]
-
-    return differentiable_gradients(loss, dloss, (input, target, weight), wants)
+    return cross_entropy_gradients(dloss, (input, target, weight), ctx.options, wants)
 
 
 def cross_entropy(

@@ -1,9 +1,13 @@
 """Gradients by torch's own operations, which every backward gives the same way where asked."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from fused.eager.batch_norm import batch_norm_composed
+from fused.eager.cross_entropy import cross_entropy_composed
 
 
 def differentiable_gradients(
@@ -29,3 +33,57 @@ def differentiable_gradients(
         torch.autograd.grad(output, leaves, upstream, create_graph=again) if leaves else ()
     )
     return [None if t is None else next(found) for t in asked]
+
+
+def cross_entropy_gradients(
+    dloss: Tensor, tensors: Sequence[Tensor | None], options: Sequence[Any], wants: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of input, target and weight; the options are `cross_entropy_composed`'s."""
+
+    def loss(*tensors: Tensor | None) -> Tensor:
+        arguments: Any = (*tensors, *options, dloss.dtype, False)
+        return cross_entropy_composed(*arguments)[0]
+
+    return differentiable_gradients(loss, dloss, tensors, wants)
+
+
+def batch_norm_gradients(
+    dy: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    kept_residual: bool,
+    frozen: tuple[Tensor | None, Tensor | None],
+    eps: float,
+    correction: int,
+    activation: str | None,
+    wants: Sequence[bool],
+) -> list[Tensor | None]:
+    """Of input, weight, bias and residual; frozen are mean and rstd where they are not the batch's,
+    and kept is what the forward keeps for the activation: the residual, or as `_pulled_back`."""
+    residual = kept if kept_residual else None
+    if not kept_residual:
+        dy, activation = _pulled_back(dy, kept, input, activation), None
+
+    def output(*tensors: Tensor | None) -> Tensor:
+        arguments: Any = (*tensors, *frozen, eps, correction, activation)
+        return batch_norm_composed(*arguments)[0]
+
+    gradients = differentiable_gradients(output, dy, (input, weight, bias, residual), wants)
+    if wants[3] and residual is None:  # not kept without an activation: its gradient is dy
+        gradients[3] = dy
+    return gradients
+
+
+def _pulled_back(dy: Tensor, kept: Tensor | None, input: Tensor, activation: str | None) -> Tensor:
+    """dz, which can be differentiated again, from y or the signs of z."""
+    if kept is None:
+        return dy
+    if activation == "tanh":
+        return dy * (1 - kept * kept)
+    if kept.dtype == torch.uint8:
+        from fused.kernels.batch_norm_layout import unpack_signs  # with kernels, when needed
+
+        return torch.where(unpack_signs(kept, input), dy, 0)
+    return torch.where(kept <= 0, 0, dy)

@@ -208,6 +208,83 @@ def test_recorded_graphs(case, record, implementation) -> None:
 
 
 @pytest.mark.parametrize("record", [traced, symbolic, exported], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", [name for name in CASES if "linear" not in name], indirect=True)
+def test_second_derivatives_of_recorded_graphs(case, record, implementation) -> None:
+    ours, _, x = case
+    graph = record(ours, x.clone().requires_grad_())
+    found = []
+    for function in (graph, ours):
+        z = x.cos().requires_grad_()
+        (first,) = torch.autograd.grad(function(z).square().sum(), z, create_graph=True)
+        found.append([first, *torch.autograd.grad(first.square().sum(), z)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("activation", ["relu", "tanh", "gelu"])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_second_derivatives_of_an_exported_activation(
+    activation, with_residual, implementation, device
+) -> None:
+    x, v = torch.randn(2, 6, 3, 4, dtype=torch.float64, device=device)
+
+    def function(x: Tensor) -> Tensor:
+        residual = x.sin() if with_residual else None
+        norm = fused.batch_norm(x, None, None, None, None, True, activation=activation,
+                                residual=residual)  # fmt: skip
+        return (norm * v).sum(0)
+
+    found = []
+    for f in (exported(function, x.clone().requires_grad_()), function):
+        z = x.clone().requires_grad_()
+        (first,) = torch.autograd.grad(f(z).square().sum(), z, create_graph=True)
+        found.append([first, *torch.autograd.grad(first.square().sum(), z)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("record", [traced, symbolic, exported], ids=lambda f: f.__name__)
+def test_recorded_graphs_refuse_forward_mode(case, record, implementation) -> None:
+    """Their tangents would be 0, in silence."""
+    ours, _, x = case
+    graph = record(ours, x.clone().requires_grad_())
+    with pytest.raises(RuntimeError, match="expected no forward-mode derivative"):
+        torch.func.jvp(graph, (x,), (x.cos(),))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="expected no forward-mode"):
+        graph(forward_ad.make_dual(x, x.cos()))
+
+
+@pytest.mark.parametrize("name", ["small", "large", "rows", "float16", "linear rows", "norm"])
+@pytest.mark.parametrize("forward, backward", [("eager", "triton"), ("triton", "eager")])
+def test_compiled_forward_and_backward_served_by_different_implementations(
+    forward, backward, name, device
+) -> None:
+    """As where `use` ends in between, or where autograd differentiates in another thread."""
+    torch.manual_seed(0)
+    y = torch.tensor([3, -100, 0, 8, 1], device=device)
+    w = torch.rand(9, device=device)
+    options: dict[str, Any] = {"label_smoothing": 0.1, "z_loss": 0.1, "weight": w}
+    functions: dict[str, Function] = {
+        "small": lambda x: fused.cross_entropy(x, y, grad_in_forward=False),
+        "large": lambda x: fused.cross_entropy(x, y, **options, grad_in_forward=False),
+        "rows": lambda x: fused.cross_entropy(x, y, **options, reduction="none", softcap=2.0),
+        "float16": lambda x: fused.cross_entropy(x.half(), x.detach().softmax(1), **options),
+        "linear rows": lambda x: fused.linear_cross_entropy(x, x.T @ x, y, reduction="none"),
+        "norm": lambda x: fused.batch_norm(x, None, None, w, w, True, activation="relu",
+                                           residual=x.cos()),
+    }  # fmt: skip
+    function = functions[name]
+    torch.compiler.reset()
+    gradients: list[Tensor] = []
+    for f in (torch.compile(function, backend="aot_eager", fullgraph=True), function):
+        x = torch.randn(5, 9, generator=torch.Generator().manual_seed(1)).to(device)
+        with fused.backend.use(forward):
+            loss = f(x.requires_grad_()).square().sum()
+        with fused.backend.use(backward):
+            gradients += torch.autograd.grad(loss, x)
+    tolerance = {"rtol": 1e-2, "atol": 1e-3} if name == "float16" else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(*gradients, **tolerance)
+
+
+@pytest.mark.parametrize("record", [traced, symbolic, exported], ids=lambda f: f.__name__)
 def test_batch_norm_recorded_without_gradients_has_them(record, implementation, device) -> None:
     """The signs that relu's backward takes are part of the graph all the same."""
     norm = fused.BatchNorm1d(3, activation="relu", device=device).eval().requires_grad_(False)

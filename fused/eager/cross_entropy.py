@@ -363,6 +363,34 @@ def _reduced(
     return (rows.sum() * scale).to(loss_dtype), extras
 
 
+def cross_entropy_stats(
+    x: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+    logit_scale: float,
+    want_extras: bool,
+) -> Tensor:
+    """What the backward of fused.kernels.cross_entropy takes, (3 or 4, rows): m, s and a of a row.
+
+    It takes memory of x's size: for where that backward may follow the forward of this file.
+    """
+    z = scores(x, target, softcap, logit_scale)
+    m = z.amax(1)
+    s = (z - m.unsqueeze(1)).exp_().sum(1)
+    w = z.new_ones(x.shape[1]) if weight is None else weight.to(z.dtype)
+    if target.shape == x.shape:
+        own = (per_class(w, z) * target).sum(1)
+    else:
+        y = target.long()
+        own = w[torch.where((y >= 0) & (y < len(w)), y, 0)]
+    a = (1 - label_smoothing) * own + label_smoothing * w.mean()
+    a = a + 2 * z_loss * (m + s.log())
+    return torch.stack([m, s, a, torch.zeros_like(a)][: 4 if want_extras else 3]).flatten(1)
+
+
 def cross_entropy_dweight(
     dloss: Tensor,
     x: Tensor,

@@ -7,6 +7,23 @@ expected them, and sums over other strides may be added up in another order. The
 implementation does not return is an empty tensor.
 """
 
+from types import ModuleType
+
 import torch
+from torch.autograd import forward_ad
+
+from fused import backend
 
 library = torch.library.Library("fused", "FRAGMENT")
+
+
+def implementation(operation: str, tensor: torch.Tensor) -> ModuleType:
+    """What serves an operator. Raises RuntimeError in forward-mode differentiation, of which
+    operators know nothing: their results would be without a tangent, as constants are."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"{operation}: expected no forward-mode derivative (jvp) of a recorded graph, as "
+            "torch.compile, torch.export, make_fx and torch.jit.trace make them: differentiate the "
+            "function that was recorded"
+        )
+    return backend.implementation(operation, tensor)

@@ -18,7 +18,9 @@ from fused.eager.batch_norm_small import (
     batch_norm_small_bwd,
     is_small,
 )
-from fused.operators import library
+from fused.operators import implementation, library
+from fused.second_order import batch_norm_gradients
+from fused.transforms import is_composed
 
 _TENSORS = "Tensor input, Tensor? weight, Tensor? bias, Tensor? residual"
 library.define(
@@ -92,7 +94,7 @@ def _fwd_operator(
     running_var: Tensor | None,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    kernels = backend.implementation("batch_norm", input)
+    kernels = implementation("batch_norm", input)
     tracked, momentum, eps, correction, activation, skip_nonfinite, keep = arguments
     # Changed in place by what follows, but no argument is: the graph has buffers and counts itself.
     new_mean, new_var, counter = (
@@ -137,7 +139,7 @@ def _fwd_fake(
 def _eval_operator(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    kernels = backend.implementation("batch_norm", input)
+    kernels = implementation("batch_norm", input)
     y, mean, rstd, kept = kernels.batch_norm_eval(input, weight, bias, residual, *rest)
     *_, activation, keep = rest
     signs = kept_signs(input, residual, activation, keep, kept)
@@ -198,7 +200,7 @@ def _bwd_operator(
     mean: Tensor, rstd: Tensor, eps: float, correction: int, activation: str | None,
     batch_statistics: bool, may_be_small: bool, want_dresidual: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    kernels = backend.implementation("batch_norm", input)
+    kernels = implementation("batch_norm", input)
     kept = as_kept_by(kernels, kept, input)
     dresidual: Tensor | None
     small = None
@@ -265,11 +267,20 @@ def set_up(
         what = "signs"
     kept = {"signs": signs, "output": y, "residual": residual, None: None}[what]
     ctx.save_for_backward(input, weight, bias, kept, mean, rstd, *more)
+    ctx.kept_residual = kept is residual
     ctx.eps, ctx.correction, ctx.activation, ctx.rest = eps, correction, activation, len(rest)
 
 
 def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     tensors, wants = ctx.saved_tensors, ctx.needs_input_grad[:4]
+    if is_composed(dy):
+        input, weight, bias, kept, mean, rstd = tensors
+        frozen = (None, None) if ctx.batch_statistics else (mean, rstd)
+        gradients = batch_norm_gradients(
+            dy, input, weight, bias, kept, ctx.kept_residual, frozen, ctx.eps, ctx.correction,
+            ctx.activation, wants,
+        )  # fmt: skip
+        return (*gradients, *(None,) * ctx.rest)
     want_dz = wants[3] and ctx.activation is not None  # without an activation dz is dy
     dx, dgamma, dbeta, dz = torch.ops.fused.batch_norm_bwd(
         dy, *tensors, ctx.eps, ctx.correction, ctx.activation, ctx.batch_statistics,

@@ -19,7 +19,9 @@ from fused.eager.cross_entropy_small import (
     cross_entropy_small_bwd,
     is_small,
 )
-from fused.operators import library
+from fused.operators import implementation, library
+from fused.second_order import cross_entropy_gradients
+from fused.transforms import is_composed
 
 _OPTIONS = "float label_smoothing, float z_loss, float softcap, float logit_scale"
 library.define(
@@ -43,6 +45,23 @@ def call(*arguments: Any) -> tuple[Tensor, ...]:
     return (loss, *(t.detach() for t in extras)) if want_extras else (loss,)
 
 
+def stats_for_kernels(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    numbers: tuple[float, float, float, float],
+    want_extras: bool,
+) -> Tensor:
+    """What the Triton kernels' backward takes of a forward that they did not serve.
+
+    They may serve the backward all the same: `fused.backend.use` may have ended, and the threads in
+    which autograd differentiates for a GPU have never heard of it.
+    """
+    if backend.kernels_could_serve(input):
+        return eager.cross_entropy_stats(input, target, weight, *numbers, want_extras)
+    return _stats_like(input, target, want_extras).fill_(0.0)  # nobody will look at them
+
+
 def _fwd_operator(
     input: Tensor,
     target: Tensor,
@@ -52,18 +71,21 @@ def _fwd_operator(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     *numbers, loss_dtype, want_extras, _, plain = arguments
-    kernels = backend.implementation("cross_entropy", input)
+    kernels = implementation("cross_entropy", input)
     stats = scale = extras = None
     if _is_torchs(plain, input, target):
         with eager.index_errors(target, input.shape[1], ignore_index):
             loss = cross_entropy_small(input, target, ignore_index, reduction).to(loss_dtype)
-        scale = None if reduction == "none" else loss.new_ones(())
+        if backend.kernels_could_serve(input):
+            scale = eager.row_scale(input, target, weight, ignore_index, reduction)
+        elif reduction != "none":
+            scale = loss.new_ones(())
     else:
         loss, stats, scale, extras = kernels.cross_entropy_fwd(
             input, target, weight, ignore_index, reduction, *numbers, loss_dtype, want_extras
         )
-    if stats is None:  # eager has none; of infinities a kernel's backward would make NaN, not lies
-        stats = _stats_like(input, target, want_extras).fill_(float("inf"))
+    if stats is None:
+        stats = stats_for_kernels(input, target, weight, (*numbers,), want_extras)
     scale = stats.new_empty(0) if scale is None else scale.to(stats.dtype)
     return (loss, stats, scale, *(extras or (stats.new_empty(0) for _ in range(4))))
 
@@ -117,7 +139,7 @@ def _bwd_operator(
     want_dtarget: bool,
     want_dweight: bool,
 ) -> tuple[Tensor, ...]:
-    kernels = backend.implementation("cross_entropy", input)
+    kernels = implementation("cross_entropy", input)
     numbers = (label_smoothing, z_loss, softcap, logit_scale)
     dtarget = dweight = None
     if _is_torchs(plain, input, target):
@@ -175,9 +197,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    wants = ctx.needs_input_grad[:3]
+    wants, none = ctx.needs_input_grad[:3], (None,) * 10
+    if is_composed(dloss):
+        tensors, options = ctx.saved_tensors[:3], ctx.options[:6]
+        return (*cross_entropy_gradients(dloss, tensors, options, wants), *none)
     gradients = torch.ops.fused.cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.options, *wants)
-    none = (None,) * 10
     return (*(g if want else None for g, want in zip(gradients, wants, strict=True)), *none)
 
 

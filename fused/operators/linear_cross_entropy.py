@@ -1,5 +1,6 @@
 """Linear layer and cross-entropy for torch.compile: opaque operators."""
 
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -9,7 +10,8 @@ from fused import backend
 from fused.eager import cross_entropy as eager
 from fused.eager import linear_cross_entropy as chunked
 from fused.eager.linear_cross_entropy import Problem
-from fused.operators import library
+from fused.operators import implementation, library
+from fused.operators.cross_entropy import stats_for_kernels
 
 _PROBLEM = (
     "Tensor x, Tensor w, Tensor? b, Tensor target, Tensor? weight, int ignore_index, "
@@ -42,7 +44,9 @@ def call(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _fwd_operator(*arguments: Any) -> tuple[Tensor, ...]:
     p, wants, want_extras = Problem(*arguments[:13]), arguments[13:16], arguments[16]
-    kernels = backend.implementation("cross_entropy", p.x)
+    kernels: Any = implementation("cross_entropy", p.x)
+    if p.reduction == "none" and kernels is eager and backend.kernels_could_serve(p.x):
+        kernels = SimpleNamespace(cross_entropy_fwd=_fwd_with_stats)
     done = chunked.linear_cross_entropy_fwd(kernels, p, wants, want_extras)
     nothing = p.x.new_empty(0, dtype=p.computed_in)
     # Gradients leave unscaled: the upstream gradient may be a loss scale that they need.
@@ -51,7 +55,7 @@ def _fwd_operator(*arguments: Any) -> tuple[Tensor, ...]:
     return (
         done.loss,
         *(done.extras or (nothing.new_empty(0) for _ in range(4))),
-        nothing if done.stats is None else done.stats,
+        _stats_like(p, want_extras).fill_(0.0) if done.stats is None else done.stats,
         torch.ones_like(nothing.sum()) if done.scale is None else done.scale,
         *(nothing.new_empty(0) if t is None else t for t in gradients),
     )
@@ -68,9 +72,6 @@ def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
         extras[1] = wide.new_empty(rows)
         extras[2] = wide.new_empty((), dtype=torch.int64)
         extras[3] = wide.new_empty(rows, dtype=torch.int64)
-    stats = wide.new_empty(0)
-    if none and backend.implementation("cross_entropy", p.x) is not eager:
-        stats = wide.new_empty(4 if want_extras else 3, p.w.shape[1:-1].numel() * p.x.shape[0])
     gradients: list[Tensor | None] = [None, None, None]
     if not none and any(wants):
         made = chunked.Gradients(p, wants, p.x)
@@ -78,15 +79,29 @@ def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return (
         p.x.new_empty(rows if none else (), dtype=p.loss_dtype),
         *extras,
-        stats,
+        _stats_like(p, want_extras),
         torch.empty_like(wide),
         *(wide.new_empty(0) if t is None else t for t in gradients),
     )
 
 
+def _fwd_with_stats(
+    x: Tensor, target: Tensor, weight: Tensor | None, *arguments: Any
+) -> tuple[Any, ...]:
+    loss, _, scale, extras = eager.cross_entropy_fwd(x, target, weight, *arguments)
+    _, _, *numbers, _, want_extras = arguments
+    return loss, stats_for_kernels(x, target, weight, (*numbers,), want_extras), scale, extras
+
+
+def _stats_like(p: Problem, want_extras: bool) -> Tensor:
+    rows = p.w.shape[1:-1].numel() * p.x.shape[0]
+    shape = (4 if want_extras else 3, rows) if p.reduction == "none" else (0,)
+    return p.x.new_empty(shape, dtype=p.computed_in)
+
+
 def _bwd_operator(dloss: Tensor, stats: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     p, wants = Problem(*arguments[:13]), arguments[13:]
-    kernels = backend.implementation("cross_entropy", p.x)
+    kernels = implementation("cross_entropy", p.x)
     kept = None if kernels is eager else stats
     found = chunked.linear_cross_entropy_bwd(kernels, dloss, p, kept, wants)
     return tuple(p.x.new_empty(0) if t is None else t for t in found)

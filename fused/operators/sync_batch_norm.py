@@ -10,9 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused import backend
 from fused.eager.batch_norm import update_running
-from fused.operators import library
+from fused.operators import implementation, library
 from fused.operators.batch_norm import (
     as_kept_by,
     empty_signs,
@@ -155,7 +154,7 @@ def _fwd_operator(
     keep: bool,
     *options: Any,
 ) -> tuple[Tensor, ...]:
-    kernels = backend.implementation("batch_norm", input)
+    kernels = implementation("batch_norm", input)
     # Changed in place by what follows, but no argument is: the graph has buffers and counts itself.
     new_mean, new_var, counter = (
         None if t is None else t.clone() for t in (running_mean, running_var, tracked)
@@ -204,7 +203,7 @@ def _bwd_operator(
     activation: str | None,
     want_dresidual: bool,
 ) -> tuple[Tensor, ...]:
-    kernels = backend.implementation("batch_norm", input)
+    kernels = implementation("batch_norm", input)
     kept = as_kept_by(kernels, kept, input)
     dx, sums, dresidual = backward(
         kernels, _resolved(group), correction, activation, want_dresidual,

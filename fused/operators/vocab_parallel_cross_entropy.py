@@ -9,8 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fused import backend
-from fused.operators import library
+from fused.operators import implementation, library
 
 library.define(
     "vocab_parallel_cross_entropy_fwd(Tensor input, Tensor target, str group, int n_shards, "
@@ -71,7 +70,7 @@ def _fwd_operator(
     # Not above: there are builds of torch without it.
     from torch.distributed.distributed_c10d import _resolve_process_group
 
-    kernels = backend.implementation("vocab_parallel_cross_entropy", input)
+    kernels = implementation("vocab_parallel_cross_entropy", input)
     group = _resolve_process_group(group)
     loss, stats, scale = forward(kernels, input, target, group, *arguments)
     return loss, stats, stats.new_empty(0) if scale is None else scale
@@ -108,7 +107,7 @@ def _bwd_operator(
     n_all: int,
     *numbers: Any,
 ) -> Tensor:
-    kernels = backend.implementation("vocab_parallel_cross_entropy", input)
+    kernels = implementation("vocab_parallel_cross_entropy", input)
     factor = scale if scale.dim() == 0 else None
     dx: Tensor = kernels.shard_bwd(
         dloss, input, target, (first, n_all), stats, factor, *numbers, inplace=False
