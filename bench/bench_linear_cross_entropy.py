@@ -48,8 +48,15 @@ def cases(suite: str) -> list[Case]:
 
 
 def kernel_cases() -> list[Case]:
-    """None of its own: cross_entropy's, on a chunk of logits."""
-    return []
+    """cross_entropy's, over a chunk of logits, whose rows begin at multiples of 16 bytes: of a
+    mean, of losses that are not reduced, and without gradients."""
+    chunks = [
+        (shape, variant)
+        for shape in ((4096, 50257), (4096, 128256))
+        for variant in ("d64", "d64-none", "d64-evaluation")
+    ]
+    found = [Case(OPERATION, *chunk[:1], torch.bfloat16, chunk[1]) for chunk in chunks]
+    return [*found, Case(OPERATION, (4096, 50257), torch.float16, "d64-weighted")]
 
 
 def traffic_case(case: Case) -> Case:
@@ -61,7 +68,23 @@ def least_bytes(case: Case) -> dict[str, int]:
 
 
 def launch(case: Case, device: torch.device) -> None:
-    raise NotImplementedError("no kernel of its own")
+    n, c = case.shape
+    width, *variant = case.variant.split("-")
+    d = int(width.removeprefix("d"))
+    x, w = (torch.empty(rows, d, dtype=case.dtype, device=device) for rows in (n, c))
+    if "evaluation" not in variant:
+        x.requires_grad_()
+        w.requires_grad_()
+    loss = fused.linear_cross_entropy(
+        x,
+        w,
+        torch.empty(n, dtype=torch.int64, device=device),
+        weight=torch.empty(c, device=device, dtype=case.dtype) if "weighted" in variant else None,
+        reduction="none" if "none" in variant else "mean",
+        memory_budget_bytes=2 * case.bytes,  # one chunk
+    )
+    if loss.requires_grad:
+        loss.sum().backward()
 
 
 def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Contender]]:

@@ -188,8 +188,6 @@ def report(
 ) -> list[dict[str, Any]]:
     """Compiles every launch of every kernel case, or of those whose name contains one of `only`."""
     cases = [(name, case) for name, op in ops.items() for case in op.kernel_cases()]
-    if not cases:
-        raise ValueError(f"{' and '.join(ops)} launches no kernels of its own")
     todo = [(name, case) for name, case in cases if case.named(only)]
     if not todo:
         raise none_named("kernel case", only)

@@ -148,9 +148,9 @@ def _measure(
 
 def _build_kernels(todo: list[tuple[Operation, Case]], result: dict[str, Any]) -> None:
     """Ours, on all cores, so that less of a case's share goes into compiling."""
-    from bench import kernels  # not where there is no Triton
-
     try:
+        from bench import kernels
+
         kernels.build(todo, os.cpu_count() or 1)
     except Exception as error:  # then they are compiled as they are needed
         result["notes"].append(f"kernels were not compiled beforehand: {_reason(error)}")

@@ -152,7 +152,8 @@ def batch_norm(
         residual: added before the activation; shape and dtype of input, any strides. Kept for the
             backward only with gelu, silu, and tanh of half precision.
         skip_nonfinite: leaves the running statistics of a channel alone where the batch has an inf
-            or NaN in it; decided on the device.
+            or NaN in it; decided on the device. A module counts such a batch as well: the mean of
+            all batches, with momentum=None, takes what stood there in its place.
 
     Returns:
         Shape, dtype and memory format of input.

@@ -210,8 +210,8 @@ def cross_entropy(
 
         loss = -w_y * log p_y                      dz_c = w_y * (p_c - [c = y])
 
-    times the upstream gradient, and over the sum of the rows' w_y for the mean. Target
-    probabilities t, and label smoothing e, make it
+    times the upstream gradient, and over the sum of the rows' w_y for the mean, of probabilities
+    over their number. Target probabilities t, and label smoothing e, make it
 
         b_c  = w_c * ((1 - e) * t_c + e / C)
         loss = -sum_c b_c * log p_c                dz_c = p_c * sum_k b_k - b_c
@@ -231,8 +231,9 @@ def cross_entropy(
         weight: weight w of each class, shape (C,), in input's dtype for class indices. It has a
             gradient only for probabilities, as torch's has.
         ignore_index: rows with this class index have loss 0 and gradient 0 and do not count in the
-            mean. What is in them does not matter; but of small calls on the CPU that torch's own
-            function serves, a row with an inf or NaN has torch's gradient, NaN.
+            mean. What is in them does not matter; but where torch's own operations serve (small
+            calls on the CPU, derivatives of higher order and functional ones), a row with an inf or
+            NaN has torch's gradient, NaN.
         reduction: "mean", "sum", or "none" for the losses of the rows.
         label_smoothing: e in [0, 1], the share of the target that is spread over all classes.
         z_loss: coefficient of lse^2, which is added to the loss of each row that is not ignored,
@@ -262,7 +263,8 @@ def cross_entropy(
     Returns:
         The loss: a 0-d tensor, or for "none" the shape of class indices. Its dtype is input's, and
         for probabilities the one that input, target and weight promote to; float32 for half
-        precision under autocast. A mean over no rows, or a total weight of 0, is NaN.
+        precision under autocast. A mean over no rows, or over class
+            indices whose total weight is 0, is NaN.
 
     Raises:
         ValueError: batch sizes that differ, or an unknown reduction.
@@ -477,6 +479,7 @@ def _small(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
         or not (type(input) is Tensor or isinstance(input, Tensor) and not is_made_of_others(input))
         or not isinstance(target, Tensor)
         or not is_small(input, target)
+        or not isinstance(reduction, str)
         or reduction not in REDUCTIONS
         or backend.name_for(input) != "eager"
     ):

@@ -35,6 +35,10 @@ def options_of(
     softcap: float | None,
     logit_scale: float,
 ) -> Options:
+    if not isinstance(reduction, str):
+        raise ValueError(
+            f"cross_entropy: expected reduction to be 'none', 'mean' or 'sum', got {reduction!r}"
+        )
     if reduction == "elementwise_mean":  # as torch still takes it
         warnings.warn('reduction="elementwise_mean" is now called "mean"', stacklevel=3)
         reduction = "mean"
@@ -70,7 +74,13 @@ def _index_of(ignore_index: Any) -> int:
     """What torch takes for an int, as one. To Python False is an int, too: class 0."""
     try:
         if not isinstance(ignore_index, bool):
-            return operator.index(ignore_index)
+            index = operator.index(ignore_index)
+            if -(2**63) <= index < 2**63:
+                return index
+            raise RuntimeError(
+                "cross_entropy: expected ignore_index to be an int of 64 bits, such as -100, "
+                f"got {ignore_index!r}"
+            )
     except TypeError:
         pass
     raise TypeError(

@@ -295,7 +295,7 @@ def _run(
     want_extras: bool,
 ) -> tuple[Tensor, ...]:
     """Checks, chooses, computes: (loss,), or the fields of CrossEntropyOutput."""
-    _check(input, linear_weight, linear_bias)
+    _check(input, linear_weight, target, linear_bias)
     budget = _budget(memory_budget_bytes, input.device)
     if under_autocast(input):
         input, linear_weight, linear_bias = _autocast(input, linear_weight, linear_bias)
@@ -358,8 +358,16 @@ def _budget(asked: int | None, device: torch.device) -> int:
     return budget
 
 
-def _check(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+def _check(
+    input: Tensor, linear_weight: Tensor, target: Tensor, linear_bias: Tensor | None
+) -> None:
     """Refuses what torch refuses before there are logits; `cross_entropy` checks the rest."""
+    named = {"input": input, "linear_weight": linear_weight, "target": target}
+    for name, given in named.items():
+        if not isinstance(given, Tensor):
+            raise TypeError(
+                f"linear_cross_entropy: expected {name} to be a Tensor, got {type(given).__name__}"
+            )
     if input.dim() not in (1, 2):
         raise RuntimeError(
             "linear_cross_entropy: expected input of shape (D,) or (N, D), "

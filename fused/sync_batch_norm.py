@@ -11,6 +11,7 @@ from fused.batch_norm import _BatchNorm, check, check_options, run, will_differe
 from fused.operators import sync_batch_norm as operators
 from fused.transforms import (
     as_leaf,
+    is_composed,
     is_recorded,
     is_symbolic,
     outlives_the_call,
@@ -46,10 +47,10 @@ class SyncBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if is_composed(dy):
             raise RuntimeError(
-                "SyncBatchNorm: expected create_graph=False: its gradient cannot be differentiated "
-                "again, which would take another collective"
+                "SyncBatchNorm: expected create_graph=False and is_grads_batched=False: its "
+                "gradient is computed once, and differentiating it would take another collective"
             )
         tensors, wants, o = ctx.saved_tensors, ctx.needs_input_grad, ctx.options
         _, weight, bias, *_ = tensors

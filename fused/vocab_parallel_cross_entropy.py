@@ -14,6 +14,7 @@ from fused.cross_entropy import cross_entropy
 from fused.cross_entropy_arguments import check, check_inplace, loss_dtype_of, options_of
 from fused.operators import vocab_parallel_cross_entropy as operators
 from fused.transforms import (
+    is_composed,
     is_recorded,
     may_be_overridden,
     refuse_transforms,
@@ -45,10 +46,11 @@ class VocabParallelCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
+        if is_composed(dloss):
             raise RuntimeError(
-                "vocab_parallel_cross_entropy: expected create_graph=False: its gradient cannot be "
-                "differentiated again, which would take the logits of the other processes"
+                "vocab_parallel_cross_entropy: expected create_graph=False and "
+                "is_grads_batched=False: its gradient is computed once, and differentiating it "
+                "would take the logits of the other processes"
             )
         input, target, stats, scale = ctx.saved_tensors
         o = ctx.options

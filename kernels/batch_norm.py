@@ -9,8 +9,8 @@
     dx_i = gamma * rstd * dz_i                                                 frozen statistics
 
 and dresidual = dz. f is an activation or the identity; its z is never written to memory. Backward
-recomputes it from x, which it reads anyway, exactly, where a half-precision y would not be. With a
-residual it takes what costs least: relu the signs of z, which the forward pass writes down in bits;
+recomputes it from x, which it reads anyway: unrounded, where a half-precision y is not, but for
+what the mean loses to its own rounding, of which the forward knows. With a residual it takes what costs least: relu the signs of z, which the forward pass writes down in bits;
 tanh y, where y is float32 or float64 and so is tanh(z) itself; all else the residual. The
 derivation is in docs/derivations.md.
 
