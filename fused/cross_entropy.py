@@ -15,6 +15,7 @@ from fused.cross_entropy_arguments import (
     Options,
     check,
     check_inplace,
+    in_dtype_of,
     loss_dtype_of,
     options_of,
 )
@@ -406,6 +407,7 @@ def _run(
         weight = weight.squeeze(0)  # as torch, which counts its elements there
     check(input, target, weight, options)
     loss_dtype = loss_dtype_of(input, target, weight)
+    target = in_dtype_of(loss_dtype, input, target)
     no_batch = input.dim() == 1
     if input.shape[0 if no_batch else 1] == 0:
         return _of_no_classes(input, target, weight, options, loss_dtype, want_extras)

@@ -88,6 +88,14 @@ def _index_of(ignore_index: Any) -> int:
     )
 
 
+def in_dtype_of(loss_dtype: torch.dtype, input: Tensor, target: Tensor) -> Tensor:
+    """`target`, in float64 where probabilities have class weights of float64 alone: it is by input
+    and target that the implementations decide what they compute in."""
+    if loss_dtype == torch.float64 and torch.float64 not in (input.dtype, target.dtype):
+        return target.double()
+    return target
+
+
 def loss_dtype_of(input: Tensor, target: Tensor, weight: Tensor | None) -> torch.dtype:
     dtype = input.dtype
     if target.is_floating_point():

@@ -13,7 +13,13 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fused import backend
 from fused.cross_entropy import CrossEntropyOutput
-from fused.cross_entropy_arguments import check, loss_dtype_of, options_of, under_autocast
+from fused.cross_entropy_arguments import (
+    check,
+    in_dtype_of,
+    loss_dtype_of,
+    options_of,
+    under_autocast,
+)
 from fused.eager import cross_entropy as eager
 from fused.eager import linear_cross_entropy as chunked
 from fused.eager.linear_cross_entropy import Problem
@@ -318,6 +324,7 @@ def _run(
     )
     check(logits, target, weight, options)
     loss_dtype = loss_dtype_of(logits, target, weight)
+    target = in_dtype_of(loss_dtype, input, target)
     no_batch = input.dim() == 1
     if no_batch:
         input = input.unsqueeze(0)

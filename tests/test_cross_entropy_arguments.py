@@ -101,6 +101,32 @@ def test_autocast_computes_in_float32(implementation, device) -> None:
     assert gradient.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("largest", [1.0, 1e40])  # which is infinite in float32
+@pytest.mark.parametrize("linear", [False, True])
+def test_class_weights_of_float64_beside_probabilities_of_float32(
+    linear, largest, implementation, device
+) -> None:
+    """The loss is of float64 then, and computed so."""
+    logits, target, _ = example((5, 9), torch.float32, device, "probabilities")
+    weight = torch.rand(9, dtype=torch.float64, device=device)
+    weight[3] = largest
+    one = torch.eye(9, device=device)
+    losses, gradients = [], []
+    for wide in (False, True):
+        x = logits.double() if wide else logits
+        leaf = x.detach().requires_grad_()
+        if linear:
+            loss = fused.linear_cross_entropy(leaf, one.to(x.dtype), target, weight=weight)
+        else:
+            loss = fused.cross_entropy(leaf, target, weight)
+        losses.append(loss)
+        gradients += torch.autograd.grad(loss, leaf)
+    assert losses[0].isfinite()
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    if largest == 1:
+        torch.testing.assert_close(gradients[0].double(), gradients[1], rtol=1e-6, atol=0)
+
+
 X, Y = torch.zeros(4, 27), torch.zeros(4, dtype=torch.int64)
 P, W = torch.full((4, 27), 1 / 27), torch.ones(27)
 # (error, call, message): the error is the one that torch raises for the same mistake.
