@@ -80,7 +80,7 @@ def activate(z, ACTIVATION: tl.constexpr):
     if ACTIVATION == "tanh":
         return tanh(z)
     elif ACTIVATION == "relu":
-        return tl.where(z <= 0.0, 0.0, z)  # a NaN stays one
+        return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == "gelu":
         return z * 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
     elif ACTIVATION == "silu":
