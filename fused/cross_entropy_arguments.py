@@ -77,7 +77,7 @@ def _index_of(ignore_index: Any) -> int:
             index = operator.index(ignore_index)
             if -(2**63) <= index < 2**63:
                 return index
-            raise RuntimeError(
+            raise ValueError(
                 "cross_entropy: expected ignore_index to be an int of 64 bits, such as -100, "
                 f"got {ignore_index!r}"
             )

@@ -10,9 +10,10 @@
 
 and dresidual = dz. f is an activation or the identity; its z is never written to memory. Backward
 recomputes it from x, which it reads anyway: unrounded, where a half-precision y is not, but for
-what the mean loses to its own rounding, of which the forward knows. With a residual it takes what costs least: relu the signs of z, which the forward pass writes down in bits;
-tanh y, where y is float32 or float64 and so is tanh(z) itself; all else the residual. The
-derivation is in docs/derivations.md.
+what the mean loses to its own rounding, of which the forward knows. With a residual it takes what
+costs least: relu the signs of z, which the forward pass writes down in bits; tanh y, where y is
+float32 or float64 and so is tanh(z) itself; all else the residual. The derivation is in
+docs/derivations.md.
 
 With S the bytes of x, forward and backward move 2S and 3S where one program has all rows of its
 channels, on chip or in cache (tuning.batch_norm says when), 3S and 5S elsewhere: there the first

@@ -111,7 +111,8 @@ def test_class_weights_of_float64_beside_probabilities_of_float32(
     weight = torch.rand(9, dtype=torch.float64, device=device)
     weight[3] = largest
     one = torch.eye(9, device=device)
-    losses, gradients = [], []
+    losses: list[torch.Tensor] = []
+    gradients: list[torch.Tensor] = []
     for wide in (False, True):
         x = logits.double() if wide else logits
         leaf = x.detach().requires_grad_()

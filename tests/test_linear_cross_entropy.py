@@ -488,6 +488,44 @@ def test_float16_gradients_whatever_the_class_weights(
         assert all(error <= most for error, most in zip(ours, allowed, strict=True)), ours
 
 
+@pytest.mark.parametrize("name", ["sums", "z-loss", "range"])
+def test_float16_gradients_that_are_large_or_small(name, implementation, device) -> None:
+    """Probabilities that sum to 5,000, the square of a log-sum-exp of 10,000 with its whole weight,
+    and class weights that differ by a factor of a million."""
+    half = {"dtype": torch.float16, "device": device}
+    options: dict[str, Any] = {"reduction": "sum"}
+    upstream = 1.0
+    if name == "sums":
+        x, w = torch.ones(2, 4, **half), torch.arange(32.0, **half).view(8, 4) / 8
+        target = torch.zeros(2, 8, **half)
+        target[:, 1] = 5000
+        options, expected = {}, (7304.0, 1e-3)
+    elif name == "z-loss":
+        x, w = torch.ones(2, 4, **half), torch.zeros(8, 4, **half)
+        w[0], target = 2500.0, torch.zeros(2, dtype=torch.int64, device=device)
+        options["z_loss"], upstream = 1.0, 2.0**-14
+        expected = (2 * 10000 * 2500 * 2.0**-14, 1e-3)
+    else:
+        x, w, _, target = example(64, (1000,), torch.float32, "cpu", ignored=0)
+        x, w, target = x.to(**half), w.to(**half), target.to(device)
+        weight = torch.ones(1000, device=device)
+        weight[::2], weight[1::2] = 1e3, 1e-3
+        options["weight"], upstream = weight, 8.0
+    leaf = x.requires_grad_()
+    with torch.autocast(device.type, torch.float16, enabled=name == "range"):
+        loss = fused.linear_cross_entropy(leaf, w, target, **options)
+    (dx,) = torch.autograd.grad(loss * upstream, leaf)
+    if name != "range":
+        assert dx.flatten()[0].item() == pytest.approx(expected[0], rel=expected[1])
+        return
+    exact = leaf.detach().double().requires_grad_()
+    options["weight"] = weight.double()
+    loss = fused.cross_entropy(F.linear(exact, w.double()), target, **options)
+    (goal,) = torch.autograd.grad(loss * upstream, exact)
+    errors = (dx - goal).abs().amax(1) / goal.abs().amax(1)
+    assert errors.max() < 5e-3
+
+
 @pytest.mark.parametrize("ignored", ["all", "some"])
 def test_what_is_ignored_has_no_gradient_whatever_comes_from_upstream(
     ignored, implementation, device

@@ -294,6 +294,25 @@ def test_batch_norm_recorded_without_gradients_has_them(record, implementation, 
     torch.testing.assert_close(differentiated(graph, x), differentiated(lambda x: norm(x, x), x))
 
 
+@pytest.mark.parametrize("record", [traced, symbolic, exported], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_graphs_recorded_of_what_requires_no_gradient_have_one(
+    case, record, implementation
+) -> None:
+    ours, _, x = case
+    graph = record(ours, x.clone())
+    torch.testing.assert_close(differentiated(graph, x.cos()), differentiated(ours, x.cos()))
+
+
+@pytest.mark.parametrize("record", [traced, symbolic, exported], ids=lambda f: f.__name__)
+def test_recorded_graphs_in_another_s_forward_mode(case, record, implementation) -> None:
+    """Without a tangent of their own they are constants, as they say."""
+    ours, _, x = case
+    graph = record(ours, x.clone())
+    with forward_ad.dual_level():
+        torch.testing.assert_close(graph(x), ours(x))
+
+
 def test_linear_cross_entropy_exported_without_gradients_has_them(implementation, device) -> None:
     module = fused.LinearCrossEntropyLoss(5, 3, device=device)
     x, y = torch.randn(4, 5, device=device), torch.randint(3, (4,), device=device)

@@ -7,11 +7,12 @@
 The products are the library's; `kernels` is the implementation of cross_entropy that serves the
 tensors, fused.kernels.cross_entropy or fused.eager.cross_entropy. Over several chunks the loss is
 their sum, and what the mean divides by, `scale`, is applied to the gradients at the end. float16 is
-narrow: there dz is formed in a `unit` in which p - onehot times class weights and logit_scale is
-about 16, whatever they are and however many rows there are. The sums of so large a dz it may not
-hold: they are float32 until they are scaled.
+narrow: there dz is formed in a `unit` in which it fits, whatever the class weights and logit_scale
+are and however many rows there are. The sums of so large a dz it may not hold: they are float32
+until they are scaled.
 """
 
+import math
 from collections.abc import Iterator
 from types import ModuleType
 from typing import NamedTuple
@@ -56,23 +57,46 @@ class Problem(NamedTuple):
         return self.x.dtype == torch.float16 and self.reduction != "none"
 
     def unit(self) -> Tensor:
-        """A power of two, one number: over it dz is at most about 16, and more by z_loss alone.
+        """A power of two, one number: over it no dz is above 2^15, which float16 holds, and the
+        largest that there may be is not far below.
 
-        It looks at the class weights on their device.
+        |dz_c| = |logit_scale| * |a p_c - b_c|, of which |a| and |b_c| are at most the class weights
+        times the row's probabilities, summed, and 2 * z_loss * |lse| more. Weights and
+        probabilities are looked at on their device. Rows whose class weighs less than 10^-7 of the
+        largest weight of any row lose digits.
         """
-        factor = self.w.new_ones((), dtype=self.computed_in)
+        largest_z = min(65504 * abs(self.logit_scale), self.softcap or math.inf)
+        beside = 2 * abs(self.z_loss) * (largest_z + math.log(max(1, self.w.shape[0])))
+        scale = abs(self.logit_scale)
+        largest = self._largest_b()
+        if largest is None:
+            bound = (2 + beside) * scale
+            exponent = math.ceil(math.log2(bound)) - 15 if bound > 0 else 0
+            return self.x.new_full((), 2.0 ** max(-100, exponent), dtype=self.computed_in)
+        bound_of_all = (2 * largest + beside) * scale
+        exponents = bound_of_all.log2().ceil().clamp(-85, 115) - 15
+        return torch.where(bound_of_all > 0, exponents.exp2(), 1.0)
+
+    def _largest_b(self) -> Tensor | None:
+        """The largest sum of a row's |b_c|, one number, or a little more; None for 1."""
+        soft = self.target.is_floating_point()
+        if self.weight is None and not soft or self.target.numel() == 0:
+            return None
+        weight = self.x.new_ones((), dtype=self.computed_in)
         if self.weight is not None:
-            weight = self.weight.to(factor.dtype).abs()
-            weight = weight.masked_fill(~weight.isfinite(), 0.0)
-            if self.target.is_floating_point() or self.label_smoothing:
-                factor = weight.amax()
-            elif self.target.numel():
+            of_classes = self.weight.to(weight.dtype).abs()
+            of_classes = of_classes.masked_fill(~of_classes.isfinite(), 0.0)
+            if soft or self.label_smoothing:
+                weight = of_classes.amax()
+            else:
                 y = self.target.long()
-                counted = (y != self.ignore_index) & (y >= 0) & (y < len(weight))
-                factor = (weight[torch.where(counted, y, 0)] * counted).amax()
-        factor = (factor + 2 * abs(self.z_loss)) * abs(self.logit_scale)
-        exponent = factor.log2().ceil().clamp(-100, 100) - 4
-        return torch.where(factor > 0, exponent.exp2(), 1.0)
+                counted = (y != self.ignore_index) & (y >= 0) & (y < len(of_classes))
+                weight = (of_classes[torch.where(counted, y, 0)] * counted).amax()
+        if not soft:
+            return weight
+        sums = torch.linalg.vector_norm(self.target, 1, dim=1, dtype=weight.dtype)
+        sums = sums.masked_fill(~sums.isfinite(), 0.0)
+        return weight * sums.amax().clamp(min=1.0)
 
     def chunk(self, want_dw: bool) -> int:
         """Rows at a time, in a pass that forms dw or does not."""

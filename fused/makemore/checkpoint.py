@@ -1,6 +1,8 @@
 """A run or a sweep on disk: all that resuming needs, in one file that is never half written."""
 
+import contextlib
 import io
+import math
 import os
 from collections.abc import Callable, Container
 from dataclasses import dataclass
@@ -115,10 +117,15 @@ def _write(content: dict[str, Any], path: Path) -> Path:
     temporary = path.with_suffix(".tmp")
     serialized = io.BytesIO()
     torch.save(content, serialized)  # in a file it would hide what the system says
-    with temporary.open("wb") as file:
-        file.write(serialized.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with temporary.open("wb") as file:
+            file.write(serialized.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:  # of a full disk, say, which names no file
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(temporary)) from None
     temporary.replace(path)
     return path
 
@@ -150,7 +157,7 @@ def _load(
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
+        raise InputError(f"cannot read {path}: {error.strerror}{_other(path)}") from None
     except Exception:  # whatever the unpickler makes of bytes that are no checkpoint
         raise foreign from None
     if not isinstance(content, dict) or content.get("format") != format:
@@ -169,6 +176,14 @@ def generator(state: Tensor) -> torch.Generator:
     generator = torch.Generator()
     generator.set_state(state.clone())  # of a view, PyTorch reads the storage from its beginning
     return generator
+
+
+def _other(path: Path) -> str:
+    """What is there of the other command."""
+    command, file = ("sweep", SWEEP_FILE) if path.name == FILE else ("train", FILE)
+    if not (path.parent / file).exists():
+        return ""
+    return f"; {file} is there, which is for fused-makemore {command} --resume"
 
 
 def _checkpoint(content: dict[str, Any], device: torch.device) -> Checkpoint:
@@ -209,6 +224,8 @@ def _sweep_checkpoint(content: dict[str, Any], device: torch.device) -> SweepChe
             raise ValueError(f"it has no {name}")
         for value in values:
             _check_setting(name, value)
+        if len(set(values)) < len(values):
+            raise ValueError(f"it has a {name} twice")
     for state in generators:
         generator(state)
     if len(generators) != len(seeds):
@@ -250,7 +267,8 @@ def _checked(
 def _check_setting(name: str, value: Any) -> None:
     least = 0 if name in ("lr", "final_lr", "seed") else 1
     kind = type(getattr(Settings(), name))
-    if type(value) is not kind or value < least:
+    end = math.inf if kind is float else 2**63
+    if type(value) is not kind or not least <= value < end:
         raise ValueError(f"its {name} is {value!r}")
 
 

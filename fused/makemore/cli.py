@@ -144,7 +144,7 @@ def _trained(run: Any, folder: Path, device: torch.device) -> int:
 
 @contextmanager
 def _started(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[Any, Path]]:
-    from fused.makemore import checkpoint, engines, model, training
+    from fused.makemore import engines, model, training
 
     settings, engine = _settings(options), options.engine or "auto"
     _check_backend(engine, device)
@@ -155,8 +155,7 @@ def _started(options: argparse.Namespace, device: torch.device) -> Iterator[tupl
     # What cannot run leaves no folder.
     engines.start(engine, parameters, dataset.train.x, dataset.train.y, settings.batch)
     with _folder(options.out, "runs") as folder:
-        if (folder / checkpoint.FILE).exists():
-            raise InputError(f"{folder} already holds a run; continue it with --resume {folder}")
+        _check_empty(folder)
         losses = torch.empty(0)
         run = training.Run(settings, engine, options.data, dataset, parameters, generator, losses)
         yield run, folder
@@ -187,6 +186,21 @@ def _folder(out: str | None, default: str) -> Iterator[Path]:
         with suppress(OSError):  # it is not empty
             for path in made:
                 path.rmdir()
+
+
+def _check_empty(folder: Path) -> None:
+    """Raises InputError where there is a run or a sweep in it."""
+    from fused.makemore import checkpoint
+
+    if (folder / _SWEEP).is_file():
+        raise InputError(f"{folder} already holds a sweep; use another --out")
+    for command, file in (("train", checkpoint.FILE), ("sweep", checkpoint.SWEEP_FILE)):
+        if (folder / file).exists():
+            what = "run" if command == "train" else "sweep"
+            raise InputError(
+                f"{folder} already holds a {what}; continue it with: "
+                f"fused-makemore {command} --resume {folder}"
+            )
 
 
 def _new_folder(parent: Path) -> Path:
@@ -246,7 +260,7 @@ def _said(value: Any) -> str:
     """An option's value as it is given."""
     if not isinstance(value, list):
         return str(value)
-    if len(value) > 2 and value == list(range(int(value[0]), int(value[0]) + len(value))):
+    if type(value[0]) is int and value == list(range(value[0], value[0] + len(value))):
         return f"{value[0]}:{value[-1] + 1}"
     return ",".join(map(str, value))
 
@@ -328,7 +342,7 @@ def _sweep(options: argparse.Namespace) -> int:
 
 @contextmanager
 def _started_sweep(options: argparse.Namespace, device: torch.device) -> Iterator[tuple[Any, Path]]:
-    from fused.makemore import checkpoint, engines, sweep
+    from fused.makemore import engines, sweep
 
     settings, engine = _settings(options), options.engine or "auto"
     lr, seeds = options.lr or SWEEP_LR, options.seed or SWEEP_SEEDS
@@ -338,10 +352,7 @@ def _started_sweep(options: argparse.Namespace, device: torch.device) -> Iterato
     x, y = dataset.train.x, dataset.train.y
     engines.start(models.engine, models.parameters, x, y, settings.batch)  # or leaves no folder
     with _folder(options.out, "sweeps") as folder:
-        if (folder / _SWEEP).is_file():
-            raise InputError(f"{folder} already holds a sweep; use another --out")
-        if (folder / checkpoint.SWEEP_FILE).exists():
-            raise InputError(f"{folder} already holds a sweep; continue it with --resume {folder}")
+        _check_empty(folder)
         yield models, folder
 
 
@@ -380,10 +391,8 @@ def _swept(models: Any, folder: Path, device: torch.device) -> int:
         )
         return _INTERRUPTED
     results = models.results()
-    saved = folder / checkpoint.SWEEP_FILE
     if all(r.val_loss is None for r in results):  # the last step's update, which no loss shows
-        saved.unlink()
-        raise sweep.no_longer_finite(models, settings.steps)
+        raise sweep.all_diverged(models, settings.steps, folder)
     content = {
         "steps": settings.steps,
         "models_steps_per_second": len(models) * outcome.steps_per_second,
@@ -395,7 +404,7 @@ def _swept(models: Any, folder: Path, device: torch.device) -> int:
     plots.sweep_losses(models.losses, models.lr, folder / "losses.png")
     plots.sweep_validation(results, folder / "validation.png")
     (folder / _SWEEP).write_text(json.dumps(content, indent=2) + "\n")  # the last: it is complete
-    saved.unlink()
+    (folder / checkpoint.SWEEP_FILE).unlink()
     print(
         f"{len(models)} networks x {outcome.steps_per_second:.0f} steps/s\n\n{sweep.table(results)}"
     )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fused.makemore import engines, processes, training
-from fused.makemore.checkpoint import SweepCheckpoint, generator
+from fused.makemore.checkpoint import SWEEP_FILE, SweepCheckpoint, generator
 from fused.makemore.data import Dataset
 from fused.makemore.errors import InputError
 from fused.makemore.model import Settings, calibrate, initial_parameters
@@ -134,8 +134,8 @@ def _of_models(lr: list[float], seeds: list[int]) -> Tensor:
 def train(models: Models, folder: Path) -> training.Outcome:
     """Trains until the last step, or until Ctrl-C; saves a checkpoint now and then and at the end.
 
-    Raises InputError where the engine cannot, and where no network's loss is a finite number; the
-    checkpoint before stays.
+    Raises InputError where the engine cannot run, and where no network's loss is a finite number
+    any more; then nothing is left in the folder.
     """
     s, split, first = models.settings, models.dataset.train, models.step
     lr, final_lr = (
@@ -158,7 +158,7 @@ def train(models: Models, folder: Path) -> training.Outcome:
         blocks.append(steps(streams.to(split.x.device), final_lr if late else lr))
         bad = blocks[-1].isfinite().logical_not()
         if bad[finite].any(1).all():
-            raise no_longer_finite(models, step + int(bad[finite].int().argmax(1).max()))
+            raise all_diverged(models, step + int(bad[finite].int().argmax(1).max()), folder)
         finite &= ~bad.any(1)
         step += count
         shown = blocks[-1].nanmean(0)
@@ -184,8 +184,10 @@ def train(models: Models, folder: Path) -> training.Outcome:
     return training.Outcome(interrupted, (step - first) / elapsed)
 
 
-def no_longer_finite(models: Models, step: int) -> InputError:
-    """What to say of a sweep whose last network to go diverged at that step."""
+def all_diverged(models: Models, step: int, folder: Path) -> InputError:
+    """What to say of a sweep whose last network to go diverged at that step; its checkpoint, from
+    which it would do so again, is removed."""
+    (folder / SWEEP_FILE).unlink(missing_ok=True)
     return InputError(
         "the loss of every network is no longer a finite number, of the last one at step "
         f"{step}; try a smaller --lr than {models.lr.min():g}"

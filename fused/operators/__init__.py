@@ -10,6 +10,7 @@ implementation does not return is an empty tensor.
 from types import ModuleType
 
 import torch
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 
 from fused import backend
@@ -17,13 +18,21 @@ from fused import backend
 library = torch.library.Library("fused", "FRAGMENT")
 
 
-def implementation(operation: str, tensor: torch.Tensor) -> ModuleType:
-    """What serves an operator. Raises RuntimeError in forward-mode differentiation, of which
-    operators know nothing: their results would be without a tangent, as constants are."""
-    if forward_ad._current_level >= 0:
+def implementation(operation: str, *tensors: torch.Tensor | None) -> ModuleType:
+    """What serves an operator with these arguments, by the first of them.
+
+    Raises RuntimeError in forward-mode differentiation, of which operators know nothing: their
+    results would be without a tangent, as constants are. (Within torch.func.jvp in any case: there
+    they do not see which of their arguments have one.)
+    """
+    if forward_ad._current_level >= 0 and (
+        eager_transforms.JVP_NESTING > 0
+        or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    ):
         raise RuntimeError(
             f"{operation}: expected no forward-mode derivative (jvp) of a recorded graph, as "
             "torch.compile, torch.export, make_fx and torch.jit.trace make them: differentiate the "
             "function that was recorded"
         )
-    return backend.implementation(operation, tensor)
+    assert tensors[0] is not None
+    return backend.implementation(operation, tensors[0])

@@ -94,7 +94,7 @@ def _fwd_operator(
     running_var: Tensor | None,
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
-    kernels = implementation("batch_norm", input)
+    kernels = implementation("batch_norm", input, weight, bias, residual)
     tracked, momentum, eps, correction, activation, skip_nonfinite, keep = arguments
     # Changed in place by what follows, but no argument is: the graph has buffers and counts itself.
     new_mean, new_var, counter = (
@@ -139,7 +139,7 @@ def _fwd_fake(
 def _eval_operator(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
-    kernels = implementation("batch_norm", input)
+    kernels = implementation("batch_norm", input, weight, bias, residual)
     y, mean, rstd, kept = kernels.batch_norm_eval(input, weight, bias, residual, *rest)
     *_, activation, keep = rest
     signs = kept_signs(input, residual, activation, keep, kept)
@@ -200,7 +200,7 @@ def _bwd_operator(
     mean: Tensor, rstd: Tensor, eps: float, correction: int, activation: str | None,
     batch_statistics: bool, may_be_small: bool, want_dresidual: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    kernels = implementation("batch_norm", input)
+    kernels = implementation("batch_norm", input, weight, bias, dy)
     kept = as_kept_by(kernels, kept, input)
     dresidual: Tensor | None
     small = None

@@ -71,7 +71,7 @@ def _fwd_operator(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     *numbers, loss_dtype, want_extras, _, plain = arguments
-    kernels = implementation("cross_entropy", input)
+    kernels = implementation("cross_entropy", input, target, weight)
     stats = scale = extras = None
     if _is_torchs(plain, input, target):
         with eager.index_errors(target, input.shape[1], ignore_index):
@@ -139,7 +139,7 @@ def _bwd_operator(
     want_dtarget: bool,
     want_dweight: bool,
 ) -> tuple[Tensor, ...]:
-    kernels = implementation("cross_entropy", input)
+    kernels = implementation("cross_entropy", input, target, weight, dloss)
     numbers = (label_smoothing, z_loss, softcap, logit_scale)
     dtarget = dweight = None
     if _is_torchs(plain, input, target):

@@ -44,7 +44,7 @@ def call(*arguments: Any) -> tuple[Tensor, ...]:
 
 def _fwd_operator(*arguments: Any) -> tuple[Tensor, ...]:
     p, wants, want_extras = Problem(*arguments[:13]), arguments[13:16], arguments[16]
-    kernels: Any = implementation("cross_entropy", p.x)
+    kernels: Any = implementation("cross_entropy", *p[:5])
     if p.reduction == "none" and kernels is eager and backend.kernels_could_serve(p.x):
         kernels = SimpleNamespace(cross_entropy_fwd=_fwd_with_stats)
     done = chunked.linear_cross_entropy_fwd(kernels, p, wants, want_extras)
@@ -101,7 +101,7 @@ def _stats_like(p: Problem, want_extras: bool) -> Tensor:
 
 def _bwd_operator(dloss: Tensor, stats: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     p, wants = Problem(*arguments[:13]), arguments[13:]
-    kernels = implementation("cross_entropy", p.x)
+    kernels = implementation("cross_entropy", *p[:5], dloss)
     kept = None if kernels is eager else stats
     found = chunked.linear_cross_entropy_bwd(kernels, dloss, p, kept, wants)
     return tuple(p.x.new_empty(0) if t is None else t for t in found)
@@ -116,7 +116,7 @@ def _bwd_fake(dloss: Tensor, stats: Tensor, *arguments: Any) -> tuple[Tensor, ..
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.numbers = inputs[5:13]
+    ctx.numbers, ctx.formed = inputs[5:13], inputs[13:16]
     ctx.save_for_backward(*inputs[:5], *output[5:])
 
 
@@ -128,6 +128,10 @@ def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | No
     if problem.reduction == "none":
         found = torch.ops.fused.linear_cross_entropy_bwd(dloss, stats, *problem, *wants)
     else:
+        if any(want and not formed for want, formed in zip(wants, ctx.formed, strict=True)):
+            # Recorded of tensors that wanted none.
+            again = torch.ops.fused.linear_cross_entropy_fwd(*problem, *wants, False)
+            scale, dx, dw, db = again[-4:]
         wanted = [t if want else None for t, want in zip(tensors[:3], wants, strict=True)]
         factor = torch.ops.fused.linear_cross_entropy_once(dloss.to(scale.dtype) * scale, *wanted)
         triples = zip((dx, dw, db), tensors[:3], wants, strict=True)

@@ -375,7 +375,8 @@ def test_what_a_resumed_sweep_refuses(tmp_path, capsys, monkeypatch) -> None:
     for given, message in {
         ("--hidden", "64"): f"--hidden 64: the sweep in {parts} has --hidden 10",
         ("--lr", "0.1"): f"--lr 0.1: the sweep in {parts} has --lr 0.1,1e+30,0.3",
-        ("--seed", "0:8"): f"--seed 0:8: the sweep in {parts} has --seed 3,4",
+        ("--lr", "1,2,3"): f"--lr 1.0,2.0,3.0: the sweep in {parts} has --lr 0.1,1e+30,0.3",
+        ("--seed", "0:8"): f"--seed 0:8: the sweep in {parts} has --seed 3:5",
         ("--engine", "numba"): f"--engine numba: the sweep in {parts} has --engine manual",
         ("--data", words(other, b"c\n" * 20)): f"is not the data that the sweep in {parts} began",
         ("--out", parts): "--out: a resumed sweep stays in its folder",
@@ -383,9 +384,12 @@ def test_what_a_resumed_sweep_refuses(tmp_path, capsys, monkeypatch) -> None:
         status, out, err = run(capsys, "sweep", "--resume", parts, *given)
         assert status == 2 and message in err and out == ""
     status, out, err = run(capsys, "sweep", *options, "--out", parts)
-    assert status == 2 and f"already holds a sweep; continue it with --resume {parts}\n" in err
+    assert status == 2 and "already holds a sweep; continue it with: fused-makemore sweep" in err
+    status, _, err = run(capsys, "train", *options[:-4], "--out", parts)
+    assert status == 2 and "already holds a sweep; continue it with: fused-makemore sweep" in err
     status, _, err = run(capsys, "train", "--resume", parts)
     assert status == 2 and "cannot read" in err
+    assert err.endswith("; sweep.pt is there, which is for fused-makemore sweep --resume\n")
     same = [*options, "--engine", "auto"]
     assert run(capsys, "sweep", "--resume", parts, *same)[0] == 0
     status, _, err = run(capsys, "sweep", "--resume", parts)
@@ -398,6 +402,10 @@ def damage_sweep(saved: dict, how: str) -> object:
             return saved | {"format": "fused-makemore checkpoint"}
         case "no rates":
             return saved | {"lr": []}
+        case "no rate":
+            return saved | {"lr": [0.1, float("nan"), 0.3]}
+        case "a rate twice":
+            return saved | {"lr": [0.1, 0.3, 0.3]}
         case "half a seed":
             return saved | {"seeds": [3, 4.5]}
         case "another seed":
@@ -419,6 +427,8 @@ def damage_sweep(saved: dict, how: str) -> object:
     [
         ("a run", "is not a sweep of fused-makemore"),
         ("no rates", "is damaged: it has no lr"),
+        ("no rate", "is damaged: its lr is nan"),
+        ("a rate twice", "is damaged: it has a lr twice"),
         ("half a seed", "is damaged: its seed is 4.5"),
         ("another seed", "is damaged: it has 2 generators for 3 seeds"),
         ("half a generator", "is damaged: "),
@@ -433,6 +443,17 @@ def test_other_sweeps(how, message, tmp_path, capsys, monkeypatch) -> None:
     torch.save(damage_sweep(torch.load(path, weights_only=True), how), path)
     status, out, err = run(capsys, "sweep", "--resume", str(tmp_path / "parts"))
     assert status == 2 and message in err and len(err.splitlines()) == 1 and out == ""
+
+
+def test_a_resumed_sweep_that_diverges_leaves_nothing(tmp_path, capsys, monkeypatch) -> None:
+    folder = tmp_path / "sweep"
+    options = [*tiny("manual", tmp_path), "--seed", "3", "--lr", "1e38", "--out", str(folder)]
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_interruption", ready)
+        assert run(capsys, "sweep", *options, "--steps", "70")[0] == 130
+    assert (folder / "sweep.pt").exists()
+    status, _, err = run(capsys, "sweep", "--resume", str(folder), "--device", "cpu")
+    assert status == 2 and "no longer a finite number" in err and not any(folder.iterdir())
 
 
 def test_a_sweep_interrupted_before_its_first_block(tmp_path, capsys, monkeypatch) -> None:
