@@ -62,7 +62,7 @@ class Problem(NamedTuple):
 
         |dz_c| = |logit_scale| * |a p_c - b_c|, of which |a| and |b_c| are at most the class weights
         times the row's probabilities, summed, and 2 * z_loss * |lse| more. Weights and
-        probabilities are looked at on their device. Rows whose class weighs less than 10^-7 of the
+        probabilities are looked at on their device. Rows whose class weighs less than 10^-6 of the
         largest weight of any row lose digits.
         """
         largest_z = min(65504 * abs(self.logit_scale), self.softcap or math.inf)
