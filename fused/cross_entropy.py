@@ -119,6 +119,8 @@ class CrossEntropyFunction(torch.autograd.Function):
             # The memory is the gradient's from here on: no graph that saved the logits may run.
             increment_version(input)
         ctx.save_for_backward(input, target, weight, stats, scale)
+        if loss._is_view():  # of the rows: autograd would forbid to change it in place
+            loss = torch.ops.aten._unsafe_view(loss, loss.shape)
         if extras is None:
             return (loss,)
         ctx.mark_non_differentiable(*extras)

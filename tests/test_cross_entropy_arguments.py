@@ -349,3 +349,34 @@ def test_refuses_weights_of_other_dtypes_under_autocast(dtype, implementation) -
     for function in (fused.cross_entropy, F.cross_entropy):
         with torch.autocast("cpu"), pytest.raises(RuntimeError):
             function(X, Y, torch.ones(X.shape[1]).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(9,), (9, 27), (800, 700), (3, 5, 4, 2)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}], ids=str)
+def test_losses_are_changed_in_place(options, shape, implementation, device) -> None:
+    """As torch's may be, by a mask; what is known of the rows does not change with them."""
+    if implementation == "triton" and shape == (800, 700):
+        pytest.skip("large for the closed forms only")
+    logits, target, _ = example(shape, torch.float32, device)
+    found: list[Any] = []
+    for function in (fused.cross_entropy, F.cross_entropy):
+        leaf = logits.clone().requires_grad_()
+        loss = function(leaf, target, reduction="none", **options)
+        loss.mul_(0.5)
+        found.append((loss, *torch.autograd.grad(loss.sum(), leaf)))
+    torch.testing.assert_close(*found)
+    stats = fused.cross_entropy_with_stats(
+        logits.requires_grad_(), target, reduction="none", **options
+    )
+    before = stats.row_loss.clone()
+    stats.loss.mul_(2.0)
+    torch.testing.assert_close(stats.row_loss, before, rtol=0, atol=0)
+
+
+def test_losses_of_composed_operations_are_changed_in_place(implementation, device) -> None:
+    x, w = torch.randn(2, 4, 3, device=device)
+    target = torch.rand(4, 4, device=device).requires_grad_()
+    found = fused.linear_cross_entropy_with_stats(x.requires_grad_(), w, target, reduction="none")
+    before = found.row_loss.clone()
+    found.loss.mul_(2.0)
+    torch.testing.assert_close(found.row_loss, before, rtol=0, atol=0)

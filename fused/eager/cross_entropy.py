@@ -457,7 +457,7 @@ def cross_entropy_composed(
         return (loss,)
     best = z.argmax(1)
     hit = counted & (best == (index.argmax(1) if soft else index))
-    row_loss = rows.to(loss_dtype) if reduction == "none" else rows
+    row_loss = rows.to(loss_dtype, copy=True) if reduction == "none" else rows
     lse, prediction = torch.where(counted, lse, 0.0), torch.where(counted, best, -1)
     return loss, row_loss.detach(), lse.detach(), hit.sum(), prediction
 
