@@ -54,9 +54,9 @@ def batch_norm_fwd(
             rstd = rstd * root_of_bessel(n)
         y = native.y.relu_() if activation else native.y
         return y, mean, rstd, _kept(activation, y, None, keep)
-    form = _Form.of(x)
-    exact_mean, m2 = _moments(form.view(x), form)
-    mean = exact_mean.to(_compute_dtype(x))
+    form, scratch = _Form.of(x), _Scratch(_compute_dtype(x))
+    exact_mean, m2 = _moments(form.view(x), form, scratch)
+    mean = exact_mean.to(scratch.dtype)
     # The running variance is the unbiased one, whatever the correction: as torch.nn.BatchNorm's.
     update_running(running_mean, running_var, tracked, momentum, mean, m2 / (n - 1), skip_nonfinite)
     rstd = (m2 / (n - correction)).add_(eps).rsqrt_().to(mean.dtype)
@@ -64,7 +64,7 @@ def batch_norm_fwd(
     shift = (mean - exact_mean).to(mean.dtype).mul_(scale)  # what rounding took from the mean
     if beta is not None:
         shift += beta
-    y = _normalised(x, form, mean, scale, shift, residual, activation)
+    y = _normalised(x, form, mean, scale, shift, residual, activation, scratch)
     return y, mean, rstd, _kept(activation, y, residual, keep)
 
 
@@ -85,7 +85,7 @@ def batch_norm_eval(
     rstd = var.to(acc).add(eps).rsqrt_()
     scale = rstd if gamma is None else rstd * gamma
     shift = torch.zeros_like(mean) if beta is None else beta.to(acc)
-    y = _normalised(x, _Form.of(x), mean, scale, shift, residual, activation)
+    y = _normalised(x, _Form.of(x), mean, scale, shift, residual, activation, _Scratch(acc))
     return y, mean, rstd, _kept(activation, y, residual, keep)
 
 
@@ -94,9 +94,9 @@ def batch_norm_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     if x.numel() == 0:
         zeros = x.new_zeros(x.shape[1], dtype=_compute_dtype(x))
         return zeros, zeros.clone()
-    form = _Form.of(x)
-    mean, m2 = _moments(form.view(x), form)
-    return mean.to(_compute_dtype(x)), m2
+    form, scratch = _Form.of(x), _Scratch(_compute_dtype(x))
+    mean, m2 = _moments(form.view(x), form, scratch)
+    return mean.to(scratch.dtype), m2
 
 
 def batch_norm_sums(
@@ -110,11 +110,11 @@ def batch_norm_sums(
     activation: str | None,
     want_dresidual: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """(sums, dresidual): dgamma and dbeta as one tensor (2, C) in the dtype of mean, and dz, which
-    batch_norm_dx takes in dy's place; None where it is not wanted."""
-    step = _Backward(x, gamma, beta, kept, mean, rstd, activation)
-    dz, sums = step.dz_and_sums(dy)
-    return sums, dz.to(x.dtype) if want_dresidual else None
+    """(sums, dresidual): dgamma and dbeta as one tensor (2, C) in the dtype of mean, and dz, None
+    where it is not wanted."""
+    passes = _Backward(dy, x, gamma, beta, kept, mean, rstd, activation)
+    dz = passes.new_dz() if want_dresidual else None
+    return passes.sums(dz), dz
 
 
 def batch_norm_dx(
@@ -132,9 +132,10 @@ def batch_norm_dx(
 ) -> Tensor:
     """dx from dgamma and dbeta, sums (2, C), of all the `count` rows (one number) that were
     normalised together, which may be more than x's."""
-    step = _Backward(x, gamma, beta, kept, mean, rstd, activation)
-    dz = step.dz_and_sums(dy)[0] if activation else dy
-    return step.dx(dz, sums, count, correction, dz if activation else None)
+    passes = _Backward(dy, x, gamma, beta, kept, mean, rstd, activation)
+    dx = passes.form.view.empty_like(x)
+    passes.dx(dx, None, sums, count, correction)
+    return dx
 
 
 def batch_norm_bwd(
@@ -169,12 +170,13 @@ def batch_norm_bwd(
         dx, dgamma, dbeta = native_bwd(dz, x, biased, mean, rstd / bessel, 0.0)
         dgamma, dbeta = _as(dgamma * bessel, gamma, mean), _as(dbeta, beta, mean)
         return dx, dgamma, dbeta, dz if want_dresidual else None
-    step = _Backward(x, gamma, beta, kept, mean, rstd, activation)
-    dz, sums = step.dz_and_sums(dy)
-    dresidual = dz.to(x.dtype) if want_dresidual else None
-    # dz is not needed again, unless it is the upstream gradient or the residual's.
-    out = dz if activation and dresidual is not dz else None
-    dx = step.dx(dz, sums if batch_statistics and n else None, n, correction, out)
+    passes = _Backward(dy, x, gamma, beta, kept, mean, rstd, activation)
+    dresidual = passes.new_dz() if want_dresidual else None
+    dx = passes.form.view.empty_like(x)
+    # Until dx is there, its memory holds dz where it can.
+    stored = dx if dresidual is None and activation and dx.dtype == mean.dtype else dresidual
+    sums = passes.sums(stored)
+    passes.dx(dx, stored, sums if batch_statistics and n else None, n, correction)
     # No two of them share memory.
     dgamma, dbeta = _as(sums[0], gamma, mean), _as(sums[1].clone(), beta, mean)
     return dx, dgamma, dbeta, dresidual
@@ -338,26 +340,42 @@ def _chunks(*views: Tensor | None) -> list[tuple[Tensor, ...]]:
     return list(zip(*(split(v, *size) for v in views), strict=False))  # None stays None
 
 
-def _scratch(view: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for a chunk of view"""
-    return torch.empty(_chunks(view)[0][0].shape, dtype=dtype, device=view.device)
+class _Scratch:
+    """Memory of a chunk's size, by name, taken once a call; the first chunk is the largest."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._buffers: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, chunk: Tensor) -> Tensor:
+        if name not in self._buffers:
+            shape, device = chunk.shape, chunk.device
+            self._buffers[name] = torch.empty(shape, dtype=self.dtype, device=device)
+        return sized(self._buffers[name], chunk)
+
+    def converted(self, name: str, chunk: Tensor) -> Tensor:
+        """The chunk itself, if it is of this dtype."""
+        return chunk if chunk.dtype == self.dtype else self(name, chunk).copy_(chunk)
 
 
-def _moments(view: Tensor, form: _Form, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def _less(x: Tensor, column: Tensor, out: Tensor) -> Tensor:
+    """x - column; of two dtypes torch would convert into new memory"""
+    return torch.sub(x, column, out=out) if x.dtype == out.dtype else out.copy_(x).sub_(column)
+
+
+def _moments(view: Tensor, form: _Form, scratch: _Scratch) -> tuple[Tensor, Tensor]:
     """(mean, m2) (C,) in float64, from d = x - (the first chunk's mean)
 
     sum d^2 is at most 1 + n / n1 times m2, n1 being the rows of the first chunk, which bounds what
     sum d^2 - (sum d)^2 / n cancels, whatever the data (docs/derivations.md).
     """
-    dtype = dtype or _compute_dtype(view)
     chunks, c = _chunks(view), view.shape[1]
-    buffer, n = _scratch(view, dtype), view.numel() // c
-    first = chunks[0][0]
-    about = form.sum(first.to(dtype)).div_(first.numel() // c)
+    n, (first,) = view.numel() // c, chunks[0]
+    about = form.sum(scratch.converted("d", first)).div_(first.numel() // c)
     column = form.vector(about)
     sums = about.new_empty(2, len(chunks), c)
     for (x,), sum_d, sum_d2 in zip(chunks, *(s.unbind() for s in sums), strict=True):
-        d = torch.sub(x, column, out=sized(buffer, x))
+        d = _less(x, column, out=scratch("d", x))
         form.sum(d, out=sum_d)
         form.sum(d.mul_(d), out=sum_d2)
     s, q = sums.double().sum(1)
@@ -365,8 +383,8 @@ def _moments(view: Tensor, form: _Form, dtype: torch.dtype | None = None) -> tup
     s_n = s / n
     mean = s_n + about
     if view.device.type == "cpu" and not q.isfinite().all():
-        if dtype != torch.float64:
-            return _moments(view, form, torch.float64)
+        if scratch.dtype != torch.float64:
+            return _moments(view, form, _Scratch(torch.float64))
         # What is relative to an inf is NaN, though the mean is inf.
         plain = torch.sum(view, 0 if form.columns else (0, 2), dtype=torch.float64) / n
         mean = torch.where(q.isfinite(), mean, plain)
@@ -381,15 +399,15 @@ def _normalised(
     shift: Tensor,
     residual: Tensor | None,
     activation: str | None,
+    scratch: _Scratch,
 ) -> Tensor:
     """f(scale * (x - mean) + shift + residual) in x's dtype and format"""
     y = form.view.empty_like(x)
-    buffer = None if x.dtype == mean.dtype else _scratch(form.view(x), mean.dtype)
     mean, scale, shift = form.vector(mean), form.vector(scale), form.vector(shift)
     views = form.view(x), form.view(y), None if residual is None else form.view(residual)
     for x_, y_, residual_ in _chunks(*views):
-        z = y_ if buffer is None else sized(buffer, x_)
-        torch.sub(x_, mean, out=z).mul_(scale).add_(shift)  # addcmul of two broadcast is slower
+        z = y_ if x.dtype == scratch.dtype else scratch("d", x_)
+        _less(x_, mean, out=z).mul_(scale).add_(shift)  # addcmul of two broadcast is slower
         if residual_ is not None:
             z.add_(residual_)
         if activation is not None:
@@ -400,10 +418,11 @@ def _normalised(
 
 
 class _Backward:
-    """The steps of the backward pass; everything of x's shape is in x's form."""
+    """The two passes of the backward; dz = dy * f'(z), which is dy where there is no f."""
 
     def __init__(
         self,
+        dy: Tensor,
         x: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
@@ -413,69 +432,88 @@ class _Backward:
         activation: str | None,
     ) -> None:
         self.form = form = _Form.of(x)
-        self.x, self.x_view = x, form.view(x)
-        self.mean, self.rstd, self.beta, self.kept = mean, rstd, beta, kept
+        y, residual = (kept, None) if _from_output(activation, x.dtype) else (None, kept)
+        views = x, dy, y, residual
+        self.x_dy_y_residual = tuple(None if v is None else form.view(v) for v in views)
+        self.x, self.dy, self.mean, self.rstd, self.beta = x, dy, mean, rstd, beta
         self.scale = rstd if gamma is None else rstd * gamma
-        self.column, self.activation = form.vector(mean), activation
-        self.buffer = _scratch(self.x_view, mean.dtype)
+        self.activation, self.scratch = activation, _Scratch(mean.dtype)
 
-    def dz_and_sums(self, dy: Tensor) -> tuple[Tensor, Tensor]:
-        """dz = dy * f'(z), a new tensor in the dtype computed in, or dy where there is no f; and
-        dgamma and dbeta, (2, C)"""
-        form, acc, f = self.form, self.mean.dtype, self.activation
-        dz = form.view.empty_like(self.x, acc) if f else dy
-        y, residual = self.kept, None
-        if not _from_output(f, self.x.dtype):
-            y, residual = residual, y
-        views = [None if t is None else form.view(t) for t in (dy, dz, y, residual)]
-        scale, beta = form.vector(self.scale), self.beta
-        shift = None if beta is None else form.vector(beta)
-        chunks = _chunks(self.x_view, *views)
+    def new_dz(self) -> Tensor:
+        """dz in x's dtype: memory for it, or dy."""
+        if self.activation is None:
+            return self.dy.to(self.x.dtype)
+        return self.form.view.empty_like(self.x)
+
+    def sums(self, dz: Tensor | None) -> Tensor:
+        """dgamma and dbeta, (2, C); writes dz."""
+        form = self.form
+        dz = None if dz is None or self.activation is None else form.view(dz)
+        chunks = _chunks(*self.x_dy_y_residual, dz)
         sums = self.mean.new_empty(2, len(chunks), self.mean.shape[0])
         for chunk, sum_d, sum_dz in zip(chunks, *(s.unbind() for s in sums), strict=True):
-            x_, dy_, dz_, y_, residual_ = chunk
-            d = sized(self.buffer, x_)
-            if f:
-                if y_ is None:
-                    z = torch.sub(x_, self.column, out=d).mul_(scale)
-                    if shift is not None:
-                        z.add_(shift)
-                    if residual_ is not None:
-                        z.add_(residual_)
-                    y_ = tanh_by_sigmoid_(z) if f == "tanh" else z
-                activation_backward(f, dy_.to(acc), y_.to(acc), dz_)
-            else:
-                dz_ = dz_.to(acc)
-            form.sum(dz_, out=sum_dz)
-            form.sum(torch.sub(x_, self.column, out=d).mul_(dz_), out=sum_d)
+            d, own_dz = self._d_and_dz(*chunk)
+            form.sum(own_dz, out=sum_dz)
+            form.sum(d.mul_(own_dz), out=sum_d)
         total = sums.double().sum(1)
         total[0] *= self.rstd
-        return dz, total.to(acc)
+        return total.to(self.mean.dtype)
 
     def dx(
         self,
-        dz: Tensor,
+        dx: Tensor,
+        dz: Tensor | None,
         sums: Tensor | None,
         n: Tensor | int,
         correction: int,
-        out: Tensor | None,
-    ) -> Tensor:
-        """scale * (dz - dbeta/n - xhat * dgamma/(n - correction)), or scale * dz where there are no
-        sums; in the memory of `out` if that fits"""
-        form = self.form
-        dx = out if out is not None and out.dtype == self.x.dtype else form.view.empty_like(self.x)
+    ) -> None:
+        """dx = scale * (dz - dbeta/n - xhat * dgamma/(n - correction)), or scale * dz where there
+        are no sums; dz is what `sums` wrote, if it did, and may be dx."""
+        form, acc = self.form, self.mean.dtype
         scale = form.vector(self.scale)
         if sums is not None:
             along = form.vector(-self.scale * self.rstd * (sums[0] / (n - correction)))
             shift = form.vector(-self.scale * (sums[1] / n))
-        for x_, dz_, dx_ in _chunks(self.x_view, form.view(dz), form.view(dx)):
-            direct = dx_.dtype == scale.dtype
-            d = sized(self.buffer, x_)
+        known = None if dz is None or dz.dtype != acc else form.view(dz)
+        for *chunk, dz_, dx_ in _chunks(*self.x_dy_y_residual, known, form.view(dx)):
+            if dz_ is None:
+                d, dz_ = self._d_and_dz(*chunk, None)
+            elif sums is not None:
+                d = self._d(chunk[0])
+            out = dx_ if dx_.dtype == acc else self.scratch("d", dx_)
             if sums is None:
-                d = torch.mul(dz_, scale, out=dx_ if direct else d)
+                torch.mul(dz_, scale, out=out)
             else:
-                torch.sub(x_, self.column, out=d).mul_(along).add_(shift)
-                d = torch.addcmul(d, dz_.to(d.dtype), scale, out=dx_ if direct else d)
-            if not direct:
-                dx_.copy_(d)
-        return dx
+                torch.addcmul(d.mul_(along).add_(shift), dz_, scale, out=out)
+            if out is not dx_:
+                dx_.copy_(out)
+
+    def _d(self, x: Tensor) -> Tensor:
+        """x - mean of a chunk"""
+        return _less(x, self.form.vector(self.mean), out=self.scratch("d", x))
+
+    def _d_and_dz(
+        self,
+        x: Tensor,
+        dy: Tensor,
+        y: Tensor | None,
+        residual: Tensor | None,
+        dz: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """x - mean and dz of a chunk, in the dtype computed in; dz is written to `dz`, if given."""
+        form, scratch, f = self.form, self.scratch, self.activation
+        d = self._d(x)
+        if f is None:
+            return d, scratch.converted("dz", dy)
+        if y is None:
+            z = torch.mul(d, form.vector(self.scale), out=scratch("z", d))
+            if self.beta is not None:
+                z.add_(form.vector(self.beta))
+            if residual is not None:
+                z.add_(residual)
+            y = tanh_by_sigmoid_(z) if f == "tanh" else z
+        out = dz if dz is not None and dz.dtype == scratch.dtype else scratch("dz", d)
+        activation_backward(f, scratch.converted("dz", dy), scratch.converted("z", y), out)
+        if dz is not None and dz is not out:
+            dz.copy_(out)
+        return d, out
