@@ -23,6 +23,7 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.SiLU: "silu",
 }
 _BATCH_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
+_FORWARDS = {norm.forward for norm in _BATCH_NORMS}
 
 
 def convert(model: nn.Module, activations: bool = True) -> list[str]:
@@ -41,7 +42,8 @@ def convert(model: nn.Module, activations: bool = True) -> list[str]:
             left as they are. What reads a batch norm's output by its place in the sequence then
             finds the activation's. What knows only torch's batch norm drops the activation: convert
             with `activations=False` before `torch.nn.utils.fusion.fuse_conv_bn_eval`, and take
-            `SyncBatchNorm` of fused, not of torch, for `convert_sync_batchnorm`.
+            `SyncBatchNorm` of fused, not of torch, for `convert_sync_batchnorm`. (What asks for
+            torch's very types, as `torch.ao.quantization.fuse_modules`, comes before converting.)
 
     Returns:
         What was changed, a line each: "features.1: BatchNorm2d with relu from features.2".
@@ -76,6 +78,8 @@ def _absorb_activations(model: nn.Module, name: str, sequence: nn.Sequential) ->
         if activation._forward_pre_hooks or _hooked(activation) or _hooked(norm):
             continue
         if "forward" in vars(norm) or "forward" in vars(activation):  # not what its class computes
+            continue
+        if type(norm).forward not in _FORWARDS:  # a subclass of ours
             continue
         if _occurrences(model, norm) > 1:  # so has a norm of a sequence that has several
             continue

@@ -137,6 +137,11 @@ class CrossEntropyFunction(torch.autograd.Function):
         return (*gradients, None, None, None, None, None)
 
 
+def _retains_grad(input: Tensor) -> bool:
+    """`retain_grad()` would move to a node that `_mark_overwritten` adds, and that never runs."""
+    return input.retains_grad or (input._base is not None and input._base.retains_grad)
+
+
 def _mark_overwritten(input: Tensor) -> None:
     """Tells autograd, unless input is a part of a larger tensor: its other parts are as before."""
     whole = input if input._base is None else input._base
@@ -248,9 +253,9 @@ def cross_entropy(
         inplace: lets the gradient be written over the logits, which saves memory of their size. The
             logits must not be used after the call; where autograd would, it raises. (Of a part of a
             larger tensor, such as a slice, it knows of uses before the call alone.) Hooks on them
-            are registered before it. No effect where input needs no gradient, where hooks have what
-            autograd saves (checkpointing, save_on_cpu), nor under torch.compile, which plans memory
-            itself.
+            are registered before it. No effect where input needs no gradient, where its `.grad` is
+            retained (`retain_grad()`), where hooks have what autograd saves (checkpointing,
+            save_on_cpu), nor under torch.compile, which plans memory itself.
         grad_in_forward: forms the gradient of a mean or sum in the forward, while the logits are at
             hand: they are read once, dinput is written once, and a backward whose upstream gradient
             is 1 has nothing left to do. Another one costs a second read and write of dinput, and a
@@ -438,6 +443,8 @@ def _run(
                 check_inplace(input)
             formed_now = wants_gradient and not saves_elsewhere()
             inplace, early = inplace and formed_now, early and formed_now
+            if early and inplace and _retains_grad(input):
+                inplace = False
             outputs = CrossEntropyFunction.apply(
                 input, target, weight, options, loss_dtype, want_extras, inplace, early
             )
@@ -490,9 +497,9 @@ def _small(input: Tensor, target: Tensor, ignore_index: int, reduction: str) -> 
         return None
     try:
         loss = cross_entropy_small(input, target, ignore_index, reduction)
-    except Exception:  # torch refuses the same; this says it better
+    except Exception as error:  # torch refuses the same; this says it better
         check(input, target, None, options_of(ignore_index, reduction, 0.0, 0.0, None, 1.0))
-        if not is_transformed(input):  # then nobody may look
+        if eager.is_of_an_index(error) and not is_transformed(input):  # then nobody may look
             eager.raise_if_outside(target, input.shape[min(1, input.dim() - 1)], ignore_index)
         raise
     dtype = input.dtype

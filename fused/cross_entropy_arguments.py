@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fused.transforms import same_shape
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INDEX_DTYPES = (torch.int64, torch.int32, torch.uint8)
 _REDUCTIONS = ("none", "mean", "sum")
@@ -131,7 +133,7 @@ def check(input: Tensor, target: Tensor, weight: Tensor | None, options: Options
     if input.dim() == 0:
         kind = IndexError if target.shape == () and target.is_floating_point() else RuntimeError
         raise kind("cross_entropy: expected input of shape (C,) or (N, C, ...), got ()")
-    if target.shape == input.shape:
+    if same_shape(target, input.shape):
         _check_probabilities(target, options)
     else:
         _check_indices(input, target, options.label_smoothing)
@@ -173,8 +175,8 @@ def _check_indices(input: Tensor, target: Tensor, label_smoothing: float) -> Non
         sizes_differ = fits_dtype and target.dim() < 2 and target.shape != (1,)
     else:
         expected = input.shape[:1] + input.shape[2:]
-        fits = target.shape == expected
-        sizes_differ = target.shape[:1] != expected[:1]
+        fits = same_shape(target, expected)
+        sizes_differ = not fits and target.shape[:1] != expected[:1]
     if not fits:
         message = (
             f"cross_entropy: expected target of shape {tuple(expected)} (class indices) or "

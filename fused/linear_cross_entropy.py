@@ -35,6 +35,7 @@ from fused.transforms import (
     may_be_overridden,
     outlives_the_call,
     refuse_script,
+    same_shape,
     saves_elsewhere,
 )
 
@@ -62,9 +63,10 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         kernels = backend.implementation("cross_entropy", x)
         with _without_autocast(x):
             done = chunked.linear_cross_entropy_fwd(kernels, problem, wants, want_extras)
-        formed = problem.reduction == "none" or done.gradients is not None
-        ctx.kernels, ctx.numbers, ctx.done = kernels, numbers, done if formed else None
-        ctx.save_for_backward(x, w, b, target, weight)
+        ctx.kernels, ctx.numbers = kernels, numbers
+        # Not `done` itself: with its outputs a node of the graph would hold itself alive.
+        ctx.gradients, ctx.scale = done.gradients, done.scale
+        ctx.save_for_backward(x, w, b, target, weight, done.stats)
         if done.extras is None:
             return (done.loss,)
         ctx.mark_non_differentiable(*done.extras)
@@ -72,7 +74,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        problem = Problem(*ctx.saved_tensors, *ctx.numbers)
+        *tensors, stats = ctx.saved_tensors
+        problem = Problem(*tensors, *ctx.numbers)
         wants, kernels = ctx.needs_input_grad[:3], ctx.kernels
         if is_composed(dloss):
 
@@ -81,16 +84,16 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
 
             gradients = differentiable_gradients(loss, dloss, problem[:3], wants)
         elif problem.reduction == "none":
-            gradients = chunked.linear_cross_entropy_bwd(
-                kernels, dloss, problem, ctx.done.stats, wants
-            )
+            gradients = chunked.linear_cross_entropy_bwd(kernels, dloss, problem, stats, wants)
         else:
-            done, ctx.done = ctx.done, None  # handed over: autograd may keep it as .grad
-            if done is None:  # not formed, or this is a second backward through a retained graph
+            formed, scale = ctx.gradients, ctx.scale
+            ctx.gradients = None  # handed over: autograd may keep it as .grad
+            if formed is None:  # not formed, or this is a second backward through a retained graph
                 done = chunked.linear_cross_entropy_fwd(kernels, problem, wants, False)
+                formed, scale = done.gradients, done.scale
             factor = dloss.to(problem.computed_in)
-            factor = factor if done.scale is None else factor * done.scale
-            gradients = done.gradients.scaled(kernels, factor, problem)
+            factor = factor if scale is None else factor * scale
+            gradients = formed.scaled(kernels, factor, problem)
         return (*gradients, None, None, None, None, None)
 
 
@@ -308,7 +311,7 @@ def _run(
     rows_shape = (*input.shape[:-1], *linear_weight.shape[:-1])
     # It stands in for the logits: no memory, but their shape, dtype and device.
     logits = input.detach().new_empty(()).expand(rows_shape)
-    soft = target.shape == logits.shape
+    soft = same_shape(target, logits.shape)
     if soft and ignore_index is not None:
         raise RuntimeError(
             "linear_cross_entropy: expected no ignore_index for a target of probabilities, "
@@ -338,7 +341,7 @@ def _run(
     if is_transformed(*tensors) or _wants_more(target, weight):
         outputs = _composed(Problem(*tensors, *numbers), want_extras)
     elif recorded:
-        outputs = operators.call(*tensors, *numbers, *wants, want_extras)
+        outputs = operators.call(Problem(*tensors, *numbers), wants, want_extras)
     else:
         if saves_elsewhere():
             wants = (False, False, False)

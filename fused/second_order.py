@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused.eager.batch_norm import batch_norm_composed
+from fused.eager.batch_norm import batch_norm_composed, computed_in
 from fused.eager.cross_entropy import cross_entropy_composed
 
 
@@ -61,17 +61,26 @@ def batch_norm_gradients(
     wants: Sequence[bool],
 ) -> list[Tensor | None]:
     """Of input, weight, bias and residual; frozen are mean and rstd where they are not the batch's,
-    and kept is what the forward keeps for the activation: the residual, or as `_pulled_back`."""
-    residual = kept if kept_residual else None
-    if not kept_residual:
+    and kept is what the forward keeps for the activation: the residual, or as `_pulled_back`.
+
+    The bias counts where the activation is computed again; elsewhere only its dtype does.
+    """
+    residual, shift = kept, bias
+    knows_dz = activation is None or not kept_residual
+    if knows_dz:
+        residual = shift = None
         dy, activation = _pulled_back(dy, kept, input, activation), None
 
     def output(*tensors: Tensor | None) -> Tensor:
         arguments: Any = (*tensors, *frozen, eps, correction, activation)
         return batch_norm_composed(*arguments)[0]
 
-    gradients = differentiable_gradients(output, dy, (input, weight, bias, residual), wants)
-    if wants[3] and residual is None:  # not kept without an activation: its gradient is dy
+    gradients = differentiable_gradients(output, dy, (input, weight, shift, residual), wants)
+    if wants[2] and knows_dz:
+        assert bias is not None
+        rows = [d for d in range(dy.dim()) if d != 1]
+        gradients[2] = dy.to(computed_in(input)).sum(rows).to(bias.dtype)
+    if wants[3] and knows_dz:
         gradients[3] = dy
     return gradients
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fused import backend
 from fused.batch_norm import _BatchNorm, check, check_options, run, will_differentiate
 from fused.operators import sync_batch_norm as operators
+from fused.operators.batch_norm import of_dtype_alone
 from fused.transforms import (
     as_leaf,
     is_composed,
@@ -41,6 +42,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
             kernels, input, weight, bias, residual, running_mean, running_var, tracked, group,
             keep, *o[1:],
         )  # fmt: skip
+        if o.activation is None:
+            bias = of_dtype_alone(bias)
         ctx.save_for_backward(input, weight, bias, kept, mean, rstd, count)
         ctx.kernels, ctx.options, ctx.group = kernels, options, group
         return y

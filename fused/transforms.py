@@ -53,6 +53,37 @@ def is_recorded() -> bool:
     )
 
 
+def unless_false(condition: bool) -> bool:
+    """A condition on sizes, true where only a recorded graph's run will tell: of how many rows a
+    mask selected."""
+    if not _has_symbols():
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import guard_or_true  # slow to import
+
+    return guard_or_true(condition)
+
+
+def same_shape(tensor: Tensor, shape: torch.Size) -> bool:
+    """Whether tensor has that shape; where only a recorded graph's run will tell, the graph checks
+    that it has."""
+    if not _has_symbols():
+        return tensor.shape == shape
+    if tensor.dim() != len(shape):
+        return False
+    for size, expected in zip(tensor.shape, shape, strict=True):
+        if not unless_false(size == expected):
+            return False
+        torch._check(size == expected)
+    return True
+
+
+def _has_symbols() -> bool:
+    """Whether sizes may be unknown: not in torch.jit.trace, whose sizes are tensors."""
+    if torch.compiler.is_compiling():
+        return True
+    return is_recorded() and torch._C._get_tracing_state() is None
+
+
 def outlives_the_call() -> bool:
     """Whether what `is_recorded` may be differentiated though nothing asks for that now.
 
@@ -91,6 +122,12 @@ def is_symbolic(input: Any) -> bool:
 
 def as_leaf(module: nn.Module, *inputs: Any) -> Any:
     """The node of a symbolic graph that calls `module`, as it would call one of torch's."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise NotImplementedError(
+            f"torch.fx: expected no hooks on a fused.{type(module).__name__}: tracing ran them, "
+            "and the graph would again; remove them, or take a Tracer to whose is_leaf_module "
+            "it is a leaf"
+        )
     tracer = inputs[0].tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, {})
 

@@ -1,9 +1,12 @@
 """Where widely used batch norms were found wrong: one test, or a few, for each failure."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
@@ -446,6 +449,83 @@ def test_counters_of_other_dtypes(dtype, implementation, device) -> None:
 def test_a_momentum_that_is_a_tensor(implementation, device) -> None:
     t = example((9, 3), torch.float32, device)
     check_against_torch(t, implementation, training=True, momentum=torch.tensor(0.25))
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.01, None])
+def test_running_statistics_of_half_precision_are_rounded_once(
+    momentum, implementation, device
+) -> None:
+    """A step's roundings add up, more of them where the momentum is small."""
+    torch.manual_seed(0)
+    ours, theirs = (
+        module(8, momentum=momentum, device=device).half()
+        for module in (fused.BatchNorm1d, nn.BatchNorm1d)
+    )
+    exact = nn.BatchNorm1d(8, momentum=momentum, device=device).double()
+    for _ in range(60):
+        x = torch.randn(4, 8, 6, device=device).half() * 2 + 1
+        for module in (ours, theirs, exact):
+            module(x.to(module.running_mean.dtype))
+    for name in ("running_mean", "running_var"):
+        errors = [
+            (m.get_buffer(name) - exact.get_buffer(name)).abs().mean() for m in (ours, theirs)
+        ]
+        assert errors[0] <= 1.1 * errors[1], name
+
+
+@pytest.mark.parametrize("shape", [(9, 3), (9, 3, 2)], ids=str)
+def test_a_running_variance_that_overflowed_stays_inf(shape, implementation, device) -> None:
+    norm = fused.BatchNorm1d(3, device=device)
+    norm.running_var.fill_(float("inf"))
+    norm(torch.randn(shape, device=device))
+    assert norm.running_var.isinf().all() and norm.running_mean.isfinite().all()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_bias_that_is_updated_before_the_backward(
+    compiled, training, implementation, device
+) -> None:
+    """As an optimizer does between two backwards through one graph. Torch's batch norm does not
+    keep it, and without an activation nothing is computed from it."""
+    torch.compiler.reset()
+    found: list[list[Tensor]] = []
+    for module in (fused.BatchNorm1d, nn.BatchNorm1d):
+        torch.manual_seed(0)
+        norm = module(3, device=device).train(training)
+        call: Any = torch.compile(norm, backend="aot_eager") if compiled else norm
+        x = torch.randn(5, 3, 2, device=device, requires_grad=True)
+        y = call(x)
+        with torch.no_grad():
+            norm.bias += 1
+        again = not compiled  # AOTAutograd has no second derivatives
+        leaves = [x, *norm.parameters()]
+        found += [list(torch.autograd.grad(y, leaves, x.detach(), create_graph=again))]
+        if again:
+            found[-1] += torch.autograd.grad(found[-1][1].square().sum(), x)
+    torch.testing.assert_close(*found)
+
+
+def test_an_empty_batch_under_torch_func(implementation, device) -> None:
+    """The running statistics stay as they are, as outside of it."""
+    norm = fused.BatchNorm1d(3, device=device)
+    buffers = {name: t.clone() for name, t in norm.named_buffers()}
+
+    def loss(x: Tensor, buffers: dict[str, Tensor]) -> Any:
+        return torch.func.functional_call(norm, buffers, x).sum(), dict(buffers)
+
+    x = torch.empty(0, 3, device=device)
+    _, after = torch.func.grad(loss, has_aux=True)(x, buffers)
+    with forward_ad.dual_level():
+        norm(x)
+    for found in (after, dict(norm.named_buffers())):
+        assert found["num_batches_tracked"] == 1
+        assert found["running_mean"].eq(0).all() and found["running_var"].eq(1).all()
+
+
+def test_skip_init(device) -> None:
+    norm = torch.nn.utils.skip_init(fused.BatchNorm1d, 3, correction=1, device=device)
+    assert norm.correction == 1 and norm.weight.shape == (3,)
 
 
 def test_skips_a_variance_that_overflows(implementation, device) -> None:

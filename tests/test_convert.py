@@ -128,6 +128,11 @@ class OwnNorm(nn.BatchNorm1d):
     pass
 
 
+class OwnForward(fused.BatchNorm1d):
+    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(input, residual) + 1
+
+
 class OwnSequence(nn.Sequential):
     pass
 
@@ -146,6 +151,7 @@ def test_leaves_alone_what_it_does_not_know() -> None:
         module.__dict__["forward"] = lambda x: x  # as wrapping libraries do
     cases = {
         "a subclass": (OwnNorm(4), nn.Tanh()),
+        "a subclass of ours": (OwnForward(4), nn.Tanh()),
         "a norm with a forward of its own": (own_norm, nn.Tanh()),
         "an activation with a forward of its own": (nn.BatchNorm1d(4), own_tanh),
         "approximate gelu": (nn.BatchNorm1d(4), nn.GELU(approximate="tanh")),

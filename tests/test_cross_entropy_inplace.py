@@ -257,6 +257,27 @@ def test_inplace_where_hooks_have_what_is_saved(copied, options, implementation,
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("options", [{}, {"grad_in_forward": False}], ids=str)
+@pytest.mark.parametrize("view", [False, True])
+def test_inplace_of_logits_that_retain_their_gradient(
+    view, options, implementation, device
+) -> None:
+    """The logits stay as they are where a node that is never run would have the gradient."""
+    leaf, target, _ = example((9, 27), torch.float32, device)
+    found = []
+    for ours in (True, False):
+        logits = leaf.clone().requires_grad_() * 2.0
+        logits.retain_grad()
+        seen = logits.view(9, 27) if view else logits
+        if ours:
+            loss = fused.cross_entropy(seen, target, inplace=True, **options)
+        else:
+            loss = F.cross_entropy(seen, target)
+        (loss * 3).backward()
+        found.append(logits.grad)
+    torch.testing.assert_close(*found)
+
+
 def test_nothing_of_the_logits_size_is_kept_for_a_checkpoint(implementation, device) -> None:
     leaf, target, _ = example((9, 27), torch.float32, device)
     leaf.requires_grad_()

@@ -1,5 +1,6 @@
 """Derivatives of every kind, torch.compile, and PyTorch's own samples for cross-entropy."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import fused
 from fused.cross_entropy_arguments import loss_dtype_of
@@ -164,6 +166,24 @@ def test_compiled_names_an_index_that_is_no_class(small, compiler, monkeypatch) 
     function = torch.compile(fused.cross_entropy, fullgraph=True, backend="aot_eager")
     with fused.backend.use("eager"), pytest.raises(IndexError, match="got 31 at row 4"):
         function(logits, target)
+
+
+SIZES = {"small": (40, 16), "large": (600, 1000)}
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_behind_a_selective_checkpoint(size, device) -> None:
+    """Which stops the computation by an error, at which no operation may be called."""
+    x = torch.randn(SIZES[size], device=device, requires_grad=True)
+    y = torch.randint(16, (len(x),), device=device)
+    of = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+    found = [
+        torch.autograd.grad(
+            checkpoint(lambda x, f=f: f(x * 2, y), x, use_reentrant=False, context_fn=of), x
+        )
+        for f in (fused.cross_entropy, F.cross_entropy)
+    ]
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own

@@ -1,6 +1,8 @@
 """What goes through the operations of a call, of every operation: many gradients at once,
 forward-mode differentiation, torch.func under torch.compile, and graphs that are recorded."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -374,6 +376,55 @@ def test_symbolic_trace(device) -> None:
     leaves = {node.target for node in graph.graph.nodes if node.op == "call_module"}
     assert leaves == {"norm", "sync", "losses.0", "losses.1"}
     torch.testing.assert_close(graph(x, y), model(x, y))
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_symbolic_trace_refuses_hooks_that_would_run_twice(hook) -> None:
+    model = nn.Sequential(fused.BatchNorm1d(5), nn.Tanh())
+    getattr(model[0], hook)(lambda *_: None)
+    with pytest.raises(NotImplementedError, match="no hooks on a fused.BatchNorm1d"):
+        torch.fx.symbolic_trace(model)
+
+
+@pytest.mark.parametrize("rows", ["by index", "by mask"])
+@pytest.mark.parametrize("record", ["compile", "export"])
+def test_rows_that_data_select(case, rows, record, implementation) -> None:
+    """How many there are only the graph's run tells; of the mask x and target tell it apart."""
+    ours, _, x = case
+    wanted = torch.arange(8, device=x.device) % 2 == 0  # of twice as many
+    chosen = torch.stack((x, -x), dim=1).flatten(0, 1)
+
+    class Selected(nn.Module):
+        def forward(self, x: Tensor, wanted: Tensor) -> Tensor:
+            kept = wanted if rows == "by mask" else wanted.nonzero().squeeze(1)
+            return ours(x[kept])
+
+    selected: Any = Selected()
+    if record == "export":
+        selected = torch.export.export(selected, (chosen, wanted)).module()
+    else:
+        torch.compiler.reset()
+        selected = torch.compile(selected, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        torch.testing.assert_close(selected(chosen, wanted), ours(x))
+
+
+def test_a_dropped_output_takes_its_graph_along(case, implementation) -> None:
+    """Without the garbage collector, which may come late, or never."""
+    ours, _, x = case
+    gc.disable()
+    try:
+        for backward in (False, True):
+            leaf = x.clone().requires_grad_()
+            hidden = leaf * 2
+            y = ours(hidden)
+            if backward:
+                y.sum().backward()
+            seen = [weakref.ref(t) for t in (y, hidden, y.grad_fn)]
+            del y, hidden
+            assert [t() for t in seen] == [None] * 3
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

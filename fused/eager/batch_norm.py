@@ -54,7 +54,7 @@ def batch_norm_fwd(
             rstd = rstd * root_of_bessel(n)
         y = native.y.relu_() if activation else native.y
         return y, mean, rstd, _kept(activation, y, None, keep)
-    form, scratch = _Form.of(x), _Scratch(_compute_dtype(x))
+    form, scratch = _Form.of(x), _Scratch(computed_in(x))
     exact_mean, m2 = _moments(form.view(x), form, scratch)
     mean = exact_mean.to(scratch.dtype)
     # The running variance is the unbiased one, whatever the correction: as torch.nn.BatchNorm's.
@@ -80,7 +80,7 @@ def batch_norm_eval(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Normalises x (N, C, *S) with given statistics (C,). Returns the same as above."""
-    acc = _compute_dtype(x)
+    acc = computed_in(x)
     mean = mean.to(acc, copy=True)  # what backward uses must not follow a later update
     rstd = var.to(acc).add(eps).rsqrt_()
     scale = rstd if gamma is None else rstd * gamma
@@ -92,9 +92,9 @@ def batch_norm_eval(
 def batch_norm_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, m2) of x (N, C, *S): per-channel mean and sum of squared deviations, (C,) each."""
     if x.numel() == 0:
-        zeros = x.new_zeros(x.shape[1], dtype=_compute_dtype(x))
+        zeros = x.new_zeros(x.shape[1], dtype=computed_in(x))
         return zeros, zeros.clone()
-    form, scratch = _Form.of(x), _Scratch(_compute_dtype(x))
+    form, scratch = _Form.of(x), _Scratch(computed_in(x))
     mean, m2 = _moments(form.view(x), form, scratch)
     return mean.to(scratch.dtype), m2
 
@@ -246,7 +246,7 @@ def batch_norm_composed(
     mean and rstd (C,) are frozen statistics, or None for the batch's. Returns (y, mean, m2), m2
     being None for frozen statistics. For derivatives of higher order and for torch.func.
     """
-    xc, m2 = x.to(_compute_dtype(x)), None
+    xc, m2 = x.to(computed_in(x)), None
     if mean is None or rstd is None:
         n = x.numel() // max(1, x.shape[1])
         mean = xc.mean(_rows(x))
@@ -291,11 +291,11 @@ def update_running(
             finite = finite.logical_or(~skip_nonfinite)
     for running, batch in ((running_mean, mean), (running_var, var)):
         if running is not None:
-            new = (1 - rate) * running + rate * batch
+            new = (1 - rate) * running.to(batch.dtype) + rate * batch
             running.copy_(new if finite is None else torch.where(finite, new, running))
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def computed_in(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 

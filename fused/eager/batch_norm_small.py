@@ -34,10 +34,9 @@ def batch_norm_small(
     native = Native.of(x, gamma, beta, eps, correction)
     if native is None:
         return None
-    if running_mean is not None:
-        running_mean.lerp_(native.mean, momentum)
-    if running_var is not None:
-        running_var.lerp_(native.var, momentum)
+    for running, batch in ((running_mean, native.mean), (running_var, native.var)):
+        if running is not None:  # not lerp_, of which an inf becomes NaN
+            running.mul_(1 - momentum).add_(batch, alpha=momentum)
     if tracked is not None:
         tracked.add_(1)
     y = native.y if residual is None else native.y + residual

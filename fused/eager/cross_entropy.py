@@ -472,10 +472,16 @@ def index_errors(target: Tensor, n_classes: int, ignore_index: int) -> Iterator[
     """Says which class index it was, where something fails because of one."""
     try:
         yield
-    except (IndexError, RuntimeError):
-        if not target.is_floating_point():
+    except (IndexError, RuntimeError) as error:
+        if is_of_an_index(error) and not target.is_floating_point():
             raise_if_outside(target, n_classes, ignore_index)
         raise
+
+
+def is_of_an_index(error: Exception) -> bool:
+    """Whether torch may have raised it for a class index: looking calls operations, at which what
+    stopped the call (checkpointing does, once it has what it needs) may take offence."""
+    return "out of bounds" in str(error)
 
 
 def raise_if_outside(target: Tensor, n_classes: int, ignore_index: int) -> None:

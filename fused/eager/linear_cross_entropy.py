@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fused.eager import cross_entropy
+from fused.transforms import unless_false
 
 
 class Problem(NamedTuple):
@@ -100,10 +101,25 @@ class Problem(NamedTuple):
 
     def chunk(self, want_dw: bool) -> int:
         """Rows at a time, in a pass that forms dw or does not."""
-        row_bytes = self.w.shape[:-1].numel() * self.x.dtype.itemsize
-        spared = want_dw and self.w.dtype.itemsize == 2 and not self.overflows
-        saved = 4 * self.w.numel() if spared else 0
-        return chunk_rows(self.x.shape[0], max(1, row_bytes), self.budget, saved)
+        saved = self._saved if want_dw else 0
+        return chunk_rows(self.x.shape[0], max(1, self._row_bytes), self.budget, saved)
+
+    def dw_dtype(self) -> torch.dtype:
+        """What dw is summed in until it is scaled: float32 where half precision is too narrow, that
+        is over several chunks, and for float16. Of a number of rows that only a recorded graph's
+        run will tell, it is as of several."""
+        several = self.x.shape[0] * self._row_bytes > self.budget + self._saved
+        wide = self.overflows or (self.w.dtype.itemsize == 2 and unless_false(several))
+        return torch.float32 if wide else self.w.dtype
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.w.shape[:-1].numel() * self.x.dtype.itemsize
+
+    @property
+    def _saved(self) -> int:
+        """Bytes that one chunk does without: a float32 sum of dw."""
+        return 4 * self.w.numel() if self.w.dtype.itemsize == 2 and not self.overflows else 0
 
     def chunks(self, want_dw: bool) -> Iterator[slice]:
         """At least one, which may be empty."""
@@ -115,18 +131,17 @@ class Problem(NamedTuple):
 class Gradients:
     """dx, dw and db, each None where it is not wanted, a chunk of rows at a time.
 
-    Until `scaled` they are in float32 where their own dtype is too narrow: db always; dw of half
-    precision over several chunks; dw and dx of float16 that are still to be multiplied by what the
-    mean divides by or by an upstream gradient.
+    Until `scaled` they are in float32 where their own dtype is too narrow: db always; dw as
+    `Problem.dw_dtype` says; dx of float16 that is still to be multiplied by what the mean divides
+    by or by an upstream gradient.
     """
 
-    def __init__(self, p: Problem, wants: tuple[bool, bool, bool], x: Tensor) -> None:
+    def __init__(
+        self, p: Problem, wants: tuple[bool, bool, bool], x: Tensor, dw_dtype: torch.dtype
+    ) -> None:
         """`x` are the rows of p.x that take part; the dtypes do not depend on how many they are,
         as the compiler has to know them."""
         self._x, self._w = x, p.flat_w
-        dw_dtype = p.w.dtype
-        if p.overflows or (wants[1] and dw_dtype.itemsize == 2 and p.chunk(True) < p.x.shape[0]):
-            dw_dtype = torch.float32
         self.dx = self.dw = None
         if wants[0]:
             wide = p.overflows  # then it is added to, as the library has no such product alone
@@ -177,19 +192,23 @@ class Forward(NamedTuple):
 
 
 def linear_cross_entropy_fwd(
-    kernels: ModuleType, p: Problem, wants: tuple[bool, bool, bool], want_extras: bool
+    kernels: ModuleType,
+    p: Problem,
+    wants: tuple[bool, bool, bool],
+    want_extras: bool,
+    dw_dtype: torch.dtype | None = None,
 ) -> Forward:
     """The loss, and for "mean" and "sum" the gradients (of x, w, b) that are wanted.
 
     Memory: one chunk of logits, and the gradients. Products: one, and one for each of dx and dw. On
     the CPU rows that are ignored take no part in them; a GPU would have to be waited for to know
     how many there are, so there they do, and their gradients are 0. A class index out of range
-    raises IndexError on the CPU.
+    raises IndexError on the CPU. `dw_dtype` is `Problem.dw_dtype`'s, if it was asked before.
     """
     kept = _kept(kernels, p)
     those = p if kept is None else p.of(kept)
     formed = p.reduction != "none" and any(wants)
-    gradients = Gradients(p, wants, those.x) if formed else None
+    gradients = Gradients(p, wants, those.x, dw_dtype or p.dw_dtype()) if formed else None
     done = _forward(kernels, those, gradients, want_extras)
     if kept is None:
         return done
@@ -285,7 +304,7 @@ def linear_cross_entropy_bwd(
     those = p if kept is None else p.of(kept)
     if kept is not None:
         dloss = dloss[kept]
-    gradients = Gradients(p, wants, those.x)
+    gradients = Gradients(p, wants, those.x, p.dw_dtype())
     inner = p.w.shape[1:-1].numel()
     for rows, z in _logits(kernels, those, wants[1]):
         columns = slice(rows.start * inner, rows.stop * inner)

@@ -228,6 +228,14 @@ def _bwd_fake(
     return torch.empty_like(input), dgamma, dbeta, dresidual
 
 
+def of_dtype_alone(bias: Tensor | None) -> Tensor | None:
+    """For a backward that computes nothing from the bias, which may be changed before it is run."""
+    if bias is None:
+        return None
+    # Not empty_like: a compiled backward would do it again, of the bias.
+    return torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+
+
 def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor` with the strides of torch.empty_like(like), as the fake implementations promise."""
     promised = torch.empty_like(like)
@@ -266,6 +274,8 @@ def set_up(
     if _takes_signs(residual, activation, keep=True):
         what = "signs"
     kept = {"signs": signs, "output": y, "residual": residual, None: None}[what]
+    if activation is None:
+        bias = of_dtype_alone(bias)
     ctx.save_for_backward(input, weight, bias, kept, mean, rstd, *more)
     ctx.kept_residual = kept is residual
     ctx.eps, ctx.correction, ctx.activation, ctx.rest = eps, correction, activation, len(rest)

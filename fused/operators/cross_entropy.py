@@ -7,6 +7,7 @@ in the forward (`early`), the backward does what eager mode does there and then,
 the same bits; so it does where eager mode leaves a `plain` call of few logits to PyTorch.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -207,7 +208,7 @@ def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | No
 
 def _stats_like(input: Tensor, target: Tensor, want_extras: bool) -> Tensor:
     wide = torch.float64 in (input.dtype, target.dtype)
-    rows = input.shape[0] * input[0, 0].numel() if input.shape[0] else 0
+    rows = input.shape[0] * math.prod(input.shape[2:])
     shape = (4 if want_extras else 3, rows)
     return input.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
 
