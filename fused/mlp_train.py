@@ -150,6 +150,8 @@ def _models(parameters: MLPParameters, one: bool) -> MLPParameters:
             f"models in front, got {tuple(parameters.C.shape)} and {tuple(parameters.W1.shape)}"
         )
     (M, V, E), (_, TE, H) = models.C.shape, models.W1.shape
+    if M == 0:
+        raise ValueError("train_mlp: expected parameters of one network or more, got 0")
     shapes = MLPParameters((V, E), (TE, H), (H,), (H, V), (V,), (1, H), (1, H))  # type: ignore
     for name, tensor, shape in zip(MLPParameters._fields, models, shapes, strict=True):
         if tensor.shape != (M, *shape):
@@ -201,7 +203,7 @@ def _checked(
         return torch.full((M,), lr, dtype=models.C.dtype, device=models.C.device)
     if lr.shape not in ((), (M,)):
         raise ValueError(f"train_mlp: expected lr of shape ({M},), got {tuple(lr.shape)}")
-    return lr.to(models.C.device, models.C.dtype).expand(M).contiguous()
+    return lr.detach().to(models.C.device, models.C.dtype).expand(M).contiguous()
 
 
 def _implementation(method: str, C: Tensor) -> ModuleType:
@@ -215,10 +217,11 @@ def _implementation(method: str, C: Tensor) -> ModuleType:
     if method in ("persistent", "graph"):
         with backend.use("triton"):
             backend.name_for(C)  # raises where Triton cannot serve C
-    if method == "numba" and (C.device.type != "cpu" or not _numba_installed()):
+    if method == "numba" and C.device.type != "cpu":
+        raise ValueError(f"train_mlp: method 'numba' needs tensors on the CPU, got {C.device}")
+    if method == "numba" and not _numba_installed():
         raise ValueError(
-            f"train_mlp: method 'numba' needs tensors on the CPU, got {C.device}, and numba: "
-            'pip install "fused-backprop[numba]"'
+            "train_mlp: method 'numba' needs numba: python -m pip install \"fused-backprop[numba]\""
         )
     return importlib.import_module(_MODULES[method])
 

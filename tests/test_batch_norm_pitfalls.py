@@ -502,7 +502,7 @@ def test_a_bias_that_is_updated_before_the_backward(
         leaves = [x, *norm.parameters()]
         found += [list(torch.autograd.grad(y, leaves, x.detach(), create_graph=again))]
         if again:
-            found[-1] += torch.autograd.grad(found[-1][1].square().sum(), x)
+            found[-1] += list(torch.autograd.grad(found[-1][1].square().sum(), x))
     torch.testing.assert_close(*found)
 
 

@@ -361,6 +361,36 @@ def test_float64() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("method", METHODS[2:])
+@pytest.mark.parametrize("B", [256, 4096, 50_000])
+def test_updates_by_many_examples(B, method) -> None:
+    """The share of one may be too small for the parameter. Each update is as near to float64's as
+    is one subtraction of the gradient, which rounds the parameter once."""
+    p, x, y, index = start(Sizes(V=11, T=2, E=3, H=20, B=B), 1, "numba")
+    lr = 1e-3
+    found, losses = fused.train_mlp(p, x, y, index, lr, method=method)
+    exact, exact_losses = expected(p, x, y, index, lr)
+    torch.testing.assert_close(losses.double(), exact_losses, rtol=1e-6, atol=0)
+    for name, before, after, goal in zip(p._fields, p, found, exact, strict=True):
+        update, rounded_once = goal - before.double(), goal.float().double()
+        error = (after.double() - goal).norm()
+        assert error <= 2 * (rounded_once - goal).norm() + 1e-4 * update.norm(), name
+
+
+def test_memory_for_many_characters_and_examples() -> None:
+    """A chunk is of fewer steps where the logits of one are large."""
+    p, x, y, index = start(Sizes(V=3000, T=2, E=3, H=20, B=1000), 1, "numba")
+    loop = eager.Loop(
+        p.C, p.W1, p.W2, p.b2, p.bngain[0], p.bnbias[0], 1000, 2, torch.tensor(0.1), 1e-5, False
+    )
+    assert loop.logits.shape == (1, 3000, 1000)
+    start_of = fused.train_mlp(p, x, y, index[:, :5].expand(3, 5), 0.1, method="eager")
+    steps = [fused.train_mlp(p, x, y, index[:, :5], 0.1, method="eager")]
+    for _ in range(2):
+        steps.append(fused.train_mlp(steps[-1][0], x, y, index[:, :5], 0.1, method="eager"))
+    assert_equal(start_of[0], steps[-1][0])
+
+
 @pytest.mark.parametrize(
     "precision, rtol", [("fp16", 2e-3), ("tf32", 2e-3), ("tf32x3", 1e-4), ("ieee", 1e-4)]
 )
@@ -502,6 +532,11 @@ BAD = {
         lambda a: a | {"parameters": a["parameters"]._replace(b2=torch.zeros(11).double())},
         TypeError,
         "one floating dtype",
+    ),
+    "no network": (
+        lambda a: a | {"parameters": [t.expand(0, *t.shape) for t in a["parameters"]]},
+        ValueError,
+        "one network or more, got 0",
     ),
     "no matrix": (
         lambda a: a | {"parameters": a["parameters"]._replace(C=torch.zeros(3))},

@@ -3,7 +3,8 @@
 The formulas are those of fused/kernels/mlp_train.py. The innermost loops all run along the hidden
 units, which lie next to each other: W2 is kept transposed. Examples, classes and features are
 padded to multiples of 4 with zeros that stay zeros. -lr/B enters where the loss does, so that
-gradients arrive ready to be added to the parameters. float32 only.
+gradients arrive ready to be added to the parameters: those of few examples at once, those of many
+are summed first, as each example's share could be too small for the parameter. float32 only.
 """
 
 import math
@@ -14,6 +15,9 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor
+
+# Examples whose shares are added to the parameters one after the other, four at a time.
+_FEW = 64
 
 # Sums may be reordered, for the vector units: once, when compiling, so every run adds up alike.
 _compiled: Any = numba.njit(
@@ -77,18 +81,17 @@ def _batch_norm_tanh(d: Any, gain: Any, bias: Any, n: Any, eps: Any, h: Any, rst
     """Makes d (>= n, H) xhat, in place; writes h = tanh(gain * xhat + bias) and rstd (H,)."""
     H = d.shape[1]
     one, two = np.float32(1), np.float32(2)
-    mean = np.zeros(H, np.float32)
+    sums, squares = np.zeros(H), np.zeros(H)  # float64: there may be many examples
     for b in range(n):
         for j in range(H):
-            mean[j] += d[b, j]
-    mean *= one / np.float32(n)
-    rstd[:] = 0
+            sums[j] += d[b, j]
+    mean = (sums / n).astype(np.float32)
     for b in range(n):
         for j in range(H):
             d[b, j] -= mean[j]
-            rstd[j] += d[b, j] * d[b, j]
+            squares[j] += d[b, j] * d[b, j]
     for j in range(H):
-        rstd[j] = one / np.sqrt(rstd[j] / np.float32(n - 1) + eps)
+        rstd[j] = one / np.sqrt(np.float32(squares[j] / (n - 1)) + eps)
     for b in range(n):
         for j in range(H):
             d[b, j] *= rstd[j]
@@ -102,12 +105,13 @@ def _batch_norm_tanh_backward(
     """Makes dh the gradient of batch norm's input, in place; updates gain and bias."""
     H = dh.shape[1]
     one = np.float32(1)
-    dgain, dbias, slope = np.zeros(H, np.float32), np.zeros(H, np.float32), gain * rstd
+    sums, products, slope = np.zeros(H), np.zeros(H), gain * rstd
     for b in range(n):
         for j in range(H):
             dh[b, j] *= one - h[b, j] * h[b, j]
-            dbias[j] += dh[b, j]
-            dgain[j] += dh[b, j] * xhat[b, j]
+            sums[j] += dh[b, j]
+            products[j] += dh[b, j] * xhat[b, j]
+    dgain, dbias = products.astype(np.float32), sums.astype(np.float32)
     gain += dgain
     bias += dbias
     dgain *= one / np.float32(n - 1)
@@ -121,7 +125,7 @@ def _batch_norm_tanh_backward(
 def _cross_entropy(z: Any, b2: Any, y: Any, rate: Any, n: Any) -> Any:
     """Makes z (>= n, >= V) rate * (softmax(z + b2) - onehot(y)); returns the mean loss."""
     V = len(b2)
-    total = np.float32(0)
+    total = 0.0
     for b in range(n):
         largest = np.float32(-np.inf)
         for v in range(V):
@@ -132,11 +136,11 @@ def _cross_entropy(z: Any, b2: Any, y: Any, rate: Any, n: Any) -> Any:
         for v in range(V):
             z[b, v] = _exp(z[b, v] - largest)
             s += z[b, v]
-        total += np.float32(math.log(s)) - (z_y - largest)
+        total += math.log(s) - (z_y - largest)
         for v in range(V):
             z[b, v] *= rate / s
         z[b, y[b]] -= rate
-    return total / np.float32(n)
+    return total / n
 
 
 @_compiled
@@ -173,6 +177,16 @@ def _train(
         np.zeros((rows, H), np.float32),
     )
     rstd = np.zeros(H, np.float32)
+    # What the shares of the examples are added to: the parameters, or their sums.
+    few = n <= _FEW
+    dC, dW1, dW2, db2 = C, W1_padded, W2_padded, b2
+    if not few:
+        dC, dW1, dW2, db2 = (
+            np.zeros_like(C),
+            np.zeros_like(W1_padded),
+            np.zeros_like(W2_padded),
+            np.zeros_like(b2),
+        )
     for step in range(steps):
         for b in range(n):
             row = index[step, b]
@@ -188,15 +202,22 @@ def _train(
         # backward; z is the logits' gradient now
         dh[:] = 0
         _add_product(z, W2_padded, dh)
-        _add_product(z.T, h, W2_padded)
+        if not few:
+            dC[:], dW1[:], dW2[:], db2[:] = 0, 0, 0, 0
+        _add_product(z.T, h, dW2)
         for b in range(n):
-            b2 += z[b, :V]
+            db2 += z[b, :V]
         _batch_norm_tanh_backward(dh, h, xhat, gain, bias, n, rstd)
         _products_of_rows(dh, W1_padded, demb)
-        _add_product(emb.T, dh, W1_padded)
+        _add_product(emb.T, dh, dW1)
         for b in range(n):
             for t in range(T):
-                C[x[index[step, b], t]] += demb[b, t * E : t * E + E]
+                dC[x[index[step, b], t]] += demb[b, t * E : t * E + E]
+        if not few:
+            C += dC
+            W1_padded += dW1
+            W2_padded += dW2
+            b2 += db2
     W1[:] = W1_padded[: T * E]
     W2[:] = W2_padded[:V]
 

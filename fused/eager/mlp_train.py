@@ -23,7 +23,12 @@ from torch import Tensor
 
 _batch_norm_backward = torch.ops.aten.native_batch_norm_backward.default
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
-CHUNK = 64  # steps whose minibatches and logits are at hand at a time: they stay in the cache
+# Steps whose minibatches and logits are at hand at a time, and numbers that these may be: they stay
+# in the cache.
+CHUNK, _CHUNK_NUMBERS = 64, 2**20
+# Examples whose shares are added to the parameters as they come: those of many are summed first, as
+# each, or what a matrix product adds at a time, could be too small for the parameter.
+_FEW = 64
 
 
 def mlp_train(
@@ -53,7 +58,7 @@ def mlp_train(
             rows = index[m % len(index)]
             loop = Loop(*model, rows.shape[1], x.shape[1], lr[m], eps, onehot=C.is_cuda)
             for rows_chunk, losses_chunk in zip(
-                rows.split(CHUNK), losses[m].split(CHUNK), strict=True
+                rows.split(loop.chunk), losses[m].split(loop.chunk), strict=True
             ):
                 # Not y[rows_chunk], which takes row -1 for the last one.
                 flat = rows_chunk.flatten()
@@ -116,19 +121,23 @@ class Loop:
         self.factor[0] *= self.bessel**0.5
         self.minus_1 = torch.full_like(lr, -1.0)
 
-        self.rows = torch.zeros(CHUNK, n_context * n, dtype=torch.int64, device=C.device)
-        self.minus_target, self.logits = C.new_empty(CHUNK, V, n), C.new_empty(CHUNK, V, n)
+        self.chunk = max(1, min(CHUNK, _CHUNK_NUMBERS // (V * n)))
+        self.rows = torch.zeros(self.chunk, n_context * n, dtype=torch.int64, device=C.device)
+        self.minus_target, self.logits = (C.new_empty(self.chunk, V, n) for _ in range(2))
         # Where the values of demb go: their addresses, or one-hot rows for a GPU, where adding by
         # addresses takes atomics: another sum in every run.
         self.onehot = onehot
         if onehot:
-            self.goal = C.new_empty(CHUNK, n_context * n, V)
+            self.goal = C.new_empty(self.chunk, n_context * n, V)
         else:
             self.goal = self.rows.unsqueeze(1).expand(-1, E, -1)
+        self.sums = None
+        if n > _FEW:
+            self.sums = [torch.empty_like(t) for t in (self.C, self.W1, self.W2)]
         self.step = list(zip(self.rows, self.goal, self.minus_target, self.logits, strict=True))
 
     def load(self, x: Tensor, y: Tensor) -> None:
-        """The minibatches of a chunk: contexts (K, B, T) and targets (K, B), K at most CHUNK."""
+        """The minibatches of a chunk: contexts (K, B, T), targets (K, B), K at most `chunk`."""
         self.rows[: len(x)] = x.transpose(1, 2).flatten(1)
         one = -self.rate.expand(y.shape).unsqueeze(1)
         self.minus_target.zero_()[: len(y)].scatter_(1, y.unsqueeze(1), one)
@@ -158,7 +167,10 @@ class Loop:
         torch.softmax(logits, 0, out=self.probs)
         torch.addcmul(minus_target, self.probs, self.rate, out=self.dlogits)
         torch.mm(self.dlogits_T, self.W2_h, out=self.dh)
-        self.W2.addmm_(self.dlogits, self.h1, alpha=0.5)
+        if self.sums is None:
+            self.W2.addmm_(self.dlogits, self.h1, alpha=0.5)
+        else:
+            self.W2.add_(torch.mm(self.dlogits, self.h1, out=self.sums[2]), alpha=0.5)
         # tanh and batch norm; its out= form would copy all three
         _sigmoid_backward(self.dh, self.u, grad_input=self.dh)
         dpre, dweight, dshift = _batch_norm_backward(
@@ -169,11 +181,18 @@ class Loop:
         self.bias.add_(dshift, alpha=2)
         # linear layer 1 and embedding
         torch.mm(dpre, self.W1_T, out=self.dembcat)
-        self.W1.addmm_(self.embcat_T, dpre)
-        if self.onehot:
-            self.C.addmm_(self.demb, goal)
+        dC = self.C
+        if self.sums is None:
+            self.W1.addmm_(self.embcat_T, dpre)
         else:
-            self.C.scatter_add_(1, goal, self.demb)
+            self.W1.add_(torch.mm(self.embcat_T, dpre, out=self.sums[1]))
+            dC = self.sums[0].zero_()
+        if self.onehot:
+            dC.addmm_(self.demb, goal)
+        else:
+            dC.scatter_add_(1, goal, self.demb)
+        if dC is not self.C:
+            self.C.add_(dC)
 
     def losses(self, y: Tensor) -> Tensor:
         """The mean loss (K,) of each step of the chunk, whose targets y (K, B) are."""

@@ -67,6 +67,8 @@ def _refused(why: str) -> int:
 def _settings(options: argparse.Namespace) -> Settings:
     given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Settings)}
     given = {name: value for name, value in given.items() if not isinstance(value, list)}
+    if given["final_lr"] is None and given.get("lr") is not None:
+        given["final_lr"] = given["lr"] / 10
     return dataclasses.replace(
         options.defaults, **{name: value for name, value in given.items() if value is not None}
     )
@@ -138,7 +140,11 @@ def _trained(run: Any, folder: Path, device: torch.device) -> int:
             f"fused-makemore train --resume {folder}"
         )
         return _INTERRUPTED
-    _report(run, folder, outcome.steps_per_second, device)
+    try:
+        _report(run, folder, outcome.steps_per_second, device)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; evaluate it with: fused-makemore train --resume {folder}")
+        return _INTERRUPTED
     return 0
 
 
@@ -176,16 +182,21 @@ def _folder(out: str | None, default: str) -> Iterator[Path]:
         except OSError as error:
             why = f"cannot make the folder {error.filename}: {error.strerror}"
             raise InputError(why) from None
-        try:
-            tempfile.TemporaryFile(dir=folder).close()  # now rather than when training is over
-        except OSError as error:
-            why = f"cannot write into the folder {folder}: {error.strerror}"
-            raise InputError(why) from None
+        _check_writable(folder)
         yield folder
     finally:
         with suppress(OSError):  # it is not empty
             for path in made:
                 path.rmdir()
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises InputError where nothing can be written, now rather than when training is over."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        why = f"cannot write into the folder {folder}: {error.strerror}"
+        raise InputError(why) from None
 
 
 def _check_empty(folder: Path) -> None:
@@ -228,6 +239,7 @@ def _resumed(options: argparse.Namespace, device: torch.device) -> tuple[Any, Pa
     folder = path if path.is_dir() else path.parent
     if saved.step >= saved.settings.steps and (folder / _METRICS).exists():
         raise InputError(f"the run in {path} is complete: {saved.step} steps")
+    _check_writable(folder)
     data, dataset = _resumed_data(options, saved, f"the run in {path}", device)
     run = training.Run(
         saved.settings,
@@ -276,7 +288,7 @@ def _resumed_data(
     return data, dataset
 
 
-def _report(run: Any, folder: Path, steps_per_second: float, device: torch.device) -> None:
+def _report(run: Any, folder: Path, steps_per_second: float | None, device: torch.device) -> None:
     from fused.makemore import plots
     from fused.makemore.model import calibrate
 
@@ -300,8 +312,9 @@ def _report(run: Any, folder: Path, steps_per_second: float, device: torch.devic
     dlogits = (probs - torch.nn.functional.one_hot(y, len(d.vocabulary))) / s.batch
     plots.logits_gradient(dlogits, y, d.vocabulary, folder / "dlogits.png")
     (folder / _METRICS).write_text(json.dumps(metrics, indent=2) + "\n")  # the last: it is complete
+    if steps_per_second is not None:
+        print(f"{steps_per_second:.0f} steps/s")
     print(
-        f"{steps_per_second:.0f} steps/s\n"
         f"train      {metrics['train_loss']:.4f}\n"
         f"validation {metrics['val_loss']:.4f}\n"
         f"test       {metrics['test_loss']:.4f}\n"
@@ -368,12 +381,13 @@ def _resumed_sweep(options: argparse.Namespace, device: torch.device) -> tuple[A
     common = {k: v for k, v in saved.settings.asdict().items() if k not in sweep.VARIED}
     varied = {"lr": saved.lr, "seed": saved.seeds, "engine": saved.engine}
     _check_given(options, {**common, **varied}, f"the sweep in {path}")
+    _check_writable(folder)
     data, dataset = _resumed_data(options, saved, f"the sweep in {path}", device)
     return sweep.resumed(saved, data, dataset), folder
 
 
 def _swept(models: Any, folder: Path, device: torch.device) -> int:
-    from fused.makemore import checkpoint, plots, sweep
+    from fused.makemore import sweep
 
     settings, dataset = models.settings, models.dataset
     print(
@@ -390,12 +404,25 @@ def _swept(models: Any, folder: Path, device: torch.device) -> int:
             f"fused-makemore sweep --resume {folder}"
         )
         return _INTERRUPTED
+    try:
+        return _evaluated(models, folder, outcome.steps_per_second, device)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; evaluate it with: fused-makemore sweep --resume {folder}")
+        return _INTERRUPTED
+
+
+def _evaluated(
+    models: Any, folder: Path, steps_per_second: float | None, device: torch.device
+) -> int:
+    from fused.makemore import checkpoint, plots, sweep
+
+    settings, dataset, rate = models.settings, models.dataset, steps_per_second
     results = models.results()
     if all(r.val_loss is None for r in results):  # the last step's update, which no loss shows
         raise sweep.all_diverged(models, settings.steps, folder)
     content = {
         "steps": settings.steps,
-        "models_steps_per_second": len(models) * outcome.steps_per_second,
+        "models_steps_per_second": None if rate is None else len(models) * rate,
         "engine": models.engine,
         "settings": {k: v for k, v in settings.asdict().items() if k not in sweep.VARIED},
         **_circumstances(dataset, device),
@@ -405,9 +432,9 @@ def _swept(models: Any, folder: Path, device: torch.device) -> int:
     plots.sweep_validation(results, folder / "validation.png")
     (folder / _SWEEP).write_text(json.dumps(content, indent=2) + "\n")  # the last: it is complete
     (folder / checkpoint.SWEEP_FILE).unlink()
-    print(
-        f"{len(models)} networks x {outcome.steps_per_second:.0f} steps/s\n\n{sweep.table(results)}"
-    )
+    if rate is not None:
+        print(f"{len(models)} networks x {rate:.0f} steps/s\n")
+    print(sweep.table(results))
     return 0
 
 

@@ -20,7 +20,7 @@ _ENGINES = {
 _SWEEP_ENGINES = ("persistent", "graph", "numba", "manual")
 SWEEP_LR, SWEEP_SEEDS = [0.03, 0.1, 0.3], list(range(8))
 _MOST_MODELS = 65536
-_LARGEST = 2**31 - 1
+_LARGEST, _LARGEST_RATE = 2**31 - 1, 3.4e38
 
 
 class _Parser(argparse.ArgumentParser):
@@ -58,7 +58,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     _add_network(train, _DEFAULTS)
     _add(train, "--steps", _positive, _DEFAULTS.steps, "training steps")
     _add(train, "--lr", _rate, _DEFAULTS.lr, "learning rate")
-    _add(train, "--final-lr", _rate, _DEFAULTS.final_lr, "learning rate from half way")
+    _add(train, "--final-lr", _rate, "a tenth of --lr", "learning rate from half way")
     engines = "; ".join(f"{name}: {what}" for name, what in _ENGINES.items())
     train.add_argument(
         "--engine", choices=_ENGINES, help=f"how gradients are computed (default auto). {engines}"
@@ -185,8 +185,8 @@ def _rate(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a number of at least 0, got {text!r}")
+    if not 0 <= value <= _LARGEST_RATE:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 3.4e38, got {text!r}")
     return value
 
 

@@ -143,7 +143,7 @@ def train(models: Models, folder: Path) -> training.Outcome:
     )
 
     blocks: list[Tensor] = []  # the losses that models.losses has not yet
-    step, saved = first, time.monotonic()
+    step, saved = first, time.perf_counter()
     finite = models.losses.isfinite().all(1)  # networks whose every loss was
 
     def draw(generator: torch.Generator, out: Tensor) -> None:
@@ -162,9 +162,9 @@ def train(models: Models, folder: Path) -> training.Outcome:
         finite &= ~bad.any(1)
         step += count
         shown = blocks[-1].nanmean(0)
-        if time.monotonic() - saved > training.SAVE_SECONDS:
+        if time.perf_counter() - saved > training.SAVE_SECONDS:
             save()
-            saved = time.monotonic()
+            saved = time.perf_counter()
         return shown
 
     def save() -> None:
@@ -176,12 +176,10 @@ def train(models: Models, folder: Path) -> training.Outcome:
         processes.trainer(models.engine, models.parameters, split.x, split.y, s) as steps,
         ThreadPoolExecutor(torch.get_num_threads()) as threads,
     ):
-        started = saved = time.monotonic()
+        saved = time.perf_counter()
         recent = models.losses[:, -training.RECENT :].nanmean(0)
-        interrupted = training.take_blocks(take, first, s, len(models), recent)
-        elapsed = time.monotonic() - started
-        save()
-    return training.Outcome(interrupted, (step - first) / elapsed)
+        interrupted, seconds = training.take_blocks(take, save, first, s, len(models), recent)
+    return training.Outcome.of(interrupted, step - first, seconds)
 
 
 def all_diverged(models: Models, step: int, folder: Path) -> InputError:

@@ -59,7 +59,11 @@ class Run:
 @dataclass(frozen=True)
 class Outcome:
     interrupted: bool
-    steps_per_second: float
+    steps_per_second: float | None  # None where no step was left
+
+    @staticmethod
+    def of(interrupted: bool, steps: int, seconds: float) -> "Outcome":
+        return Outcome(interrupted, steps / seconds if steps else None)
 
 
 def train(run: Run, folder: Path) -> Outcome:
@@ -70,7 +74,7 @@ def train(run: Run, folder: Path) -> Outcome:
     """
     s, split = run.settings, run.dataset.train
     engine = engines.start(run.engine, run.parameters, split.x, split.y, s.batch)
-    first, started, saved = run.step, time.monotonic(), time.monotonic()
+    first, saved = run.step, time.perf_counter()
 
     def diverged(step: int) -> InputError:
         return InputError(
@@ -92,15 +96,13 @@ def train(run: Run, folder: Path) -> Outcome:
         if not losses.isfinite().all():
             raise diverged(run.step + int(losses.isfinite().logical_not().nonzero()[0]))
         run.losses = torch.cat((run.losses, losses))
-        if time.monotonic() - saved > SAVE_SECONDS:
+        if time.perf_counter() - saved > SAVE_SECONDS:
             save()
-            saved = time.monotonic()
+            saved = time.perf_counter()
         return losses
 
-    interrupted = take_blocks(take, first, s, models=1, recent=run.losses)
-    elapsed = time.monotonic() - started
-    save()
-    return Outcome(interrupted, (run.step - first) / elapsed)
+    interrupted, elapsed = take_blocks(take, save, first, s, models=1, recent=run.losses)
+    return Outcome.of(interrupted, run.step - first, elapsed)
 
 
 def minibatches(
@@ -111,38 +113,49 @@ def minibatches(
 
 
 def take_blocks(
-    take: Callable[[int], Tensor], first: int, s: Settings, models: int, recent: Tensor
-) -> bool:
-    """Calls take(steps) for block after block, until s.steps or Ctrl-C; True if it was Ctrl-C.
+    take: Callable[[int], Tensor],
+    save: Callable[[], None],
+    first: int,
+    s: Settings,
+    models: int,
+    recent: Tensor,
+) -> tuple[bool, float]:
+    """Calls take(steps) for block after block, until s.steps or Ctrl-C, and then save(), which the
+    first Ctrl-C leaves alone.
 
-    take returns the losses (steps,) that progress shows, after those in `recent`. No block goes
-    beyond the step at which the learning rate changes, so blocks have no influence on the result.
+    Returns whether Ctrl-C ended it before s.steps, and the seconds of all blocks. take returns the
+    losses (steps,) that progress shows, after those in `recent`. No block goes beyond the step at
+    which the learning rate changes, so blocks have no influence on the result.
     """
     step, size = first, 10
     most = max(1, _BLOCK_NUMBERS // (s.batch * (s.context + 1) * models))
-    with _interruption() as interrupted, _Progress(s.steps, first) as progress:
-        while step < s.steps and not interrupted.is_set():
-            half = s.steps // 2
-            steps = min(size, (half if step < half else s.steps) - step)
-            began = time.monotonic()
-            recent = torch.cat((recent, take(steps)))[-RECENT:]
-            step += steps
-            progress.update(steps, recent.mean().item())
-            size = int(steps * _BLOCK_SECONDS / (time.monotonic() - began))
-            size = min(most, max(1, size))
-    return step < s.steps
+    with _interruption() as interrupted:
+        started = time.perf_counter()
+        with _Progress(s.steps, first) as progress:
+            while step < s.steps and not interrupted.is_set():
+                half = s.steps // 2
+                steps = min(size, (half if step < half else s.steps) - step)
+                began = time.perf_counter()
+                recent = torch.cat((recent, take(steps)))[-RECENT:]
+                step += steps
+                progress.update(steps, recent.mean().item())
+                size = int(steps * _BLOCK_SECONDS / (time.perf_counter() - began))
+                size = min(most, max(1, size))
+        seconds = time.perf_counter() - started
+        save()
+    return step < s.steps, seconds
 
 
 class _Progress:
-    """A bar on a terminal, a line now and then elsewhere."""
+    """A bar on a terminal, a line now and then elsewhere, nothing where nobody reads it."""
 
     _LINE_SECONDS = 10.0
 
     def __init__(self, total: int, initial: int) -> None:
         self._total, self._initial, self._step = total, initial, initial
-        self._started = self._printed = time.monotonic()
-        self._bar = None
-        if sys.stderr.isatty():
+        self._started = self._printed = time.perf_counter()
+        self._bar, self._out = None, sys.stderr  # None where it is closed
+        if self._out is not None and self._out.isatty():
             self._bar = tqdm(total=total, initial=initial, unit=" steps", dynamic_ncols=True)
 
     def __enter__(self) -> "_Progress":
@@ -158,17 +171,20 @@ class _Progress:
             self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             self._bar.update(steps)
             return
-        now = time.monotonic()
-        if now - self._printed < self._LINE_SECONDS and self._step < self._total:
+        now = time.perf_counter()
+        soon = now - self._printed < self._LINE_SECONDS and self._step < self._total
+        if soon or self._out is None:
             return
         rate = (self._step - self._initial) / (now - self._started)
         left = int((self._total - self._step) / rate)
-        print(
+        line = (
             f"step {self._step}/{self._total}  loss {loss:.4f}  {rate:.0f} steps/s  "
-            f"{left // 60}:{left % 60:02d} left",
-            file=sys.stderr,
-            flush=True,
+            f"{left // 60}:{left % 60:02d} left"
         )
+        try:
+            print(line, file=self._out, flush=True)
+        except OSError:  # its reader went away
+            self._out = None
         self._printed = now
 
 

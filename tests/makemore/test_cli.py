@@ -14,13 +14,14 @@ import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fused.makemore import checkpoint, data, model, plots, training
+from fused.makemore import checkpoint, cli, data, model, plots, training
 from fused.makemore.cli import main
 from fused.makemore.engines import ENGINES
 
@@ -190,7 +191,7 @@ def test_blocks_of_steps(monkeypatch, capsys) -> None:
             blocks.append(steps)
             return torch.zeros(steps)
 
-        assert not training.take_blocks(take, first, settings, 1, torch.empty(0))
+        assert not training.take_blocks(take, lambda: None, first, settings, 1, torch.empty(0))[0]
         assert sum(blocks) == 1000 - first and max(blocks) == 100
         assert half - first in torch.tensor(blocks).cumsum(0)
 
@@ -541,11 +542,12 @@ BAD = {
     "unknown engine": (lambda p: ["train", "--engine", "gpu"], "invalid choice: 'gpu'"),
     "zero steps": (lambda p: ["train", "--steps", "0"], "positive whole number, got '0'"),
     "negative seed": (lambda p: ["train", "--seed", "-1"], "whole number from 0"),
-    "bad rate": (lambda p: ["train", "--lr", "fast"], "number of at least 0, got 'fast'"),
+    "bad rate": (lambda p: ["train", "--lr", "fast"], "number from 0 to 3.4e38, got 'fast'"),
     "resume nothing": (lambda p: ["train", "--resume", str(p / "no")], "cannot read"),
     "resume into": (lambda p: ["train", "--resume", str(p), "--out", "x"], "stays in its folder"),
     "no checkpoint": (lambda p: ["sample", words(p, b"hello")], "is not a checkpoint"),
-    "bad rates": (lambda p: ["sweep", "--lr", "0.1,fast"], "at least 0, got 'fast'"),
+    "bad rates": (lambda p: ["sweep", "--lr", "0.1,fast"], "from 0 to 3.4e38, got 'fast'"),
+    "rate beyond float32": (lambda p: ["train", "--lr", "1e39"], "from 0 to 3.4e38, got '1e39'"),
     "bad seeds": (lambda p: ["sweep", "--seed", "8:8"], "expected a range like 0:32"),
     "twice": (lambda p: ["sweep", "--seed", "1,2,1"], "expected every number once"),
     "too large": (
@@ -698,8 +700,54 @@ def test_a_run_interrupted_after_its_last_step_is_resumed(trained, capsys) -> No
     (folder / "metrics.json").unlink()
     path = str(folder / "checkpoint.pt")
     status, again, _ = run(capsys, "train", "--resume", path, "--engine", "auto", "--device", "cpu")
-    assert status == 0 and again.split("steps/s\n")[1] == out.split("steps/s\n")[1]
-    assert json.loads((folder / "metrics.json").read_text())["steps"] == 60
+    of_results = [text[text.index("\ntrain ") :] for text in (again, out)]
+    assert status == 0 and of_results[0] == of_results[1] and "steps/s" not in again
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["steps"] == 60 and metrics["steps_per_second"] is None
+
+
+@pytest.mark.parametrize("command", ["train", "sweep"])
+def test_an_interrupted_evaluation_says_how_to_go_on(
+    command, tmp_path, capsys, monkeypatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    folder, place = tmp_path / "run", "_report" if command == "train" else "_evaluated"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, place, interrupted)
+        options = [*tiny("manual", tmp_path), "--steps", "2", "--out", str(folder)]
+        status, out, _ = run(capsys, command, *options)
+    assert status == 130
+    assert out.splitlines()[-1].endswith(f"fused-makemore {command} --resume {folder}")
+    status, out, _ = run(capsys, command, "--resume", str(folder), "--device", "cpu")
+    assert status == 0 and "steps/s" not in out
+
+
+def test_a_folder_that_cannot_be_written_is_not_resumed(trained, capsys, monkeypatch) -> None:
+    """Said before it trains for a minute. (Root may write everywhere.)"""
+    folder, _ = trained
+
+    def refused(dir: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (folder / "metrics.json").unlink(missing_ok=True)
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", refused)
+    status, out, err = run(capsys, "train", "--resume", str(folder), "--device", "cpu")
+    assert status == 2 and out == ""
+    assert f"cannot write into the folder {folder}: Permission denied" in err
+
+
+@pytest.mark.parametrize(
+    "given, final",
+    [([], 0.01), (["--lr", "0.5"], 0.05), (["--lr", "0.5", "--final-lr", "0.2"], 0.2)],
+)
+def test_the_final_rate_is_a_tenth_of_the_first(given, final, tmp_path, capsys) -> None:
+    """As a sweep's."""
+    folder = tmp_path / "run"
+    options = [*tiny("manual", tmp_path), "--steps", "2", "--out", str(folder)]
+    assert run(capsys, "train", *options, *given)[0] == 0
+    assert checkpoint.load(folder, CPU).settings.final_lr == final
 
 
 def test_where_nothing_can_be_written(tmp_path, capsys, monkeypatch) -> None:

@@ -1,9 +1,15 @@
 """The loop around an engine: blocks, what is shown of them, and what ends a run."""
 
+import io
+import os
+import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +31,7 @@ def dataset() -> data.Dataset:
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Time that passes as far as a test says."""
     time = SimpleNamespace(now=100.0)
-    time.monotonic = lambda: time.now
+    time.perf_counter = lambda: time.now
     monkeypatch.setattr(training, "time", time)
     return time
 
@@ -40,6 +46,12 @@ def with_losses(monkeypatch: pytest.MonkeyPatch, of: Callable[[int], Tensor]) ->
     """Trains by an engine that only returns losses, of so many steps."""
     engine = SimpleNamespace(run=lambda x, y, index, lr: of(len(index)))
     monkeypatch.setattr(training.engines, "start", lambda *_: engine)
+
+
+def take_blocks(
+    take: Callable[[int], Tensor], first: int, settings: Settings, models: int = 1
+) -> tuple[bool, float]:
+    return training.take_blocks(take, lambda: None, first, settings, models, torch.empty(0))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -102,7 +114,7 @@ def test_lines_of_progress(clock, capsys, monkeypatch) -> None:
         clock.now += 4.0
         return torch.full((steps,), clock.now)
 
-    assert not training.take_blocks(take, 0, Settings(steps=16), 1, torch.empty(0))
+    assert take_blocks(take, 0, Settings(steps=16)) == (False, 36.0)
     lines = [line.split() for line in capsys.readouterr().err.splitlines()]
     # 8 steps in 4 seconds, then one each.
     assert [words[1] for words in lines] == ["10/16", "13/16", "16/16"]
@@ -118,7 +130,7 @@ def test_blocks_of_many_networks_are_smaller(monkeypatch, capsys) -> None:
             blocks.append(steps)
             return torch.zeros(steps)
 
-        training.take_blocks(take, 0, Settings(steps=300), models, torch.empty(0))
+        take_blocks(take, 0, Settings(steps=300), models)
         assert max(blocks[1:]) == most
 
 
@@ -138,7 +150,48 @@ def test_an_interruption_of_the_last_block_interrupts_nothing(monkeypatch, capsy
     for steps, interrupted in ((1, False), (30, True)):
         event.clear()
         settings = Settings(steps=steps)
-        assert training.take_blocks(take, 0, settings, 1, torch.empty(0)) == interrupted
+        assert take_blocks(take, 0, settings)[0] == interrupted
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize("sweeping", [False, True])
+def test_an_interruption_of_the_last_save(sweeping, dataset, tmp_path, monkeypatch) -> None:
+    """Which is not lost; the second interrupts."""
+    kind = checkpoint.SweepCheckpoint if sweeping else checkpoint.Checkpoint
+    save = kind.save
+    interruptions = 1
+
+    def interrupted(saved: Any, folder: Path) -> Path:
+        for _ in range(interruptions):
+            os.kill(os.getpid(), signal.SIGINT)
+        return save(saved, folder)
+
+    monkeypatch.setattr(kind, "save", interrupted)
+    settings = Settings(hidden=5, steps=3, batch=4)
+
+    def run(folder: Path) -> training.Outcome:
+        folder.mkdir()
+        if sweeping:
+            models = sweep.start(settings, [0.1], [0, 1], "manual", None, dataset)
+            return sweep.train(models, folder)
+        return training.train(run_of(dataset, settings, torch.empty(0)), folder)
+
+    assert not run(tmp_path / "one").interrupted and len(list((tmp_path / "one").iterdir())) == 1
+    interruptions = 2
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "two")
+
+
+@pytest.mark.parametrize("closed", [True, False])
+def test_progress_that_nobody_reads(closed, dataset, tmp_path, monkeypatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stderr", None if closed else Gone())
+    run = run_of(dataset, Settings(hidden=5, steps=12, batch=4), torch.empty(0))
+    assert not training.train(run, tmp_path).interrupted
+    assert (tmp_path / checkpoint.FILE).exists()
 
 
 def test_beside_the_main_thread() -> None:
