@@ -5,6 +5,7 @@ pytest-benchmark: python -m pytest bench/bench_batch_norm.py
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ _MOMENTUM = 0.1
 _ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     None: lambda y: y,
     "tanh": torch.tanh,
-    "relu": torch.relu,
+    "relu": partial(F.relu, inplace=True),  # as networks have it: less time than a new tensor
 }
 
 

@@ -94,11 +94,15 @@ def headlines(result: dict[str, Any], cases: set[tuple[str, str]]) -> str:
             asked = torch is not None and (operation, torch["asked"]) in cases
             if phase != "fwd_bwd" or not asked or torch is None or fused is None:
                 continue
-            ratios = (row and f"{row['ratio_to_torch'][metric]:.2f}" for row in (fused, compiled))
-            peaks = (f"{r['peak_bytes'] / r['tensor_bytes']:.2f}" for r in (torch, fused))
+            ratios = [row and f"{row['ratio_to_torch'][metric]:.2f}" for row in (fused, compiled)]
+            peaks = [
+                row and f"{row['peak_bytes'] / row['tensor_bytes']:.2f}"
+                for row in (torch, fused, compiled)
+            ]
             time = duration(torch["times"][metric]["median"])
-            rows.append([operation, case, time, *(r or "" for r in ratios), *peaks])
-    header = ["operation", "case", "torch", "fused", "compile", "memory: torch", "fused"]
+            rows.append([operation, case, time, *(text or "" for text in ratios + peaks)])
+    names = ["torch", "fused", "compile"]
+    header = ["operation", "case", *names, f"memory: {names[0]}", *names[1:]]
     return markdown(header, rows)
 
 
@@ -158,7 +162,8 @@ def heading(result: dict[str, Any]) -> str:
     m = result["machine"]
     where = m["name"]
     if m["type"] == "cpu":
-        where += f", {m['threads']} threads{', large pages' if m.get('large_pages') else ''}"
+        plural = "" if m["threads"] == 1 else "s"
+        where += f", {m['threads']} thread{plural}{', large pages' if m.get('large_pages') else ''}"
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
     return (
         f"{where}; {versions}; {result['date'][:10]}; suite {result['suite']}; "
@@ -167,9 +172,11 @@ def heading(result: dict[str, Any]) -> str:
 
 
 def compare(a: dict[str, Any], b: dict[str, Any]) -> str:
-    """Medians of two runs, where both have one; `changed` where the spreads do not overlap."""
+    """Medians of two runs, where both have one; `changed` where the spreads do not overlap. A line
+    more says how many measurements only one of them has."""
     keys = ("operation", "case", "phase", "contender")
     old = {tuple(row[k] for k in keys): row for row in a["rows"]}
+    new_keys = {tuple(row[k] for k in keys) for row in b["rows"]}
     rows = []
     for row in b["rows"]:
         before = old.get(tuple(row[k] for k in keys))
@@ -188,11 +195,13 @@ def compare(a: dict[str, Any], b: dict[str, Any]) -> str:
                     metric,
                     duration(was["median"]),
                     duration(new["median"]),
-                    f"{new['median'] / was['median']:.2f}",
+                    f"{new['median'] / was['median']:.2f}" if was["median"] else "",
                     "changed" if apart else "",
                 ]
             )
-    return markdown(["case", "phase", "contender", "metric", "A", "B", "B/A", ""], rows)
+    table = markdown(["case", "phase", "contender", "metric", "A", "B", "B/A", ""], rows)
+    alone = len(old.keys() - new_keys), len(new_keys - old.keys())
+    return f"{table}\n\nOnly in A: {alone[0]}, only in B: {alone[1]}" if any(alone) else table
 
 
 def kernel_traffic(rows: list[dict[str, Any]]) -> str:

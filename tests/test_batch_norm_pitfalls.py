@@ -497,12 +497,12 @@ def test_a_bias_that_is_updated_before_the_backward(
         x = torch.randn(5, 3, 2, device=device, requires_grad=True)
         y = call(x)
         with torch.no_grad():
-            norm.bias += 1
+            norm.bias.add_(1)
         again = not compiled  # AOTAutograd has no second derivatives
         leaves = [x, *norm.parameters()]
         found += [list(torch.autograd.grad(y, leaves, x.detach(), create_graph=again))]
         if again:
-            found[-1] += list(torch.autograd.grad(found[-1][1].square().sum(), x))
+            found[-1].extend(torch.autograd.grad(found[-1][1].square().sum(), x))
     torch.testing.assert_close(*found)
 
 

@@ -67,8 +67,9 @@ def _refused(why: str) -> int:
 def _settings(options: argparse.Namespace) -> Settings:
     given = {f.name: getattr(options, f.name, None) for f in dataclasses.fields(Settings)}
     given = {name: value for name, value in given.items() if not isinstance(value, list)}
-    if given["final_lr"] is None and given.get("lr") is not None:
-        given["final_lr"] = given["lr"] / 10
+    lr = given.get("lr")
+    if lr is not None and given["final_lr"] is None:
+        given["final_lr"] = lr / 10
     return dataclasses.replace(
         options.defaults, **{name: value for name, value in given.items() if value is not None}
     )

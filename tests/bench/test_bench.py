@@ -304,7 +304,7 @@ def test_the_page_of_a_gpu(tmp_path, monkeypatch) -> None:
     assert page.count("| 64x1000-f32 |     fwd | 40 us | 10 us |") == 1
     above, *_, row, _, _, below = (tmp_path / "readme.md").read_text().splitlines()
     assert (above, below) == ("above", "below")
-    cells = ["cross_entropy", "64x1000-f32", "80 us", "0.25", "", "2.00", "2.00"]
+    cells = ["cross_entropy", "64x1000-f32", "80 us", "0.25", "", "2.00", "2.00", ""]
     assert [c.strip() for c in row.split("|")[1:-1]] == cells
     assert "64x1000-f32 fused" in page and "11,111" in page  # steps a second
     kinds = [f"{op}-{kind}" for op in list(cases)[:2] for kind in ("speed", "memory")]
@@ -340,6 +340,9 @@ def test_compare_says_what_changed(tmp_path) -> None:
     assert "2.00 | changed" in slower.stdout
     assert "0.50 | changed" in tables.compare(b, a)
     assert "1.10 |" in tables.compare(a, c) and "changed" not in tables.compare(a, c)
+    assert "Only in" not in tables.compare(a, c)
+    a["rows"].append({**a["rows"][0], "phase": "bwd"})
+    assert tables.compare(a, b).endswith("Only in A: 1, only in B: 0")
 
 
 @pytest.mark.parametrize(
