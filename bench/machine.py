@@ -50,16 +50,23 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def own_versions() -> dict[str, str]:
-    """This package's, and the commit where it is a checkout: `-dirty` if tracked files differ."""
+    """This package's, and the commit where it is a checkout: `-dirty` if tracked files differ, of
+    which results, written by runs like this one, are none."""
+    try:
+        commit = _git("describe", "--always", "--exclude=*", "--abbrev=12")
+        if commit and _git("diff", "--name-only", "HEAD", "--", ".", ":(exclude)bench/results"):
+            commit += "-dirty"
+    except OSError:  # no git
+        commit = ""
+    return {"fused": fused.__version__} | ({"commit": commit} if commit else {})
+
+
+def _git(*arguments: str) -> str:
+    """What it says of this checkout; nothing where this is none."""
     # Named so, git does not answer for a repository around this folder.
     where = [f"--git-dir={_ROOT / '.git'}", f"--work-tree={_ROOT}", "--no-optional-locks"]
-    describe = ["describe", "--always", "--exclude=*", "--abbrev=12", "--dirty"]
-    try:
-        done = subprocess.run(["git", *where, *describe], capture_output=True, text=True)
-    except OSError:  # no git
-        return {"fused": fused.__version__}
-    commit = {"commit": done.stdout.strip()} if done.returncode == 0 else {}
-    return {"fused": fused.__version__} | commit
+    done = subprocess.run(["git", *where, *arguments], cwd=_ROOT, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -283,7 +283,12 @@ def _resumed_data(
 ) -> tuple[str | None, Any]:
     """The option --data, and the data. Raises InputError where they are not what it began with."""
     data = saved.data if options.data is None else options.data
-    dataset = _load_data(data, saved.settings, device)
+    try:
+        dataset = _load_data(data, saved.settings, device)
+    except InputError as error:
+        if options.data is None and data is not None:
+            raise InputError(f"{error}; {where} began with it: --data says where it is now") from None
+        raise
     if dataset.sha256 != saved.sha256:
         raise InputError(f"{dataset.source} is not the data that {where} began with")
     return data, dataset

@@ -108,13 +108,18 @@ def test_a_result_names_the_version_and_the_commit(tmp_path, monkeypatch) -> Non
     plain = {"fused": fused.__version__}
     (tmp_path / "inner").mkdir()
     (tmp_path / "a").write_text("1")
+    result = tmp_path / "bench" / "results" / "r.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("1")
     git("init")
-    git("add", "a")
+    git("add", "a", "bench")
     git("commit", "-m", "a")
     monkeypatch.setattr(machine, "_ROOT", tmp_path / "inner")
     assert found() == plain
     monkeypatch.setattr(machine, "_ROOT", tmp_path)
     commit = git("rev-parse", "HEAD")[:12]
+    assert found() == plain | {"commit": commit}
+    result.write_text("2")
     assert found() == plain | {"commit": commit}
     (tmp_path / "a").write_text("2")
     assert found() == plain | {"commit": f"{commit}-dirty"}

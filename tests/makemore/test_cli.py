@@ -706,6 +706,19 @@ def test_a_run_interrupted_after_its_last_step_is_resumed(trained, capsys) -> No
     assert metrics["steps"] == 60 and metrics["steps_per_second"] is None
 
 
+def test_the_data_of_a_resumed_run_may_have_moved(tmp_path, capsys, monkeypatch) -> None:
+    folder, options = tmp_path / "run", tiny("manual", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "_interruption", interrupted)
+        run(capsys, "train", *options, "--steps", "7", "--out", str(folder))
+    before = Path(options[options.index("--data") + 1])
+    after = before.rename(tmp_path / "elsewhere.txt")
+    resume = ["train", "--resume", str(folder), "--device", "cpu"]
+    status, _, err = run(capsys, *resume)
+    assert status == 2 and err.endswith("began with it: --data says where it is now\n")
+    assert run(capsys, *resume, "--data", str(after))[0] == 0
+
+
 @pytest.mark.parametrize("command", ["train", "sweep"])
 def test_an_interrupted_evaluation_says_how_to_go_on(
     command, tmp_path, capsys, monkeypatch
