@@ -55,7 +55,7 @@ class Problem(NamedTuple):
     @property
     def overflows(self) -> bool:
         """Whether x's dtype may not hold gradients that are still to be scaled."""
-        return self.x.dtype == torch.float16 and self.reduction != "none"
+        return _overflows(self.x, self.reduction)
 
     def unit(self) -> Tensor:
         """A power of two, one number: over it no dz is above 2^15, which float16 holds, and the
@@ -101,25 +101,9 @@ class Problem(NamedTuple):
 
     def chunk(self, want_dw: bool) -> int:
         """Rows at a time, in a pass that forms dw or does not."""
-        saved = self._saved if want_dw else 0
-        return chunk_rows(self.x.shape[0], max(1, self._row_bytes), self.budget, saved)
-
-    def dw_dtype(self) -> torch.dtype:
-        """What dw is summed in until it is scaled: float32 where half precision is too narrow, that
-        is over several chunks, and for float16. Of a number of rows that only a recorded graph's
-        run will tell, it is as of several."""
-        several = self.x.shape[0] * self._row_bytes > self.budget + self._saved
-        wide = self.overflows or (self.w.dtype.itemsize == 2 and unless_false(several))
-        return torch.float32 if wide else self.w.dtype
-
-    @property
-    def _row_bytes(self) -> int:
-        return self.w.shape[:-1].numel() * self.x.dtype.itemsize
-
-    @property
-    def _saved(self) -> int:
-        """Bytes that one chunk does without: a float32 sum of dw."""
-        return 4 * self.w.numel() if self.w.dtype.itemsize == 2 and not self.overflows else 0
+        row_bytes, saved = _bytes(self.x, self.w, self.reduction)
+        saved = saved if want_dw else 0
+        return chunk_rows(self.x.shape[0], max(1, row_bytes), self.budget, saved)
 
     def chunks(self, want_dw: bool) -> Iterator[slice]:
         """At least one, which may be empty."""
@@ -128,16 +112,40 @@ class Problem(NamedTuple):
             yield slice(start, min(start + chunk, n))
 
 
+def dw_dtype(x: Tensor, w: Tensor, reduction: str, budget: int) -> torch.dtype:
+    """What dw is summed in until it is scaled: float32 where half precision is too narrow, that is
+    over several chunks, and for float16. Of a number of rows that only a recorded graph's run will
+    tell, it is as of several."""
+    row_bytes, saved = _bytes(x, w, reduction)
+    several = x.shape[0] * row_bytes > budget + saved
+    wide = _overflows(x, reduction) or (w.dtype.itemsize == 2 and unless_false(several))
+    return torch.float32 if wide else w.dtype
+
+
+def _bytes(x: Tensor, w: Tensor, reduction: str) -> tuple[int, int]:
+    """Of a row of logits; and what one chunk does without, a float32 sum of dw."""
+    saved = 4 * w.numel() if w.dtype.itemsize == 2 and not _overflows(x, reduction) else 0
+    return math.prod(w.shape[:-1]) * x.dtype.itemsize, saved
+
+
+def _overflows(x: Tensor, reduction: str) -> bool:
+    return x.dtype == torch.float16 and reduction != "none"
+
+
 class Gradients:
     """dx, dw and db, each None where it is not wanted, a chunk of rows at a time.
 
     Until `scaled` they are in float32 where their own dtype is too narrow: db always; dw as
-    `Problem.dw_dtype` says; dx of float16 that is still to be multiplied by what the mean divides
-    by or by an upstream gradient.
+    `dw_dtype` says; dx of float16 that is still to be multiplied by what the mean divides by or by
+    an upstream gradient.
     """
 
     def __init__(
-        self, p: Problem, wants: tuple[bool, bool, bool], x: Tensor, dw_dtype: torch.dtype
+        self,
+        p: Problem,
+        wants: tuple[bool, bool, bool],
+        x: Tensor,
+        summed_in: torch.dtype | None = None,
     ) -> None:
         """`x` are the rows of p.x that take part; the dtypes do not depend on how many they are,
         as the compiler has to know them."""
@@ -147,7 +155,8 @@ class Gradients:
             wide = p.overflows  # then it is added to, as the library has no such product alone
             self.dx = torch.zeros_like(x, dtype=torch.float32) if wide else torch.empty_like(x)
         if wants[1]:
-            self.dw = torch.zeros_like(self._w, dtype=dw_dtype)
+            summed_in = summed_in or dw_dtype(p.x, p.w, p.reduction, p.budget)
+            self.dw = torch.zeros_like(self._w, dtype=summed_in)
         self.db = self._w.new_zeros(len(self._w), dtype=p.computed_in) if wants[2] else None
 
     def add(self, rows: slice, dz: Tensor) -> None:
@@ -196,19 +205,19 @@ def linear_cross_entropy_fwd(
     p: Problem,
     wants: tuple[bool, bool, bool],
     want_extras: bool,
-    dw_dtype: torch.dtype | None = None,
+    summed_in: torch.dtype | None = None,
 ) -> Forward:
     """The loss, and for "mean" and "sum" the gradients (of x, w, b) that are wanted.
 
     Memory: one chunk of logits, and the gradients. Products: one, and one for each of dx and dw. On
     the CPU rows that are ignored take no part in them; a GPU would have to be waited for to know
     how many there are, so there they do, and their gradients are 0. A class index out of range
-    raises IndexError on the CPU. `dw_dtype` is `Problem.dw_dtype`'s, if it was asked before.
+    raises IndexError on the CPU. `summed_in` is what `dw_dtype` said, if it was asked before.
     """
     kept = _kept(kernels, p)
     those = p if kept is None else p.of(kept)
     formed = p.reduction != "none" and any(wants)
-    gradients = Gradients(p, wants, those.x, dw_dtype or p.dw_dtype()) if formed else None
+    gradients = Gradients(p, wants, those.x, summed_in) if formed else None
     done = _forward(kernels, those, gradients, want_extras)
     if kept is None:
         return done
@@ -304,7 +313,7 @@ def linear_cross_entropy_bwd(
     those = p if kept is None else p.of(kept)
     if kept is not None:
         dloss = dloss[kept]
-    gradients = Gradients(p, wants, those.x, p.dw_dtype())
+    gradients = Gradients(p, wants, those.x)
     inner = p.w.shape[1:-1].numel()
     for rows, z in _logits(kernels, those, wants[1]):
         columns = slice(rows.start * inner, rows.stop * inner)

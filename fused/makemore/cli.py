@@ -287,7 +287,9 @@ def _resumed_data(
         dataset = _load_data(data, saved.settings, device)
     except InputError as error:
         if options.data is None and data is not None:
-            raise InputError(f"{error}; {where} began with it: --data says where it is now") from None
+            raise InputError(
+                f"{error}; {where} began with it: --data says where it is now"
+            ) from None
         raise
     if dataset.sha256 != saved.sha256:
         raise InputError(f"{dataset.source} is not the data that {where} began with")

@@ -21,7 +21,7 @@ _PROBLEM = (
 _WANTS = "bool want_dx, bool want_dw, bool want_db"
 library.define(
     f"linear_cross_entropy_fwd({_PROBLEM}, {_WANTS}, bool want_extras, "
-    "ScalarType? dw_dtype=None) -> (Tensor loss, "
+    "ScalarType? summed_in=None) -> (Tensor loss, "
     "Tensor row_loss, Tensor lse, Tensor correct, Tensor prediction, Tensor stats, Tensor scale, "
     "Tensor dx, Tensor dw, Tensor db)"
 )
@@ -39,23 +39,23 @@ library.define(
 def call(p: Problem, wants: tuple[bool, ...], want_extras: bool) -> tuple[Tensor, ...]:
     """(loss,), or the fields of CrossEntropyOutput."""
     # Decided here, where sizes are known that the operator's fake may not look at.
-    arguments = (*p, *wants, want_extras, p.dw_dtype())
-    loss, *outputs = torch.ops.fused.linear_cross_entropy_fwd(*arguments)
+    summed_in = chunked.dw_dtype(p.x, p.w, p.reduction, p.budget)
+    loss, *outputs = torch.ops.fused.linear_cross_entropy_fwd(*p, *wants, want_extras, summed_in)
     return (loss, *(t.detach() for t in outputs[:4])) if want_extras else (loss,)
 
 
 def _of(*arguments: Any) -> tuple[Problem, tuple[bool, bool, bool], bool, torch.dtype | None]:
     """The operator's arguments; its schema leaves defaults away."""
-    dw_dtype = arguments[17] if len(arguments) > 17 else None
-    return Problem(*arguments[:13]), arguments[13:16], arguments[16], dw_dtype
+    summed_in = arguments[17] if len(arguments) > 17 else None
+    return Problem(*arguments[:13]), arguments[13:16], arguments[16], summed_in
 
 
 def _fwd_operator(*arguments: Any) -> tuple[Tensor, ...]:
-    p, wants, want_extras, dw_dtype = _of(*arguments)
+    p, wants, want_extras, summed_in = _of(*arguments)
     kernels: Any = implementation("cross_entropy", *p[:5])
     if p.reduction == "none" and kernels is eager and backend.kernels_could_serve(p.x):
         kernels = SimpleNamespace(cross_entropy_fwd=_fwd_with_stats)
-    done = chunked.linear_cross_entropy_fwd(kernels, p, wants, want_extras, dw_dtype)
+    done = chunked.linear_cross_entropy_fwd(kernels, p, wants, want_extras, summed_in)
     nothing = p.x.new_empty(0, dtype=p.computed_in)
     # Gradients leave unscaled: the upstream gradient may be a loss scale that they need.
     g = done.gradients
@@ -70,7 +70,7 @@ def _fwd_operator(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    p, wants, want_extras, dw_dtype = _of(*arguments)
+    p, wants, want_extras, summed_in = _of(*arguments)
     rows = (p.x.shape[0], *p.w.shape[1:-1])
     none = p.reduction == "none"
     wide = p.x.new_empty((), dtype=p.computed_in)
@@ -82,7 +82,7 @@ def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
         extras[3] = wide.new_empty(rows, dtype=torch.int64)
     gradients: list[Tensor | None] = [None, None, None]
     if not none and any(wants):
-        made = chunked.Gradients(p, wants, p.x, dw_dtype or p.dw_dtype())
+        made = chunked.Gradients(p, wants, p.x, summed_in)
         gradients = [made.dx, made.dw, made.db]
     return (
         p.x.new_empty(rows if none else (), dtype=p.loss_dtype),
@@ -138,9 +138,9 @@ def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | No
     else:
         if any(want and not formed for want, formed in zip(wants, ctx.formed, strict=True)):
             # Recorded of tensors that wanted none.
-            again = torch.ops.fused.linear_cross_entropy_fwd(
-                *problem, *wants, False, problem.dw_dtype()
-            )
+            x, w, *_ = tensors
+            summed_in = chunked.dw_dtype(x, w, problem.reduction, problem.budget)
+            again = torch.ops.fused.linear_cross_entropy_fwd(*problem, *wants, False, summed_in)
             scale, dx, dw, db = again[-4:]
         wanted = [t if want else None for t, want in zip(tensors[:3], wants, strict=True)]
         factor = torch.ops.fused.linear_cross_entropy_once(dloss.to(scale.dtype) * scale, *wanted)
