@@ -86,7 +86,8 @@ def batch_norm_gradients(
 
 
 def _pulled_back(dy: Tensor, kept: Tensor | None, input: Tensor, activation: str | None) -> Tensor:
-    """dz, which can be differentiated again, from y or the signs of z."""
+    """dz, which can be differentiated again, from y or the signs of z. As torch's, that of relu has
+    a derivative in z, 0."""
     if kept is None:
         return dy
     if activation == "tanh":
@@ -94,5 +95,6 @@ def _pulled_back(dy: Tensor, kept: Tensor | None, input: Tensor, activation: str
     if kept.dtype == torch.uint8:
         from fused.kernels.batch_norm_layout import unpack_signs  # with kernels, when needed
 
-        return torch.where(unpack_signs(kept, input), dy, 0)
-    return torch.where(kept <= 0, 0, dy)
+        kept = unpack_signs(kept, input).to(input.dtype) + input.clamp(0, 0)
+    dz: Tensor = torch.ops.aten.threshold_backward(dy, kept, 0)
+    return dz

@@ -122,7 +122,13 @@ def is_symbolic(input: Any) -> bool:
 
 def as_leaf(module: nn.Module, *inputs: Any) -> Any:
     """The node of a symbolic graph that calls `module`, as it would call one of torch's."""
-    if module._forward_hooks or module._forward_pre_hooks:
+    everywhere = nn.modules.module
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or everywhere._global_forward_hooks
+        or everywhere._global_forward_pre_hooks
+    ):
         raise NotImplementedError(
             f"torch.fx: expected no hooks on a fused.{type(module).__name__}: tracing ran them, "
             "and the graph would again; remove them, or take a Tracer to whose is_leaf_module "

@@ -528,6 +528,13 @@ def test_skip_init(device) -> None:
     assert norm.correction == 1 and norm.weight.shape == (3,)
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (5, 3, 4)], ids=str)
+def test_a_momentum_that_is_a_bool(shape, implementation, device) -> None:
+    """A number, as to torch."""
+    t = example(shape, torch.float32, device)
+    check_against_torch(t, implementation, training=True, momentum=True)
+
+
 def test_skips_a_variance_that_overflows(implementation, device) -> None:
     """Of finite numbers: it is inf in float32."""
     norm = fused.BatchNorm1d(2, skip_nonfinite=True, device=device)

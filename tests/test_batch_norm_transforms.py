@@ -493,3 +493,26 @@ def test_derivative_of_the_activation_at_large_arguments(
     theirs = run(torchs, t, upstream, activation=activation)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_second_derivatives_of_relu_are_there_where_they_are_0(
+    training, residual, implementation, device
+) -> None:
+    """As torch's: a gradient penalty may be differentiated, whatever it gives."""
+    found = []
+    for ours in (True, False):
+        t = example((6, 3, 4), torch.float32, device, residual=True)
+        x, r = t["input"].requires_grad_(), t["residual"]
+        arguments: Any = (t["running_mean"], t["running_var"], None, None, training)
+        if ours:
+            r_given = r if residual else None
+            y = fused.batch_norm(x, *arguments, activation="relu", residual=r_given)
+        else:
+            z = F.batch_norm(x, *arguments)
+            y = F.relu(z + r if residual else z)
+        (dx,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (penalty,) = torch.autograd.grad(dx.square().sum(), x)
+        found.append((dx.detach(), penalty))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)

@@ -1,5 +1,6 @@
 """Derivatives of every kind, torch.compile, and PyTorch's own samples for linear cross-entropy."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,6 +103,57 @@ def test_few_rows_are_left_of_several_chunks() -> None:
         arguments = (x, w, b, target, None, *numbers, True, True, True, False)
         operator = torch.ops.fused.linear_cross_entropy_fwd
         torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
+
+
+@pytest.mark.filterwarnings("ignore")  # the recorders' own
+@pytest.mark.parametrize("record", ["trace", "make_fx", "compile"])
+def test_a_graph_of_few_rows_run_with_many(record, compiler) -> None:
+    """Over several chunks dW of half precision is summed in float32, though the graph was recorded
+    of one chunk."""
+
+    def loss(x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return fused.linear_cross_entropy(x, w, y, memory_budget_bytes=8192)
+
+    def dw(x: Tensor, w: Tensor, y: Tensor, loss: Any = loss) -> Tensor:
+        return torch.autograd.grad(loss(x, w, y), w)[0]
+
+    def arguments(n: int) -> tuple[Tensor, Tensor, Tensor]:
+        g = torch.Generator().manual_seed(0)
+        x, w = torch.randn(n, 32, generator=g), torch.randn(64, 32, generator=g)
+        return x.bfloat16(), w.bfloat16().requires_grad_(), torch.randint(64, (n,), generator=g)
+
+    graph: Any
+    if record == "make_fx":
+        graph = make_fx(lambda x, w, y: dw(x, w, y))(*arguments(16))
+    else:
+        recorded: Any = torch.compile(loss, backend="aot_eager", dynamic=True)
+        if record == "trace":
+            recorded = torch.jit.trace(loss, arguments(16), check_trace=False)
+        graph = functools.partial(dw, loss=recorded)
+        graph(*arguments(16))
+    many = arguments(8192)
+    torch.testing.assert_close(graph(*many), dw(*many), rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_exported_for_any_number_of_rows(reduction, compiler) -> None:
+    """In evaluation nothing depends on how many chunks they are."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, x: Tensor, w: Tensor, y: Tensor) -> Tensor:
+            return fused.linear_cross_entropy(
+                x, w, y, reduction=reduction, memory_budget_bytes=1000
+            )
+
+    def arguments(n: int) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.randn(n, 8).bfloat16(), torch.ones(50, 8).bfloat16(), torch.arange(n) % 50
+
+    n = torch.export.Dim("n", min=2, max=100_000)
+    shapes = ({0: n}, None, {0: n})
+    graph = torch.export.export(Loss(), arguments(8), dynamic_shapes=shapes).module()
+    for rows in (3, 700):
+        torch.testing.assert_close(graph(*arguments(rows)), Loss()(*arguments(rows)))
 
 
 def recorded(function: Any, *tensors: Tensor) -> Any:

@@ -381,9 +381,13 @@ def test_symbolic_trace(device) -> None:
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
 def test_symbolic_trace_refuses_hooks_that_would_run_twice(hook) -> None:
     model = nn.Sequential(fused.BatchNorm1d(5), nn.Tanh())
-    getattr(model[0], hook)(lambda *_: None)
-    with pytest.raises(NotImplementedError, match="no hooks on a fused.BatchNorm1d"):
-        torch.fx.symbolic_trace(model)
+    everywhere = getattr(nn.modules.module, hook.replace("register_", "register_module_"))
+    for register in (getattr(model[0], hook), everywhere):
+        handle = register(lambda *_: None)
+        with pytest.raises(NotImplementedError, match="no hooks on a fused.BatchNorm1d"):
+            torch.fx.symbolic_trace(model)
+        handle.remove()
+    torch.fx.symbolic_trace(model)
 
 
 @pytest.mark.parametrize("rows", ["by index", "by mask"])

@@ -34,9 +34,10 @@ def batch_norm_small(
     native = Native.of(x, gamma, beta, eps, correction)
     if native is None:
         return None
+    rate = float(momentum)  # a bool is a number, too
     for running, batch in ((running_mean, native.mean), (running_var, native.var)):
         if running is not None:  # not lerp_, of which an inf becomes NaN
-            running.mul_(1 - momentum).add_(batch, alpha=momentum)
+            running.mul_(1 - rate).add_(batch, alpha=rate)
     if tracked is not None:
         tracked.add_(1)
     y = native.y if residual is None else native.y + residual

@@ -121,7 +121,7 @@ class Loop:
         self.factor[0] *= self.bessel**0.5
         self.minus_1 = torch.full_like(lr, -1.0)
 
-        self.chunk = max(1, min(CHUNK, _CHUNK_NUMBERS // (V * n)))
+        self.chunk = max(1, min(CHUNK, _CHUNK_NUMBERS // max(1, V * n)))
         self.rows = torch.zeros(self.chunk, n_context * n, dtype=torch.int64, device=C.device)
         self.minus_target, self.logits = (C.new_empty(self.chunk, V, n) for _ in range(2))
         # Where the values of demb go: their addresses, or one-hot rows for a GPU, where adding by

@@ -122,9 +122,12 @@ def _write(content: dict[str, Any], path: Path) -> Path:
             file.write(serialized.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:  # of a full disk, say, which names no file
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
+        # Of a full disk, say, it names no file.
         raise OSError(error.errno, error.strerror, str(temporary)) from None
     temporary.replace(path)
     return path

@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import io
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -19,8 +18,9 @@ import torch
 
 from fused import backend
 from fused.makemore.errors import InputError
-from fused.makemore.model import Settings
+from fused.makemore.model import Settings, tenth
 from fused.makemore.options import SWEEP_LR, SWEEP_SEEDS, parse
+from fused.makemore.training import forget
 
 _METRICS, _SWEEP = "metrics.json", "sweep.json"
 # What a shell reports of a program that Ctrl-C ended, and of one whose output nobody reads.
@@ -46,8 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # before training began, or the second one during it
         return _INTERRUPTED
     except BrokenPipeError:
-        # Python flushes standard output once more as it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget(sys.stdout)
         return _UNREAD
     except OSError as error:
         return _refused(f"{error.filename}: {error.strerror}" if error.filename else str(error))
@@ -60,7 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _refused(why: str) -> int:
-    print(f"fused-makemore: {why}", file=sys.stderr)
+    if sys.stderr is not None:  # it may be closed
+        try:
+            print(f"fused-makemore: {why}", file=sys.stderr, flush=True)
+        except OSError:
+            forget(sys.stderr)
     return 2
 
 
@@ -69,7 +72,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     given = {name: value for name, value in given.items() if not isinstance(value, list)}
     lr = given.get("lr")
     if lr is not None and given["final_lr"] is None:
-        given["final_lr"] = lr / 10
+        given["final_lr"] = tenth(lr)
     return dataclasses.replace(
         options.defaults, **{name: value for name, value in given.items() if value is not None}
     )
@@ -144,9 +147,15 @@ def _trained(run: Any, folder: Path, device: torch.device) -> int:
     try:
         _report(run, folder, outcome.steps_per_second, device)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; evaluate it with: fused-makemore train --resume {folder}")
+        _say_evaluate("train", folder, _METRICS)
         return _INTERRUPTED
     return 0
+
+
+def _say_evaluate(command: str, folder: Path, last: str) -> None:
+    """Unless the file is there that is written last: then it is evaluated."""
+    if not (folder / last).exists():
+        print(f"\ninterrupted; evaluate it with: fused-makemore {command} --resume {folder}")
 
 
 @contextmanager
@@ -415,7 +424,7 @@ def _swept(models: Any, folder: Path, device: torch.device) -> int:
     try:
         return _evaluated(models, folder, outcome.steps_per_second, device)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; evaluate it with: fused-makemore sweep --resume {folder}")
+        _say_evaluate("sweep", folder, _SWEEP)
         return _INTERRUPTED
 
 

@@ -1,6 +1,7 @@
 """The network outside training: its start, its calibration, its losses, its samples."""
 
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,11 @@ from fused.mlp_train import MLPParameters
 EPS = 1e-5  # of batch norm
 _ROWS = 65536  # examples at a time over a whole split: bounds the memory, not the result
 _LONGEST = 1000  # characters of a sampled name; an untrained model may not find the terminator
+
+
+def tenth(lr: float) -> float:
+    """A learning rate from half way, as one would write it: 0.007 of 0.07, not 0.07 / 10."""
+    return float(Decimal(repr(lr)) / 10)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from fused.makemore import engines, processes, training
 from fused.makemore.checkpoint import SWEEP_FILE, SweepCheckpoint, generator
 from fused.makemore.data import Dataset
 from fused.makemore.errors import InputError
-from fused.makemore.model import Settings, calibrate, initial_parameters
+from fused.makemore.model import Settings, calibrate, initial_parameters, tenth
 from fused.mlp_train import MLPParameters
 
 VARIED = ("lr", "final_lr", "seed")
@@ -138,8 +138,9 @@ def train(models: Models, folder: Path) -> training.Outcome:
     any more; then nothing is left in the folder.
     """
     s, split, first = models.settings, models.dataset.train, models.step
+    rates = models.lr.tolist()
     lr, final_lr = (
-        rates.to(split.x.device, torch.float32) for rates in (models.lr, models.lr / 10)
+        torch.tensor(of, device=split.x.device) for of in (rates, [tenth(rate) for rate in rates])
     )
 
     blocks: list[Tensor] = []  # the losses that models.losses has not yet

@@ -1,14 +1,16 @@
 """The training loop: minibatches to an engine, progress to the terminal, checkpoints to disk."""
 
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 import torch
 from torch import Tensor
@@ -184,8 +186,15 @@ class _Progress:
         try:
             print(line, file=self._out, flush=True)
         except OSError:  # its reader went away
+            forget(self._out)
             self._out = None
         self._printed = now
+
+
+def forget(stream: IO[str]) -> None:
+    """Of a stream that nobody reads: Python flushes it once more as it ends, and would fail."""
+    with suppress(OSError, ValueError):  # it has no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 @contextmanager
@@ -196,6 +205,9 @@ def _interruption() -> Iterator[threading.Event]:
         yield event  # only the main thread may handle signals
         return
     before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:  # as a shell starts what runs in the background
+        yield event
+        return
 
     def handle(_signal: int, _frame: FrameType | None) -> None:
         event.set()

@@ -38,8 +38,11 @@ library.define(
 
 def call(p: Problem, wants: tuple[bool, ...], want_extras: bool) -> tuple[Tensor, ...]:
     """(loss,), or the fields of CrossEntropyOutput."""
-    # Decided here, where sizes are known that the operator's fake may not look at.
-    summed_in = chunked.dw_dtype(p.x, p.w, p.reduction, p.budget)
+    # Of a number of rows that only the graph's run will tell, the operator and its fake would not
+    # agree. Other recorders do not look again whether a graph still fits.
+    summed_in = None
+    if wants[1] and p.reduction != "none" and torch.compiler.is_compiling():
+        summed_in = chunked.dw_dtype(p.x, p.w, p.reduction, p.budget)
     loss, *outputs = torch.ops.fused.linear_cross_entropy_fwd(*p, *wants, want_extras, summed_in)
     return (loss, *(t.detach() for t in outputs[:4])) if want_extras else (loss,)
 
@@ -138,9 +141,7 @@ def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | No
     else:
         if any(want and not formed for want, formed in zip(wants, ctx.formed, strict=True)):
             # Recorded of tensors that wanted none.
-            x, w, *_ = tensors
-            summed_in = chunked.dw_dtype(x, w, problem.reduction, problem.budget)
-            again = torch.ops.fused.linear_cross_entropy_fwd(*problem, *wants, False, summed_in)
+            again = torch.ops.fused.linear_cross_entropy_fwd(*problem, *wants, False)
             scale, dx, dw, db = again[-4:]
         wanted = [t if want else None for t, want in zip(tensors[:3], wants, strict=True)]
         factor = torch.ops.fused.linear_cross_entropy_once(dloss.to(scale.dtype) * scale, *wanted)

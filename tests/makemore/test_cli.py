@@ -737,6 +737,51 @@ def test_an_interrupted_evaluation_says_how_to_go_on(
     assert status == 0 and "steps/s" not in out
 
 
+def test_an_interruption_of_what_is_complete_says_nothing(tmp_path, capsys, monkeypatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    options = [*tiny("manual", tmp_path), "--steps", "2", "--out", str(folder)]
+    monkeypatch.setattr(model.Model, "sample", interrupted)
+    status, out, _ = run(capsys, "train", *options)
+    assert status == 130 and "--resume" not in out and (folder / "metrics.json").exists()
+
+
+def test_an_interrupted_write_leaves_nothing(tmp_path, capsys, monkeypatch) -> None:
+    """The second Ctrl-C, during the save that the first one began: nothing half written stays."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.os, "fsync", interrupted)
+    folder = tmp_path / "run"
+    options = [*tiny("manual", tmp_path), "--steps", "2", "--out", str(folder)]
+    assert run(capsys, "train", *options)[0] == 130 and not folder.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file descriptors of POSIX")
+@pytest.mark.parametrize("unread", ["closed", "gone"])
+@pytest.mark.parametrize("good", [True, False])
+def test_standard_error_that_nobody_reads(good, unread, tmp_path) -> None:
+    """The status is that of the command; an error is not said on standard output instead."""
+    options = [*tiny("manual", tmp_path), "--steps", "2", "--out", str(tmp_path / "run")]
+    if not good:
+        options += ["--data", str(tmp_path / "nothing.txt")]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "fused.makemore", "train", *options]
+    if unread == "closed":
+        command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+    done = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=writing, env=environment, text=True
+    )
+    os.close(writing)
+    assert done.returncode == (0 if good else 2)
+    assert (tmp_path / "run" / "metrics.json").exists() == good == bool(done.stdout)
+
+
 def test_a_folder_that_cannot_be_written_is_not_resumed(trained, capsys, monkeypatch) -> None:
     """Said before it trains for a minute. (Root may write everywhere.)"""
     folder, _ = trained
@@ -753,7 +798,7 @@ def test_a_folder_that_cannot_be_written_is_not_resumed(trained, capsys, monkeyp
 
 @pytest.mark.parametrize(
     "given, final",
-    [([], 0.01), (["--lr", "0.5"], 0.05), (["--lr", "0.5", "--final-lr", "0.2"], 0.2)],
+    [([], 0.01), (["--lr", "0.07"], 0.007), (["--lr", "0.5", "--final-lr", "0.2"], 0.2)],
 )
 def test_the_final_rate_is_a_tenth_of_the_first(given, final, tmp_path, capsys) -> None:
     """As a sweep's."""

@@ -194,6 +194,17 @@ def test_progress_that_nobody_reads(closed, dataset, tmp_path, monkeypatch) -> N
     assert (tmp_path / checkpoint.FILE).exists()
 
 
+def test_an_interruption_that_is_ignored_stays_so() -> None:
+    """As of what a shell started in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with training._interruption() as event:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not event.is_set() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_beside_the_main_thread() -> None:
     """Where no signals can be handled."""
     found: list[bool] = []
