@@ -481,6 +481,7 @@ def test_a_running_variance_that_overflowed_stays_inf(shape, implementation, dev
     assert norm.running_var.isinf().all() and norm.running_mean.isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_bias_that_is_updated_before_the_backward(
