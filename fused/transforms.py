@@ -66,10 +66,10 @@ def unless_false(condition: bool) -> bool:
 def same_shape(tensor: Tensor, shape: torch.Size) -> bool:
     """Whether tensor has that shape; where only a recorded graph's run will tell, the graph checks
     that it has."""
-    if not _has_symbols():
-        return tensor.shape == shape
     if tensor.dim() != len(shape):
         return False
+    if not _has_symbols():
+        return tensor.shape == shape
     for size, expected in zip(tensor.shape, shape, strict=True):
         if not unless_false(size == expected):
             return False

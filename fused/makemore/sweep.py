@@ -139,9 +139,8 @@ def train(models: Models, folder: Path) -> training.Outcome:
     """
     s, split, first = models.settings, models.dataset.train, models.step
     rates = models.lr.tolist()
-    lr, final_lr = (
-        torch.tensor(of, device=split.x.device) for of in (rates, [tenth(rate) for rate in rates])
-    )
+    both = torch.tensor([rates, [tenth(rate) for rate in rates]], dtype=torch.float32)
+    lr, final_lr = both.to(split.x.device)
 
     blocks: list[Tensor] = []  # the losses that models.losses has not yet
     step, saved = first, time.perf_counter()
