@@ -6,7 +6,6 @@ variable FUSED_BACKEND for a process.
 """
 
 import contextlib
-import contextvars
 import functools
 import importlib
 import importlib.util
@@ -18,25 +17,27 @@ from types import ModuleType
 import torch
 
 _NAMES = ("auto", "triton", "eager")
-_override: contextvars.ContextVar[str | None] = contextvars.ContextVar(
-    "fused_backend", default=None
-)
+_override: str | None = None
 
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
     """Within the block, serve every operation by `name`: "triton", "eager" or "auto" (the default).
 
+    In all threads: autograd runs the backward of CUDA tensors, and what is recomputed for it, in a
+    thread of its own. A backward pass is served by whatever served its forward; that of a compiled
+    graph, by what is asked for when it runs.
+
     "triton" on CPU tensors works only where Triton's driver is one for CPUs, and in its interpreter
     (TRITON_INTERPRET=1 in the environment before triton is imported), which is for tests: it is
-    slow. On meta tensors it shows what would be launched (`bench.kernels.catch_launches`). A
-    backward pass is served by whatever served its forward.
+    slow. On meta tensors it shows what would be launched (`bench.kernels.catch_launches`).
     """
-    token = _override.set(_checked(name))
+    global _override
+    before, _override = _override, _checked(name)
     try:
         yield
     finally:
-        _override.reset(token)
+        _override = before
 
 
 def name_for(tensor: torch.Tensor) -> str:
@@ -44,7 +45,11 @@ def name_for(tensor: torch.Tensor) -> str:
 
     Raises RuntimeError where the Triton kernels were asked for and cannot serve the tensor.
     """
-    name = _override.get() or _from_environment()
+    return resolved(_override or _from_environment(), tensor)
+
+
+def resolved(name: str, tensor: torch.Tensor) -> str:
+    """What `name_for` returns, and raises, where `name` was asked for."""
     if name == "auto":
         return "triton" if tensor.is_cuda and _triton_installed() else "eager"
     if name == "triton":
@@ -67,8 +72,7 @@ def implementation(operation: str, tensor: torch.Tensor) -> ModuleType:
 
 
 def kernels_could_serve(tensor: torch.Tensor) -> bool:
-    """Whether the Triton kernels serve `tensor` somewhere else, whatever serves it here and now: in
-    another thread, or where `use` ends."""
+    """Whether the Triton kernels may serve `tensor` later, where `use` ends or another begins."""
     if tensor.is_cuda or tensor.is_meta:
         return _triton_installed()
     return "triton" in sys.modules and _runs_on_cpus()

@@ -63,7 +63,7 @@ def compare(
         rtol, atol: approximate means |ours - reference| <= atol + rtol * |reference| everywhere.
 
     Raises:
-        ValueError: names or shapes that do not match.
+        ValueError: names, shapes or dtypes that do not match.
     """
     if ours.keys() != reference.keys():
         raise ValueError(
@@ -86,8 +86,12 @@ def _row(name: str, ours: Tensor, reference: Tensor, rtol: float, atol: float) -
         raise ValueError(
             f"compare: expected {name} of shape {tuple(reference.shape)}, got {tuple(ours.shape)}"
         )
+    if ours.dtype != reference.dtype:
+        raise ValueError(f"compare: expected {name} in {reference.dtype}, got {ours.dtype}")
     ours, reference = ours.detach(), reference.detach()
-    difference = (ours - reference).abs()
+    exact = ours == reference  # inf - inf is not 0, and whole numbers may wrap
+    wide = (t if t.is_floating_point() or t.is_complex() else t.double() for t in (ours, reference))
+    difference = torch.sub(*wide).abs().masked_fill(exact, 0.0)
     return Row(
         name,
         exact=torch.equal(ours, reference),

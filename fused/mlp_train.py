@@ -7,6 +7,7 @@ forward, backward in closed form (docs/derivations.md), parameter -= lr * gradie
 
 import importlib
 import importlib.util
+import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -85,15 +86,16 @@ def train_mlp(
     Raises:
         TypeError: parameters that are not of one floating dtype; x, y or index that are not whole
             numbers.
-        ValueError: shapes or devices that do not fit, an eps that is not positive, an unknown
-            method, or one that cannot serve parameters of this size, dtype or device.
+        ValueError: shapes or devices that do not fit, an eps that is not positive and finite, an lr
+            beyond the parameters' dtype, an unknown method, or one that cannot serve parameters of
+            this size, dtype or device.
         RuntimeError: "persistent" or "graph" where there is no Triton for the parameters' device.
         IndexError: on the CPU, a character or row out of range (RuntimeError where torch raises
             that). On a GPU nothing looks at values; "persistent" makes the loss of a target out of
             range NaN.
     """
-    if not eps > 0:
-        raise ValueError(f"train_mlp: eps must be positive, got {eps}")
+    if not 0 < eps < math.inf:
+        raise ValueError(f"train_mlp: expected a positive, finite eps, got {eps}")
     parameters = MLPParameters(*parameters)
     one = parameters.C.dim() == 2
     models = _models(parameters, one)
@@ -163,6 +165,8 @@ def _models(parameters: MLPParameters, one: bool) -> MLPParameters:
                 f"train_mlp: expected parameters of one floating dtype, got C in {C.dtype} and "
                 f"{name} in {tensor.dtype}"
             )
+        if tensor.device != C.device:
+            raise ValueError(f"train_mlp: expected {name} on {C.device}, as C, got {tensor.device}")
     return models
 
 
@@ -200,7 +204,11 @@ def _checked(
                 f"{tensor.device}"
             )
     if not isinstance(lr, Tensor):
+        if torch.finfo(models.C.dtype).max < abs(lr) < math.inf:
+            raise ValueError(f"train_mlp: expected lr to be a number of {models.C.dtype}, got {lr}")
         return torch.full((M,), lr, dtype=models.C.dtype, device=models.C.device)
+    if lr.is_complex():
+        raise TypeError(f"train_mlp: expected a real lr, got {lr.dtype}")
     if lr.shape not in ((), (M,)):
         raise ValueError(f"train_mlp: expected lr of shape ({M},), got {tuple(lr.shape)}")
     return lr.detach().to(models.C.device, models.C.dtype).expand(M).contiguous()
@@ -215,8 +223,7 @@ def _implementation(method: str, C: Tensor) -> ModuleType:
     if method != "eager" and C.dtype != torch.float32:
         raise ValueError(f"train_mlp: method {method!r} takes float32, got {C.dtype}; use 'eager'")
     if method in ("persistent", "graph"):
-        with backend.use("triton"):
-            backend.name_for(C)  # raises where Triton cannot serve C
+        backend.resolved("triton", C)  # raises where Triton cannot serve C
     if method == "numba" and C.device.type != "cpu":
         raise ValueError(f"train_mlp: method 'numba' needs tensors on the CPU, got {C.device}")
     if method == "numba" and not _numba_installed():

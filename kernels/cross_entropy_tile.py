@@ -419,7 +419,7 @@ def read_and_put(
     mask = beside(row_mask, mask) & mask
     if dx_ptr is not None:
         put_dx(
-            dx_ptr, dx_offsets, z, b, classes, valid, valid, valid, mask, m, p_factor, factor,
+            dx_ptr, dx_offsets, z, b, classes, None, None, valid, mask, m, p_factor, factor,
             logit_scale, softcap, SOFT or SMOOTHED, False, SCALED, CAPPED, POLICY,
         )  # fmt: skip
     if dt_ptr is not None:

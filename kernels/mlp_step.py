@@ -32,7 +32,7 @@ _SCALE = tl.constexpr(256.0)
 # models: none is left to be compiled while capturing, and all add up in the same order.
 _step_kernel = triton.jit(
     do_not_specialize=["n_streams"],
-    do_not_specialize_on_alignment=["x_ptr", "y_ptr", "loss_ptr"],
+    do_not_specialize_on_alignment=["x_ptr", "y_ptr", "loss_ptr", "lr_ptr"],
 )
 
 

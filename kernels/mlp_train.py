@@ -162,7 +162,8 @@ def _kept(ptr, G: tl.constexpr, N: tl.constexpr, LANES: tl.constexpr):
     return tl.reshape(x, (G, 16, N))
 
 
-@triton.jit(do_not_specialize=["n_steps", "n_streams"])
+# lr may be a part of a tensor, which begins anywhere.
+@triton.jit(do_not_specialize=["n_steps", "n_streams"], do_not_specialize_on_alignment=["lr_ptr"])
 def _mlp_train_kernel(
     C_ptr,  # in and out, as all parameters: shape (n_models, V, E)
     kept_ptr,  # as `_keep` orders it, of each model W1, W2 with b2, (gain, bias), scratch for d, h

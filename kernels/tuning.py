@@ -117,7 +117,7 @@ def cross_entropy(
             block_n, num_warps = 1, 16
             block_c = (32768 if per_processor == 1 else 16384) // size
             lanes = 32 * num_warps
-    tiles = max(1, (n_rows + block_n - 1) // block_n)
+    tiles = max(1, _ceil_div(n_rows, block_n))
     resident = processors * per_processor // num_ctas
     n_programs = min(tiles, INTERPRETED_PROGRAMS or resident if x.is_cpu else resident)
     return CrossEntropyPlan(
@@ -184,7 +184,7 @@ def scale(n: int, device: torch.device) -> Pass:
     """Over `n` numbers, where there is mostly nothing to do."""
     # Few programs: all that most calls cost is to start them.
     block = 8192
-    return Pass(block, 8, min((n + block - 1) // block, 4 * _device(device)[0]))
+    return Pass(block, 8, min(_ceil_div(n, block), 4 * _device(device)[0]))
 
 
 def merge(n_rows: int) -> Pass:

@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import fused
 from fused import backend
@@ -50,6 +52,35 @@ def test_use_overrides_and_restores(device) -> None:
             assert backend.name_for(x) == "eager"
         assert backend.name_for(x) == "triton"
     assert backend.name_for(x) == default
+
+
+def test_use_is_seen_by_all_threads(device) -> None:
+    """Autograd runs the backward of CUDA tensors in a thread of its own."""
+    x, found = torch.zeros(1, device=device), []
+    for name in ("eager", "triton"):
+        with backend.use(name):
+            thread = threading.Thread(target=lambda: found.append(backend.name_for(x)))
+            thread.start()
+            thread.join()
+    assert found == ["eager", "triton"]
+
+
+@pytest.mark.parametrize("forward", ["eager", "triton"])
+def test_a_checkpoint_recomputed_by_another_thread(forward, device) -> None:
+    x = torch.randn(6, 5, device=device, requires_grad=True)
+    target = torch.zeros(6, dtype=torch.int64, device=device)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return fused.cross_entropy(x, target, reduction="none", z_loss=0.1).square().sum()
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    with backend.use(forward):
+        recomputed = checkpoint(loss, x, use_reentrant=False)
+        thread = threading.Thread(target=recomputed.backward)
+        thread.start()
+        thread.join()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad, expected)
 
 
 def test_backward_is_served_by_what_served_forward(device) -> None:

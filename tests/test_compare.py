@@ -36,6 +36,14 @@ def test_nan_is_neither_exact_nor_approximate() -> None:
     assert not row.exact and not row.approximate and row.maxdiff != row.maxdiff
 
 
+def test_equal_infinities_and_whole_numbers() -> None:
+    (row,) = compare({"x": T / 0}, {"x": T / 0})
+    assert row.exact and row.maxdiff == 0.0
+    one, three = (torch.tensor([n], dtype=torch.uint8) for n in (1, 3))
+    assert [row.maxdiff for row in compare({"x": one}, {"x": three})] == [2.0]  # 254 in 8 bits
+    assert [row.maxdiff for row in compare({"x": one > 2}, {"x": three > 2})] == [1.0]
+
+
 def test_tolerances() -> None:
     (row,) = compare({"x": T + 0.1}, {"x": T}, rtol=0, atol=0.2)
     assert row.approximate
@@ -52,7 +60,9 @@ def test_empty_tensors_and_tables() -> None:
     assert str(compare({}, {})) == ""
 
 
-def test_refuses_other_names_and_shapes() -> None:
+def test_refuses_other_names_shapes_and_dtypes() -> None:
+    with pytest.raises(ValueError, match=r"expected a in torch.float64, got torch.float32"):
+        compare({"a": T.float()}, {"a": T.double()})
     with pytest.raises(ValueError, match="only one side has a, b"):
         compare({"a": T}, {"b": T})
     with pytest.raises(ValueError, match="only one side has b"):

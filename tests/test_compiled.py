@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.test_package import ROOT
 
@@ -23,6 +24,7 @@ CASES = [
     "test_cross_entropy_inplace.py::test_no_warp_overwrites_what_another_has_not_read",
     "test_vocab_parallel_cross_entropy.py::test_no_rows_and_all_ignored[triton-mean]",
     "test_mlp_train.py::test_no_warp_updates_a_gain_that_another_has_not_read",
+    "test_mlp_train.py::test_rates_may_begin_anywhere",
     "test_mlp_train.py::test_odd_sizes[V28-T1-E10-H64-B2-persistent]",
     "test_mlp_train.py::test_odd_sizes[V28-T1-E10-H64-B2-graph]",
 ]
@@ -40,6 +42,7 @@ def kernels() -> set[str]:
 
 
 @pytest.mark.interpreted("runs the suite compiled itself")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="--compiled is for machines without a GPU")
 def test_every_kernel_runs_compiled() -> None:
     unwanted = ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
     environment = {k: v for k, v in os.environ.items() if k not in unwanted}
@@ -49,6 +52,6 @@ def test_every_kernel_runs_compiled() -> None:
         capture_output=True, text=True, cwd=ROOT, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{len(CASES) + 1} passed" in done.stdout  # one has two
+    assert f"{len(CASES) + 2} passed" in done.stdout  # two have two
     launched = set(re.findall(r"^compiled for sm_90: (\w+), \d+ times", done.stdout, re.M))
     assert launched == kernels()

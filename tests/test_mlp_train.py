@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -509,6 +510,40 @@ def test_the_closed_form_never_looks_at_values() -> None:
     assert losses.shape == (3,) and new.W1.shape == p.W1.shape
 
 
+@pytest.mark.parametrize("method", ["persistent", "graph"])
+def test_rates_may_begin_anywhere(method) -> None:
+    """A sweep's second half takes other rates, a part of a tensor: nothing is compiled anew."""
+    triton = pytest.importorskip("triton")
+    if triton.knobs.runtime.interpret:
+        pytest.skip("nothing is compiled")
+    from fused.kernels import mlp_step, mlp_train
+
+    def binaries() -> int:
+        kernels = [getattr(m, name) for m in (mlp_step, mlp_train) for name in dir(m)]
+        caches = [k.device_caches for k in kernels if hasattr(k, "device_caches")]
+        return sum(len(cache[0]) for devices in caches for cache in devices.values())
+
+    p, x, y, index = start(FEW_CHARACTERS, 1, method, models=3)
+    lr, final_lr = torch.tensor([[0.03, 0.1, 0.3], [0.003, 0.01, 0.03]], device=x.device)
+    assert lr.data_ptr() % 16 == 0 and final_lr.data_ptr() % 16 != 0
+    fused.train_mlp(p, x, y, index, lr, method=method)
+    compiled = binaries()
+    assert compiled > 0
+    fused.train_mlp(p, x, y, index, final_lr, method=method)
+    assert binaries() == compiled
+
+
+def test_numba_where_no_folder_takes_its_cache() -> None:
+    pytest.importorskip("numba")
+    result = python(
+        "from numba.core import caching\n"
+        "cache = getattr(caching, 'CacheImpl', None) or caching._CacheImpl\n"
+        "cache._locator_classes = []  # as where no folder can be written to\n"
+        "import fused.compiled.mlp_train\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("name, expected_method", [("eager", "numba"), ("triton", "persistent")])
 def test_auto_is_the_fastest_that_fits(name, expected_method) -> None:
     pytest.importorskip("triton")
@@ -548,9 +583,13 @@ BAD = {
         ValueError,
         "takes float32",
     ),
-    "eps": (lambda a: a | {"eps": -1.0}, ValueError, "eps must be positive, got -1.0"),
-    "no eps": (lambda a: a | {"eps": 0.0}, ValueError, "eps must be positive, got 0.0"),
-    "eps of no size": (lambda a: a | {"eps": float("nan")}, ValueError, "positive, got nan"),
+    "eps": (lambda a: a | {"eps": -1.0}, ValueError, "expected a positive, finite eps, got -1.0"),
+    "no eps": (lambda a: a | {"eps": 0.0}, ValueError, "expected a positive, finite eps, got 0.0"),
+    "eps of no size": (
+        lambda a: a | {"eps": float("nan")},
+        ValueError,
+        "positive, finite eps, got nan",
+    ),
     "examples": (lambda a: a | {"y": a["y"][:5]}, ValueError, r"x of shape \(N, T\)"),
     "context": (lambda a: a | {"x": a["x"][:, :1]}, ValueError, "1 characters of context"),
     "streams": (lambda a: a | {"index": a["index"].expand(2, -1, -1)}, ValueError, "multiple"),
@@ -564,6 +603,14 @@ BAD = {
     "batch": (lambda a: a | {"index": a["index"][:, :1]}, ValueError, "at least 2 examples"),
     "whole": (lambda a: a | {"x": a["x"].float()}, TypeError, "x of whole numbers"),
     "device": (lambda a: a | {"y": a["y"].to("meta")}, ValueError, "expected y on cpu"),
+    "a parameter's device": (
+        lambda a: a | {"parameters": a["parameters"]._replace(b1=a["parameters"].b1.to("meta"))},
+        ValueError,
+        "expected b1 on cpu, as C, got meta",
+    ),
+    "an infinite eps": (lambda a: a | {"eps": math.inf}, ValueError, "expected a positive, finite"),
+    "a rate beyond float32": (lambda a: a | {"lr": 1e39}, ValueError, "expected lr to be a number"),
+    "a complex rate": (lambda a: a | {"lr": torch.tensor(1j)}, TypeError, "expected a real lr"),
     "rates": (lambda a: a | {"lr": torch.ones(3)}, ValueError, r"lr of shape \(1,\)"),
     "in place": (
         lambda a: (

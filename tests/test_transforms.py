@@ -259,7 +259,7 @@ def test_recorded_graphs_refuse_forward_mode(case, record, implementation) -> No
 def test_compiled_forward_and_backward_served_by_different_implementations(
     forward, backward, name, device
 ) -> None:
-    """As where `use` ends in between, or where autograd differentiates in another thread."""
+    """As where `use` ends in between."""
     torch.manual_seed(0)
     y = torch.tensor([3, -100, 0, 8, 1], device=device)
     w = torch.rand(9, device=device)

@@ -7,6 +7,7 @@ gradients arrive ready to be added to the parameters: those of few examples at o
 are summed first, as each example's share could be too small for the parameter. float32 only.
 """
 
+import functools
 import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,9 +21,16 @@ from torch import Tensor
 _FEW = 64
 
 # Sums may be reordered, for the vector units: once, when compiling, so every run adds up alike.
-_compiled: Any = numba.njit(
-    fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy", nogil=True, cache=True
+_jit: Any = functools.partial(
+    numba.njit, fastmath={"reassoc", "contract", "arcp", "nsz"}, error_model="numpy", nogil=True
 )
+
+
+def _compiled(function: Any) -> Any:
+    try:
+        return _jit(cache=True)(function)
+    except RuntimeError:  # there is no folder that a cache may be written to
+        return _jit()(function)
 
 
 @_compiled

@@ -4,6 +4,8 @@ import argparse
 import dataclasses
 from typing import Any, NoReturn
 
+import torch
+
 from fused.makemore.model import Settings
 
 _DEFAULTS = Settings()
@@ -191,7 +193,9 @@ def _rate(text: str) -> float:
 
 
 def _rates(text: str) -> list[float]:
-    return _distinct([_rate(part) for part in text.split(",")], text)
+    rates = [_rate(part) for part in text.split(",")]
+    _distinct(torch.tensor(rates, dtype=torch.float32).tolist(), text)  # in which networks train
+    return rates
 
 
 def _seeds(text: str) -> list[int]:

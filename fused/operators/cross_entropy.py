@@ -55,8 +55,7 @@ def stats_for_kernels(
 ) -> Tensor:
     """What the Triton kernels' backward takes of a forward that they did not serve.
 
-    They may serve the backward all the same: `fused.backend.use` may have ended, and the threads in
-    which autograd differentiates for a GPU have never heard of it.
+    They may serve the backward all the same, where `fused.backend.use` has ended.
     """
     if backend.kernels_could_serve(input):
         return eager.cross_entropy_stats(input, target, weight, *numbers, want_extras)

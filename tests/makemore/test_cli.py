@@ -550,6 +550,7 @@ BAD = {
     "rate beyond float32": (lambda p: ["train", "--lr", "1e39"], "from 0 to 3.4e38, got '1e39'"),
     "bad seeds": (lambda p: ["sweep", "--seed", "8:8"], "expected a range like 0:32"),
     "twice": (lambda p: ["sweep", "--seed", "1,2,1"], "expected every number once"),
+    "the same rate": (lambda p: ["sweep", "--lr", "0.1,0.10000000001"], "every number once"),
     "too large": (
         lambda p: ["sweep", "--batch", "4096", "--engine", "persistent", "--out", str(p)],
         "one multiprocessor cannot hold this network",
