@@ -17,6 +17,7 @@ from fused.cross_entropy_arguments import (
     check_inplace,
     in_dtype_of,
     loss_dtype_of,
+    may_be_overwritten,
     options_of,
 )
 from fused.eager import cross_entropy as eager
@@ -252,10 +253,12 @@ def cross_entropy(
             dz times logit_scale.
         inplace: lets the gradient be written over the logits, which saves memory of their size. The
             logits must not be used after the call; where autograd would, it raises. (Of a part of a
-            larger tensor, such as a slice, it knows of uses before the call alone.) Hooks on them
-            are registered before it. No effect where input needs no gradient, where its `.grad` is
-            retained (`retain_grad()`), where hooks have what autograd saves (checkpointing,
-            save_on_cpu), nor under torch.compile, which plans memory itself.
+            larger tensor, such as a slice, it knows of uses before the call alone; and a second
+            part of the same tensor, changed in place too, it takes for a misuse of the first.)
+            Hooks on them are registered before it. No effect where input needs no gradient, where
+            its `.grad` is retained (`retain_grad()`), where it is one of several views that one
+            function returned (`unbind`, `chunk`), where hooks have what autograd saves
+            (checkpointing, save_on_cpu), nor under torch.compile, which plans memory itself.
         grad_in_forward: forms the gradient of a mean or sum in the forward, while the logits are at
             hand: they are read once, dinput is written once, and a backward whose upstream gradient
             is 1 has nothing left to do. Another one costs a second read and write of dinput, and a
@@ -295,6 +298,9 @@ def cross_entropy(
         )  # fmt: skip
     # A Tensor's comparison is a Tensor, not True: `options_of` refuses a scale that is learned.
     usual = (label_smoothing == z_loss == 0) is True and (logit_scale == 1) is True
+    if not usual and is_compiling():  # where numbers may be symbols
+        numbers = ((label_smoothing, 0), (z_loss, 0), (logit_scale, 1))
+        usual = all(not isinstance(n, Tensor) and bool(n == u) for n, u in numbers)
     plain = usual and weight is None and softcap is None and not inplace
     if plain:
         loss = _small(input, target, ignore_index, reduction)
@@ -443,7 +449,7 @@ def _run(
                 check_inplace(input)
             formed_now = wants_gradient and not saves_elsewhere()
             inplace, early = inplace and formed_now, early and formed_now
-            if early and inplace and _retains_grad(input):
+            if inplace and (not may_be_overwritten(input) or early and _retains_grad(input)):
                 inplace = False
             outputs = CrossEntropyFunction.apply(
                 input, target, weight, options, loss_dtype, want_extras, inplace, early

@@ -226,3 +226,12 @@ def check_inplace(input: Tensor) -> None:
                 "memory, such as an expanded one"
             )
         reach += (size - 1) * stride
+
+
+def may_be_overwritten(input: Tensor) -> bool:
+    """Whether autograd lets a view be changed: not one of several that one function made (`unbind`,
+    `chunk`, what a module with a full backward hook returns), whose others it would lose."""
+    if not input._is_view():
+        return True
+    autograd = torch._C._autograd
+    return autograd._get_creation_meta(input) == autograd.CreationMeta.DEFAULT

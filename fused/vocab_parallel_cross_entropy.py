@@ -11,7 +11,13 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from fused import backend
 from fused.cross_entropy import cross_entropy
-from fused.cross_entropy_arguments import check, check_inplace, loss_dtype_of, options_of
+from fused.cross_entropy_arguments import (
+    check,
+    check_inplace,
+    loss_dtype_of,
+    may_be_overwritten,
+    options_of,
+)
 from fused.operators import vocab_parallel_cross_entropy as operators
 from fused.transforms import (
     is_composed,
@@ -160,7 +166,7 @@ def vocab_parallel_cross_entropy(
     inplace = inplace and input.requires_grad and torch.is_grad_enabled()
     if inplace:
         check_inplace(input)
-        inplace = not saves_elsewhere()
+        inplace = may_be_overwritten(input) and not saves_elsewhere()
     loss: Tensor = VocabParallelCrossEntropyFunction.apply(
         input, target, group, n_shards, shard, options, loss_dtype, inplace
     )

@@ -227,6 +227,18 @@ def test_where_nobody_may_look(weighted, shift, reduction, numbers) -> None:
     assert torch.equal(dx.isnan(), rows[:, None].expand(9, 27))
 
 
+@pytest.mark.parametrize("upstream", [1.0, 0.3, math.inf, math.nan])
+def test_upstream_gradients_where_nobody_may_look(upstream) -> None:
+    """What is 0, as an ignored row is, stays 0."""
+    dx = torch.tensor([[0.0, 0.0], [0.5, -0.25]])
+    dloss = torch.tensor(upstream)
+    expected = torch.where(dx == 0, dx, dx * upstream)
+    for x in (dx.clone(), dx.clone().as_subclass(Elsewhere)):
+        found = eager.cross_entropy_scale(x, dloss)
+        assert found.data_ptr() == x.data_ptr()
+        torch.testing.assert_close(found.as_subclass(Tensor), expected, equal_nan=True)
+
+
 def test_one_chunk_where_nobody_may_look() -> None:
     """A launch for each chunk would take longer than what a cache saves."""
     x, target, _ = example((9, 27), torch.float32, "cpu")

@@ -191,7 +191,7 @@ def test_inplace_misuse_raises(implementation, device) -> None:
 
 @pytest.mark.parametrize(
     "view",
-    [lambda t: t, lambda t: t.view(27, 9).view(-1, 27), lambda t: t.split(9)[0]],
+    [lambda t: t, lambda t: t.view(27, 9).view(-1, 27), lambda t: t.narrow(0, 0, 9)],
     ids=["itself", "a view of a view", "its only part"],
 )
 def test_a_use_of_logits_after_they_were_overwritten(view, implementation, device) -> None:
@@ -208,6 +208,35 @@ def test_a_use_of_logits_after_they_were_overwritten(view, implementation, devic
     (before + loss).backward()
     expected = torch.autograd.grad(F.cross_entropy(leaf, target), leaf)[0] + 1
     torch.testing.assert_close(leaf.grad, expected)
+
+
+class _Behind(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 1.0
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("name", ["chunk", "unbind", "full backward hook"])
+def test_inplace_of_views_that_autograd_lets_nobody_change(
+    name, early, implementation, device
+) -> None:
+    """They stay as they are, and so do those beside them."""
+    leaf, target, _ = example((9, 27), torch.float32, device)
+    leaf.requires_grad_()
+    module = _Behind()
+    module.register_full_backward_hook(lambda *_: None)
+    views = {
+        "chunk": lambda: torch.stack((leaf, leaf + 1), 1).flatten(0, 1).chunk(2),
+        "unbind": lambda: torch.stack((leaf, leaf + 1)).unbind(),
+        "full backward hook": lambda: (module(leaf), leaf * 1.0),
+    }[name]
+    found = []
+    for inplace in (True, False):
+        first, second = views()
+        loss = fused.cross_entropy(first, target, inplace=inplace, grad_in_forward=early)
+        loss = loss + fused.cross_entropy(second, target)
+        found.append((loss, *torch.autograd.grad(loss, leaf)))
+    torch.testing.assert_close(*found)
 
 
 def test_inplace_without_gradient_changes_nothing(implementation, device) -> None:

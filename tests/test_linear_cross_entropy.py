@@ -488,6 +488,20 @@ def test_float16_gradients_whatever_the_class_weights(
         assert all(error <= most for error, most in zip(ours, allowed, strict=True)), ours
 
 
+@pytest.mark.parametrize("exponent", [-60, 60])
+def test_float16_gradients_are_of_weights_of_any_unit(exponent, implementation, device) -> None:
+    """The mean's: weights times a power of two are the same weights, to the last bit."""
+    x, w, _, target = example(24, (1000,), torch.float16, device)
+    weights = 0.5 + torch.rand(1000, device=device)
+    found = []
+    for weight in (weights, weights * 2.0**exponent):
+        leaves = features, words = (x.float().requires_grad_(), w.float().requires_grad_())
+        with torch.autocast(device.type, torch.float16):
+            loss = fused.linear_cross_entropy(features, words, target, weight=weight)
+        found.append([loss, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["sums", "z-loss", "range"])
 def test_float16_gradients_that_are_large_or_small(name, implementation, device) -> None:
     """Probabilities that sum to 5,000, the square of a log-sum-exp of 10,000 with its whole weight,

@@ -76,7 +76,7 @@ def cross_entropy_fwd(
         rows = Rows.of(view(x), view(target), weight, ignore_index, *numbers)
         scale = _scale(rows, reduction)
         losses = _forward(rows, None, None, loss_dtype, want_extras)
-    loss, extras = _reduced(losses, view, reduction, scale, loss_dtype)
+    loss, extras = _reduced(losses, view, scale, loss_dtype)
     return loss, None, scale, extras
 
 
@@ -109,7 +109,7 @@ def cross_entropy_fwd_bwd(
         rows = Rows.of(view(x), view(target), weight, ignore_index, *numbers)
         scale = _scale(rows, reduction) if divisor is None else _one_over(divisor)
         losses = _forward(rows, scale, view(dx), loss_dtype, want_extras)
-    loss, extras = _reduced(losses, view, reduction, scale, loss_dtype)
+    loss, extras = _reduced(losses, view, scale, loss_dtype)
     return loss, extras, dx
 
 
@@ -161,13 +161,13 @@ def cross_entropy_bwd(
 def cross_entropy_scale(dx: Tensor, dloss: Tensor) -> Tensor:
     """dx, in its own memory, times dloss, one number; what is 0, as an ignored row is, stays so
     where dloss is inf or NaN."""
-    if dx.is_cpu:  # elsewhere nobody may look
-        factor = dloss.item()
-        if factor == 1:
-            return dx
-        if not math.isfinite(factor):
-            return dx.copy_(torch.where(dx == 0, dx, dx * dloss))
-    return dx.mul_(dloss)
+    factor = dloss.item() if dx.is_cpu else math.nan  # elsewhere nobody may look
+    if factor == 1:
+        return dx
+    if math.isfinite(factor):
+        return dx.mul_(dloss)
+    zero = dx == 0
+    return dx.mul_(dloss).masked_fill_(zero, 0.0)
 
 
 def row_scale(
@@ -348,7 +348,6 @@ def _clear(e: Tensor, rows: Tensor) -> None:
 def _reduced(
     losses: _RowLosses,
     view: View,
-    reduction: str,
     scale: Tensor | None,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, tuple[Tensor, ...] | None]:
