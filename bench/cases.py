@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32", torch.float64: "f64"}
-DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPES.items()}
 
 
 class Unavailable(Exception):

@@ -271,11 +271,12 @@ def test_running_variance_is_unbiased_whatever_the_correction(
     torch.testing.assert_close(var, x.var((0, 2)))
 
 
-def test_running_statistics_are_seen_to_change(implementation, device) -> None:
+@pytest.mark.parametrize("buffer", ["running_mean", "running_var"])
+def test_running_statistics_are_seen_to_change(buffer, implementation, device) -> None:
     """Autograd's version counter moves, so a graph that saved the old values refuses to run."""
     t = example((9, 3), torch.float32, device)
     scale = torch.ones(3, device=device, requires_grad=True)
-    saved = (scale * t["running_var"]).sum()
+    saved = (scale * t[buffer]).sum()
     fused.batch_norm(**t, training=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saved.backward()

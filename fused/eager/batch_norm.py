@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from fused.eager.activation import IN_PLACE, NEW, activation_backward, tanh_by_sigmoid_
-from fused.eager.batch_norm_native import Native, native_bwd, root_of_bessel, to_biased
+from fused.eager.batch_norm_native import (
+    Native,
+    computed_in,
+    native_bwd,
+    native_moments,
+    root_of_bessel,
+    to_biased,
+)
 from fused.eager.layout import View, sized, split, step
 
 _CHUNK = 2**19  # elements: 2 MB of float32. Of 2^15 to 2^21, 2^19 took the least time.
@@ -44,8 +51,8 @@ def batch_norm_fwd(
             tracked.add_(1)
         mean, m2 = batch_norm_moments(x)
         return torch.empty_like(x), mean, m2, None
-    native = None
-    if residual is None and _is_native(x, activation):
+    native, is_native = None, _is_native(x)
+    if is_native and residual is None and activation in (None, "relu"):
         native = Native.of(x, _to_float32(gamma), _to_float32(beta), eps, correction)
     if native is not None:
         mean, rstd = native.mean, native.rstd
@@ -55,7 +62,8 @@ def batch_norm_fwd(
         y = native.y.relu_() if activation else native.y
         return y, mean, rstd, _kept(activation, y, None, keep)
     form, scratch = _Form.of(x), _Scratch(computed_in(x))
-    exact_mean, m2 = _moments(form.view(x), form, scratch)
+    moments = native_moments(x, eps) if is_native else None
+    exact_mean, m2 = moments or _moments(form.view(x), form, scratch)
     mean = exact_mean.to(scratch.dtype)
     # The running variance is the unbiased one, whatever the correction: as torch.nn.BatchNorm's.
     update_running(running_mean, running_var, tracked, momentum, mean, m2 / (n - 1), skip_nonfinite)
@@ -160,9 +168,9 @@ def batch_norm_bwd(
     """
     n = x.numel() // max(1, x.shape[1])
     # Another implementation's forward may have kept no output.
-    knows_dz = activation is None or kept is not None
-    if batch_statistics and n and knows_dz and _is_native(x, activation):
-        dz = _in_format_of(dy, x)
+    knows_dz = activation is None or (activation == "relu" and kept is not None)
+    if batch_statistics and n and knows_dz and _is_native(x):
+        dz = _laid_out_as(x, dy)
         if kept is not None:
             dz = torch.ops.aten.threshold_backward(dz, kept, 0)
         bessel = root_of_bessel(n) if correction else 1.0
@@ -173,8 +181,9 @@ def batch_norm_bwd(
     passes = _Backward(dy, x, gamma, beta, kept, mean, rstd, activation)
     dresidual = passes.new_dz() if want_dresidual else None
     dx = passes.form.view.empty_like(x)
-    # Until dx is there, its memory holds dz where it can.
-    stored = dx if dresidual is None and activation and dx.dtype == mean.dtype else dresidual
+    stored = dresidual
+    if activation is not None and dresidual is None:
+        stored = dx  # its memory holds dz until dx is there
     sums = passes.sums(stored)
     passes.dx(dx, stored, sums if batch_statistics and n else None, n, correction)
     # No two of them share memory.
@@ -195,25 +204,28 @@ def keeps(activation: str | None, x: Tensor, residual: Tensor | None) -> str | N
     return None if residual is None else "residual"
 
 
-def _is_native(x: Tensor, activation: str | None) -> bool:
-    """Whether PyTorch's kernels may serve: of half precision they round once, as we do, where
-    nothing but relu follows, and theirs are a third of our passes. In float32 they are less exact.
-    """
-    return (
-        x.is_cpu
-        and x.dtype.itemsize == 2
-        and activation in (None, "relu")
-        and x.stride() == _in_format_of(x, x).stride()
-    )
+def _is_native(x: Tensor) -> bool:
+    """Whether PyTorch's kernels may serve for what they round as we would: half precision, of which
+    theirs are a third of our passes. In float32 they are less exact; and where the stride of a size
+    of 1 is not the usual one, they take x for one memory format here and for another there."""
+    return x.is_cpu and x.dtype.itemsize == 2 and _is_in_usual_format(x)
 
 
-def _in_format_of(t: Tensor, x: Tensor) -> Tensor:
-    """t in the memory format that PyTorch's kernels take x for"""
-    last = x.dim() > 3 and not x.is_contiguous()
-    if not last:
-        return t.contiguous()
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return t.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
+def _is_in_usual_format(x: Tensor) -> bool:
+    """Contiguous or channels_last, strides of sizes of 1 included."""
+    dimensions = list(range(x.dim()))
+    if x.dim() > 3 and not x.is_contiguous():
+        dimensions.append(dimensions.pop(1))
+    usual = 1
+    for d in reversed(dimensions):
+        if x.stride(d) != usual:
+            return False
+        usual *= x.shape[d]
+    return True
+
+
+def _laid_out_as(x: Tensor, t: Tensor) -> Tensor:
+    return t if t.stride() == x.stride() else torch.empty_like(x, dtype=t.dtype).copy_(t)
 
 
 def _to_float32(vector: Tensor | None) -> Tensor | None:
@@ -293,10 +305,6 @@ def update_running(
         if running is not None:
             new = (1 - rate) * running.to(batch.dtype) + rate * batch
             running.copy_(new if finite is None else torch.where(finite, new, running))
-
-
-def computed_in(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _rows(x: Tensor) -> list[int]:
@@ -474,12 +482,14 @@ class _Backward:
         if sums is not None:
             along = form.vector(-self.scale * self.rstd * (sums[0] / (n - correction)))
             shift = form.vector(-self.scale * (sums[1] / n))
-        known = None if dz is None or dz.dtype != acc else form.view(dz)
+        known = None if dz is None else form.view(dz)
         for *chunk, dz_, dx_ in _chunks(*self.x_dy_y_residual, known, form.view(dx)):
             if dz_ is None:
                 d, dz_ = self._d_and_dz(*chunk, None)
-            elif sums is not None:
-                d = self._d(chunk[0])
+            else:
+                dz_ = self.scratch.converted("dz", dz_)
+                if sums is not None:
+                    d = self._d(chunk[0])
             out = dx_ if dx_.dtype == acc else self.scratch("d", dx_)
             if sums is None:
                 torch.mul(dz_, scale, out=out)

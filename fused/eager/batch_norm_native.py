@@ -36,23 +36,34 @@ class Native(NamedTuple):
         c = x.shape[1]
         n = x.numel() // c
         gamma = to_biased(gamma, x, n, correction)
-        batch = x.new_zeros((2, c), dtype=_computed_in(x))
+        batch = x.new_zeros((2, c), dtype=computed_in(x))
         mean, var = batch.unbind()  # become the mean and the unbiased variance
         if correction:
             eps *= (n - 1) / n
+        beta = None if beta is None else beta.contiguous()
         y, _, rstd = torch.native_batch_norm(x, gamma, beta, mean, var, True, 1.0, eps)
-        largest = min(_LARGEST_MEAN, _LARGEST_SUM / n)
-        low, high = (mean * rstd).aminmax()  # NaN if any is
-        if not (-largest < low.item() and high.item() < largest and rstd.min().item() > 0.0):
-            return None
-        return Native(y, gamma, mean, var, rstd, eps)
+        return Native(y, gamma, mean, var, rstd, eps) if _exact(mean, rstd, n) else None
+
+
+def native_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
+    """(mean, m2) (C,) of x (N, C, *S) in half precision; None where they are not exact."""
+    n = x.numel() // x.shape[1]
+    mean, var = x.new_zeros((2, x.shape[1]), dtype=computed_in(x)).unbind()
+    torch.batch_norm_update_stats(x, mean, var, 1.0)  # the mean and the unbiased variance
+    return (mean, var.mul_(n - 1)) if _exact(mean, (var + eps).rsqrt_(), n) else None
+
+
+def _exact(mean: Tensor, rstd: Tensor, n: int) -> bool:
+    largest = min(_LARGEST_MEAN, _LARGEST_SUM / n)
+    low, high = (mean * rstd).aminmax()  # NaN if any is
+    return -largest < low.item() and high.item() < largest and rstd.min().item() > 0.0
 
 
 def to_biased(gamma: Tensor | None, x: Tensor, n: int, correction: int) -> Tensor | None:
     """The biased form's gamma, contiguous: PyTorch's backward takes no notice of its stride."""
     if correction:
         bessel = root_of_bessel(n)
-        ones = x.new_ones(x.shape[1], dtype=_computed_in(x))
+        ones = x.new_ones(x.shape[1], dtype=computed_in(x))
         gamma = (ones if gamma is None else gamma) * bessel
     return None if gamma is None else gamma.contiguous()
 
@@ -71,5 +82,5 @@ def root_of_bessel(n: int) -> float:
     return float(((n - 1) / n) ** 0.5)
 
 
-def _computed_in(x: Tensor) -> torch.dtype:
+def computed_in(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
