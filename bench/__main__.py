@@ -28,6 +28,9 @@ def main() -> None:
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
         sys.exit(_INTERRUPTED)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it yet
+        sys.exit(1)
     except (ValueError, OSError) as error:
         sys.exit(f"bench: {error}")
 

@@ -228,7 +228,7 @@ def _implementation(method: str, C: Tensor) -> ModuleType:
         raise ValueError(f"train_mlp: method 'numba' needs tensors on the CPU, got {C.device}")
     if method == "numba" and not _numba_installed():
         raise ValueError(
-            "train_mlp: method 'numba' needs numba: python -m pip install \"fused-backprop[numba]\""
+            "train_mlp: method 'numba' needs numba: python -m pip install numba"
         )
     return importlib.import_module(_MODULES[method])
 

@@ -374,13 +374,14 @@ def mlp_train(
     Raises ValueError where one program cannot hold the model, and for 2**31 examples or more.
 
     Bytes: x and y are read and written as N words of 4 bytes (8 where T+1 characters need more than
-    31 bits); of each step and stream the B words that the minibatch gathers are written, and read
-    once by each of its models; of each step and model 4*B bytes of losses are written twice and
-    read once; the parameters are read and written a few times a call, to pad and to order them. The
-    least is a read of the minibatches and a write of M*K losses beside the parameters. In every
-    step one multiprocessor writes and reads, at the default sizes, 128 KB of W1, W2, d and h, and
-    5 KB of C and demb: they stay in the cache. Launches: 3*T + 2 to pack, 1 to gather, 1 to fill,
-    about 20 to order the parameters and back, 1 to train, 1 for the means.
+    31 bits); of each step and stream index is read, 8*B bytes, and the B words that the minibatch
+    gathers are written, and read once by each of its models; of each step and model 4*B bytes of
+    losses are written twice and read once; the parameters are read and written a few times a call,
+    to pad and to order them. The least is a read of the minibatches and a write of M*K losses
+    beside the parameters. In every step one multiprocessor writes and reads, at the default sizes,
+    128 KB of W1, W2, d and h, and 5 KB of C and demb: they stay in the cache. Launches: 3*T + 2 to
+    pack, 1 to gather, 1 to fill, about 20 to order the parameters and back, 1 to train, 1 for the
+    means.
     """
     n_models, V, E = C.shape
     n_streams, n_steps, B = index.shape

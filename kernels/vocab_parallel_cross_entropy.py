@@ -158,8 +158,8 @@ def merged(
     of x only shape and dtype count. Loss and a are NaN where the target is none of n_all classes,
     and everywhere if a process counted other than n_all.
 
-    Bytes: none of x's size; reads 24 bytes a row and process, writes 16 a row. Two launches; one
-    for "none".
+    Bytes: none of x's size; reads 24 bytes a row and process, writes 12 a row, 16 for "none". Two
+    launches; one for "none".
     """
     acc, n_rows = shards.dtype, target.numel()
     reduced, target2 = reduction != "none", rows_of_target(x, target)

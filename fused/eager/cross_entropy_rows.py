@@ -20,7 +20,7 @@ from fused.eager.activation import tanh_, tanh_by_sigmoid_
 from fused.eager.layout import sized, split, step
 
 # Elements of a chunk: 4 MB of float32. Of 0.25 to 8 MB, 4 were fastest or nearly so: a chunk takes
-# some 50 us of calls, and a larger one leaves the cache.
+# some 40 us of calls, and a larger one leaves the cache.
 CHUNK = 2**20
 LOG2_E = math.log2(math.e)
 # A cap times the error of tanh_by_sigmoid_, 2e-7, is to be far below what half precision shows.
