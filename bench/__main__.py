@@ -118,6 +118,8 @@ def _check_out(path: Path | None) -> None:
     if path.is_dir():
         raise ValueError(f"--out {path}: expected a file, which is a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--out {path}: expected a file that may be written")
 
 
 def _kernels(arguments: argparse.Namespace) -> None:
