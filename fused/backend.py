@@ -11,33 +11,41 @@ import importlib
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 
 _NAMES = ("auto", "triton", "eager")
-_override: str | None = None
+_overrides: tuple[list[str], ...] = ()  # the blocks of `use` that are open; each list is its own
+_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def use(name: str) -> Iterator[None]:
     """Within the block, serve every operation by `name`: "triton", "eager" or "auto" (the default).
 
-    In all threads: autograd runs the backward of CUDA tensors, and what is recomputed for it, in a
-    thread of its own. A backward pass is served by whatever served its forward; that of a compiled
-    graph, by what is asked for when it runs.
+    In all threads, of several blocks as the last says that began and has not ended: autograd runs
+    the backward of CUDA tensors, and what is recomputed for it, in a thread of its own. A backward
+    pass is served by whatever served its forward; a compiled graph, forward and backward each, by
+    what is asked for when it runs. Within a function that is compiled, `use` is a graph break.
 
     "triton" on CPU tensors works only where Triton's driver is one for CPUs, and in its interpreter
     (TRITON_INTERPRET=1 in the environment before triton is imported), which is for tests: it is
     slow. On meta tensors it shows what would be launched (`bench.kernels.catch_launches`).
     """
-    global _override
-    before, _override = _override, _checked(name)
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break()  # operators look when they run: the block would be over
+    global _overrides
+    own = [_checked(name)]
+    with _lock:
+        _overrides = (*_overrides, own)
     try:
         yield
     finally:
-        _override = before
+        with _lock:
+            _overrides = tuple(o for o in _overrides if o is not own)
 
 
 def name_for(tensor: torch.Tensor) -> str:
@@ -45,7 +53,8 @@ def name_for(tensor: torch.Tensor) -> str:
 
     Raises RuntimeError where the Triton kernels were asked for and cannot serve the tensor.
     """
-    return resolved(_override or _from_environment(), tensor)
+    overrides = _overrides
+    return resolved(overrides[-1][0] if overrides else _from_environment(), tensor)
 
 
 def resolved(name: str, tensor: torch.Tensor) -> str:

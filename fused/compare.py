@@ -89,12 +89,18 @@ def _row(name: str, ours: Tensor, reference: Tensor, rtol: float, atol: float) -
     if ours.dtype != reference.dtype:
         raise ValueError(f"compare: expected {name} in {reference.dtype}, got {ours.dtype}")
     ours, reference = ours.detach(), reference.detach()
-    exact = ours == reference  # inf - inf is not 0, and whole numbers may wrap
-    wide = (t if t.is_floating_point() or t.is_complex() else t.double() for t in (ours, reference))
-    difference = torch.sub(*wide).abs().masked_fill(exact, 0.0)
+    difference = torch.sub(*(_widened(t) for t in (ours, reference))).abs()
+    difference = difference.masked_fill(ours == reference, 0)  # inf - inf is NaN
     return Row(
         name,
         exact=torch.equal(ours, reference),
         approximate=torch.allclose(ours, reference, rtol, atol),
         maxdiff=difference.max().item() if difference.numel() else 0.0,
     )
+
+
+def _widened(t: Tensor) -> Tensor:
+    """In which differences do not wrap or overflow."""
+    if t.dtype.itemsize >= 4:
+        return t
+    return t.float() if t.is_floating_point() else t.long()

@@ -256,8 +256,9 @@ def cross_entropy(
             larger tensor, such as a slice, it knows of uses before the call alone; and a second
             part of the same tensor, changed in place too, it takes for a misuse of the first.)
             Hooks on them are registered before it. No effect where input needs no gradient, where
-            its `.grad` is retained (`retain_grad()`), where it is one of several views that one
-            function returned (`unbind`, `chunk`), where hooks have what autograd saves
+            its `.grad` is retained (`retain_grad()`), where it is a view that autograd lets nobody
+            change (of `unbind`, `chunk`, a custom Function, a module with full backward hooks),
+            where hooks have what autograd saves
             (checkpointing, save_on_cpu), nor under torch.compile, which plans memory itself.
         grad_in_forward: forms the gradient of a mean or sum in the forward, while the logits are at
             hand: they are read once, dinput is written once, and a backward whose upstream gradient
@@ -300,7 +301,7 @@ def cross_entropy(
     usual = (label_smoothing == z_loss == 0) is True and (logit_scale == 1) is True
     if not usual and is_compiling():  # where numbers may be symbols
         numbers = ((label_smoothing, 0), (z_loss, 0), (logit_scale, 1))
-        usual = all(not isinstance(n, Tensor) and bool(n == u) for n, u in numbers)
+        usual = all(type(n) in (int, float) and bool(n == u) for n, u in numbers)
     plain = usual and weight is None and softcap is None and not inplace
     if plain:
         loss = _small(input, target, ignore_index, reduction)

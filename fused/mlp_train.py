@@ -8,6 +8,7 @@ forward, backward in closed form (docs/derivations.md), parameter -= lr * gradie
 import importlib
 import importlib.util
 import math
+import numbers
 from types import ModuleType
 from typing import NamedTuple
 
@@ -85,18 +86,18 @@ def train_mlp(
 
     Raises:
         TypeError: parameters that are not of one floating dtype; x, y or index that are not whole
-            numbers.
-        ValueError: shapes or devices that do not fit, an eps that is not positive and finite, an lr
-            beyond the parameters' dtype, an unknown method, or one that cannot serve parameters of
-            this size, dtype or device.
+            numbers; an lr that is not real.
+        ValueError: shapes or devices that do not fit, an eps that is not positive and finite, a
+            number lr beyond the parameters' dtype, an unknown method, or one that cannot serve
+            parameters of this size, dtype or device.
         RuntimeError: "persistent" or "graph" where there is no Triton for the parameters' device.
         IndexError: on the CPU, a character or row out of range (RuntimeError where torch raises
             that). On a GPU nothing looks at values; "persistent" makes the loss of a target out of
             range NaN.
     """
-    if not 0 < eps < math.inf:
-        raise ValueError(f"train_mlp: expected a positive, finite eps, got {eps}")
     parameters = MLPParameters(*parameters)
+    if not 0 < eps <= torch.finfo(torch.float32).max:
+        raise ValueError(f"train_mlp: expected a positive, finite eps, got {eps}")
     one = parameters.C.dim() == 2
     models = _models(parameters, one)
     lr = _checked(models, x, y, index, lr)
@@ -204,6 +205,8 @@ def _checked(
                 f"{tensor.device}"
             )
     if not isinstance(lr, Tensor):
+        if not isinstance(lr, numbers.Real):
+            raise TypeError(f"train_mlp: expected lr to be a number or a tensor, got {lr!r}")
         if torch.finfo(models.C.dtype).max < abs(lr) < math.inf:
             raise ValueError(f"train_mlp: expected lr to be a number of {models.C.dtype}, got {lr}")
         return torch.full((M,), lr, dtype=models.C.dtype, device=models.C.device)
@@ -227,9 +230,7 @@ def _implementation(method: str, C: Tensor) -> ModuleType:
     if method == "numba" and C.device.type != "cpu":
         raise ValueError(f"train_mlp: method 'numba' needs tensors on the CPU, got {C.device}")
     if method == "numba" and not _numba_installed():
-        raise ValueError(
-            "train_mlp: method 'numba' needs numba: python -m pip install numba"
-        )
+        raise ValueError("train_mlp: method 'numba' needs numba: python -m pip install numba")
     return importlib.import_module(_MODULES[method])
 
 

@@ -122,7 +122,7 @@ def vocab_parallel_cross_entropy(
         softcap: z = softcap * tanh(logit_scale * input / softcap); None for no cap.
         logit_scale: factor of the logits, applied before the cap.
         inplace: lets the gradient be written over the logits, which must not be used after the
-            call; where autograd would, it raises.
+            call; where autograd would, it raises. No effect where `cross_entropy`'s has none.
 
     Returns:
         The loss: a 0-d tensor, or for "none" the shape of target, in input's dtype; float32 for

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +63,42 @@ def test_use_is_seen_by_all_threads(device) -> None:
             thread.start()
             thread.join()
     assert found == ["eager", "triton"]
+
+
+def test_blocks_that_overlap_without_nesting(device) -> None:
+    """As those of two threads do."""
+    x = torch.zeros(1, device=device)
+    default = backend.name_for(x)
+    first, second = backend.use("eager"), backend.use("triton")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert backend.name_for(x) == "triton"
+    second.__exit__(None, None, None)
+    assert backend.name_for(x) == default
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_use_within_a_compiled_function(monkeypatch, device) -> None:
+    """Operators look at it when they run, and by then the block would have ended."""
+    served: list[str] = []
+    module = backend._module
+
+    def recorded(name: str, operation: str) -> ModuleType:
+        served.append(name)
+        return module(name, operation)
+
+    monkeypatch.setattr(backend, "_module", recorded)
+    norm = fused.BatchNorm1d(5, device=device)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        with backend.use("triton"):
+            return norm(x).square().sum()
+
+    torch.compiler.reset()
+    torch.compile(step, backend="aot_eager")(torch.randn(6, 5, device=device))
+    assert set(served) == {"triton"}
+    torch.compiler.reset()
 
 
 @pytest.mark.parametrize("forward", ["eager", "triton"])

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
+from fused.eager import batch_norm as eager
 from tests.exactness import free_memory, negated, same_bits
 from tests.graphs import check_replay
 from tests.test_batch_norm import (
@@ -19,6 +20,7 @@ from tests.test_batch_norm import (
     example,
     run,
     small_chunks,  # noqa: F401
+    torchs,
 )
 
 
@@ -352,6 +354,77 @@ def test_half_precision_takes_pytorchs_kernels(activation) -> None:
         fused.batch_norm(**t, training=True, activation=activation).sum().backward()
     assert {"native_batch_norm.default", "native_batch_norm_backward.default"} <= operations.names
     assert x.grad is not None and not {n for n in operations.names if n.startswith("addcmul")}
+
+
+@pytest.mark.parametrize("activation", ["tanh", "silu"])
+@pytest.mark.parametrize("shape", [(2**18, 2), (64, 2, 64, 64)], ids=str)
+def test_half_precision_of_channels_that_hardly_vary(shape, activation) -> None:
+    """PyTorch's sums of them are off by many standard deviations, whatever eps hides."""
+    x = torch.full(shape, 0.05)
+    x[:, 1] = 0.045 + 1e-4 * torch.randn(x[:, 1].shape)
+    x = x.bfloat16()
+    if len(shape) > 2:
+        x = x.to(memory_format=torch.channels_last)
+    rows = [d for d in range(x.dim()) if d != 1]
+    mean, var = torch.zeros(2), torch.ones(2)
+    with fused.backend.use("eager"):
+        y = fused.batch_norm(x, mean, var, training=True, momentum=1.0, activation=activation)
+    exact = x.double()
+    torch.testing.assert_close(mean.double(), exact.mean(rows), rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), exact.var(rows), rtol=1e-5, atol=1e-12)
+    assert not y.select(1, 0).any()
+
+
+@pytest.mark.parametrize("activation", ["tanh", "gelu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n", [2, 3, 4, 16, 1024])
+def test_half_precision_dx_is_as_exact_as_torchs(n, dtype, activation) -> None:
+    """Though dz waits in dx's memory, where that rounds it to no harm."""
+    t = example((n, 4096 // n), dtype, "cpu")
+    upstream = torch.randn(n, 4096 // n, generator=torch.Generator().manual_seed(0)).to(dtype)
+    options = {"training": True, "activation": activation}
+    exact = run(directly, {k: v.double() for k, v in t.items()}, upstream.double(), **options)
+    with fused.backend.use("eager"):
+        ours = run(fused.batch_norm, t, upstream, **options)
+    theirs = run(torchs, t, upstream, **options)
+    error, allowed = (
+        ((found["dinput"].double() - exact["dinput"]).norm() / exact["dinput"].norm()).item()
+        for found in (ours, theirs)
+    )
+    assert error <= max(1.05 * allowed, torch.finfo(dtype).eps / 4)
+
+
+def test_float16_dz_beyond_its_range() -> None:
+    """dx is within it: rstd is small."""
+    x = (torch.randn(256, 4, generator=torch.Generator().manual_seed(0)) * 1e3).half()
+    dy = torch.where(x > 0, 6.4e4, -6.4e4).half()
+    t = {"input": x, "running_mean": None, "running_var": None}
+    exact = run(directly, {"input": x.double()} | dict.fromkeys(("running_mean", "running_var")),
+                dy.double(), training=True, activation="silu")  # fmt: skip
+    with fused.backend.use("eager"):
+        ours = run(fused.batch_norm, t, dy, training=True, activation="silu")
+    assert ours["dinput"].isfinite().all()
+    error = (ours["dinput"].double() - exact["dinput"]).abs().max() / exact["dinput"].abs().max()
+    assert error < 1e-3
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_an_activation_of_bfloat16_is_differentiated_once(residual, monkeypatch) -> None:
+    """A chunk of z is formed in the forward, and once in the backward: dz waits in dx's memory."""
+    t = example((2000, 8), torch.bfloat16, "cpu", residual=residual)
+    x = t["input"].requires_grad_()
+    with fused.backend.use("eager"), Operations() as forward:
+        y = fused.batch_norm(**t, training=True, activation="tanh")
+    calls: list[Tensor] = []
+
+    def tanh_(z: Tensor) -> Tensor:
+        calls.append(z)
+        return z.tanh_()
+
+    monkeypatch.setattr(eager, "tanh_by_sigmoid_", tanh_)
+    (dx,) = torch.autograd.grad(y.float().square().sum(), x)
+    assert dx.isfinite().all() and len(calls) == 1
+    assert "batch_norm_update_stats.default" in forward.names
 
 
 WIDER = {

@@ -42,6 +42,10 @@ def test_equal_infinities_and_whole_numbers() -> None:
     one, three = (torch.tensor([n], dtype=torch.uint8) for n in (1, 3))
     assert [row.maxdiff for row in compare({"x": one}, {"x": three})] == [2.0]  # 254 in 8 bits
     assert [row.maxdiff for row in compare({"x": one > 2}, {"x": three > 2})] == [1.0]
+    large = torch.tensor([2**53])
+    assert [row.maxdiff for row in compare({"x": large + 1}, {"x": large})] == [1.0]
+    half = torch.tensor([6e4], dtype=torch.float16)
+    assert [row.maxdiff for row in compare({"x": half}, {"x": -half})] == [2 * half.item()]
 
 
 def test_tolerances() -> None:

@@ -610,6 +610,9 @@ BAD = {
     ),
     "an infinite eps": (lambda a: a | {"eps": math.inf}, ValueError, "expected a positive, finite"),
     "a rate beyond float32": (lambda a: a | {"lr": 1e39}, ValueError, "expected lr to be a number"),
+    "an eps beyond float32": (lambda a: a | {"eps": 1e39}, ValueError, "a positive, finite eps"),
+    "no rate": (lambda a: a | {"lr": "a"}, TypeError, "expected lr to be a number or a tensor"),
+    "a complex number": (lambda a: a | {"lr": 1j}, TypeError, "expected lr to be a number or a t"),
     "a complex rate": (lambda a: a | {"lr": torch.tensor(1j)}, TypeError, "expected a real lr"),
     "rates": (lambda a: a | {"lr": torch.ones(3)}, ValueError, r"lr of shape \(1,\)"),
     "in place": (

@@ -432,6 +432,20 @@ def test_inplace_is_seen_by_autograd(half_a_group, implementation, device) -> No
         squares.backward()
 
 
+def test_inplace_of_views_that_autograd_lets_nobody_change(
+    half_a_group, implementation, device
+) -> None:
+    logits, target, _ = example((5, 4), torch.float32, device)
+    leaf, found = logits.requires_grad_(), []
+    for inplace in (True, False):
+        views = torch.stack((leaf, leaf * 2)).unbind()
+        losses = [
+            fused.vocab_parallel_cross_entropy(view, target, inplace=inplace) for view in views
+        ]
+        found.append(torch.autograd.grad(losses[0] + losses[1], leaf))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_alone_it_takes_the_logits_memory(implementation, device) -> None:
     logits, target, _ = example((5, 4), torch.float32, device)
     own = logits.requires_grad_() * 1

@@ -21,6 +21,7 @@ from fused.eager.batch_norm_native import (
 )
 from fused.eager.layout import View, sized, split, step
 
+_MANY = 64  # rows
 _CHUNK = 2**19  # elements: 2 MB of float32. Of 2^15 to 2^21, 2^19 took the least time.
 
 
@@ -62,7 +63,7 @@ def batch_norm_fwd(
         y = native.y.relu_() if activation else native.y
         return y, mean, rstd, _kept(activation, y, None, keep)
     form, scratch = _Form.of(x), _Scratch(computed_in(x))
-    moments = native_moments(x, eps) if is_native else None
+    moments = native_moments(x) if is_native else None
     exact_mean, m2 = moments or _moments(form.view(x), form, scratch)
     mean = exact_mean.to(scratch.dtype)
     # The running variance is the unbiased one, whatever the correction: as torch.nn.BatchNorm's.
@@ -181,14 +182,22 @@ def batch_norm_bwd(
     passes = _Backward(dy, x, gamma, beta, kept, mean, rstd, activation)
     dresidual = passes.new_dz() if want_dresidual else None
     dx = passes.form.view.empty_like(x)
-    stored = dresidual
-    if activation is not None and dresidual is None:
-        stored = dx  # its memory holds dz until dx is there
+    reads_dz = activation is not None and _serves_rounded(x, n)
+    # Until dx is there, its memory holds dz.
+    stored = dx if reads_dz and dresidual is None else dresidual
     sums = passes.sums(stored)
-    passes.dx(dx, stored, sums if batch_statistics and n else None, n, correction)
+    passes.dx(
+        dx, stored if reads_dz else None, sums if batch_statistics and n else None, n, correction
+    )
     # No two of them share memory.
     dgamma, dbeta = _as(sums[0], gamma, mean), _as(sums[1].clone(), beta, mean)
     return dx, dgamma, dbeta, dresidual
+
+
+def _serves_rounded(x: Tensor, n: int) -> bool:
+    """Whether dx may come of a dz in x's dtype: of float32, and of bfloat16 unless rows are so few
+    that dz, rounded, has other sums than dz. float16 may end before dz does."""
+    return x.dtype.itemsize > 2 or (x.dtype == torch.bfloat16 and n >= _MANY)
 
 
 def _as(gradient: Tensor, parameter: Tensor | None, mean: Tensor) -> Tensor:

@@ -40,17 +40,17 @@ class Native(NamedTuple):
         mean, var = batch.unbind()  # become the mean and the unbiased variance
         if correction:
             eps *= (n - 1) / n
-        beta = None if beta is None else beta.contiguous()
         y, _, rstd = torch.native_batch_norm(x, gamma, beta, mean, var, True, 1.0, eps)
         return Native(y, gamma, mean, var, rstd, eps) if _exact(mean, rstd, n) else None
 
 
-def native_moments(x: Tensor, eps: float) -> tuple[Tensor, Tensor] | None:
-    """(mean, m2) (C,) of x (N, C, *S) in half precision; None where they are not exact."""
+def native_moments(x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(mean, m2) (C,) of x (N, C, *S) in half precision; None where they are not exact, as where
+    nothing varies."""
     n = x.numel() // x.shape[1]
     mean, var = x.new_zeros((2, x.shape[1]), dtype=computed_in(x)).unbind()
     torch.batch_norm_update_stats(x, mean, var, 1.0)  # the mean and the unbiased variance
-    return (mean, var.mul_(n - 1)) if _exact(mean, (var + eps).rsqrt_(), n) else None
+    return (mean, var.mul_(n - 1)) if _exact(mean, var.rsqrt(), n) else None
 
 
 def _exact(mean: Tensor, rstd: Tensor, n: int) -> bool:

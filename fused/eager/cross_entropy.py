@@ -29,6 +29,7 @@ from fused.eager.layout import View
 
 # Above this -log p_y is taken from p_y, below it from the exponent.
 _LEAST_P = 2.0**-10
+_MASKED = 2**24  # elements whose zeros are looked for at a time: their mask takes memory
 
 # Of each row the loss and, if wanted, the lse, whether its prediction is right, and that.
 _RowLosses = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
@@ -166,8 +167,10 @@ def cross_entropy_scale(dx: Tensor, dloss: Tensor) -> Tensor:
         return dx
     if math.isfinite(factor):
         return dx.mul_(dloss)
-    zero = dx == 0
-    return dx.mul_(dloss).masked_fill_(zero, 0.0)
+    for part in dx.split(max(1, _MASKED * len(dx) // dx.numel())) if dx.numel() else ():
+        zero = part == 0
+        part.mul_(dloss).masked_fill_(zero, 0.0)
+    return dx
 
 
 def row_scale(
