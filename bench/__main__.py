@@ -7,6 +7,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch: its profiler ta
 import argparse
 import json
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command is not _run and sys.argv[1].startswith("-"):
         parser.error(f"expected options after the command, got {sys.argv[1]} before it")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # `timeout` saves as Ctrl-C does
     try:
         arguments.command(arguments)
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import torch
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers have the cores
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import fused
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fused
 from fused.eager import batch_norm as eager
 from fused.eager import layout
-from tests.exactness import assert_as_exact_as, ulps_for
+from tests.exactness import PHASES, assert_as_exact_as, ulps_for
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # Two rows, one channel, around powers of two, more than one tile of rows in every dtype.
@@ -517,6 +517,7 @@ def calls(draw) -> tuple[dict[str, Any], dict[str, Any]]:
 
 @settings(
     max_examples=60,
+    phases=PHASES,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

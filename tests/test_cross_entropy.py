@@ -18,7 +18,7 @@ import fused
 from fused.eager import cross_entropy as eager
 from fused.eager import cross_entropy_rows, cross_entropy_small, layout
 from fused.kernels import tuning
-from tests.exactness import assert_as_exact_as, ulps_for
+from tests.exactness import PHASES, assert_as_exact_as, ulps_for
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 REDUCTIONS = ["mean", "sum", "none"]
@@ -596,6 +596,7 @@ def calls(draw) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Any]]:
 
 @settings(
     max_examples=100,
+    phases=PHASES,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

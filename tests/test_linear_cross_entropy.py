@@ -860,7 +860,10 @@ def test_the_logits_are_never_held(device, tmp_path: Path) -> None:
         upstream,
     )
     pair = differentiable(lambda: F.cross_entropy(F.linear(x, w), target), leaves, upstream)
-    peaks = [peak_bytes(c.phases["fwd_bwd"], device) for c in (ours, pair)]
+    phases = [c.phases["fwd_bwd"] for c in (ours, pair)]
+    for phase in phases:  # a GPU's library of products takes memory of its own, the first time
+        phase.run(phase.prepare())
+    peaks = [peak_bytes(phase, device) for phase in phases]
     assert peaks[1] >= 2 * 4 * n * classes
     assert peaks[0] <= peaks[1] / 4
 

@@ -484,22 +484,26 @@ def test_the_page_says_what_asked_for_large_pages() -> None:
 
 
 class Interrupting(Square):
-    """Ctrl-C while the second of three cases is built."""
+    """A signal while the second of three cases is built."""
 
     interrupts_at = 2
+    by = signal.SIGINT
 
     def cases(self, suite: str) -> list[Case]:
         return [Case("square", (n, 8), torch.float32) for n in (64, 2, 32)]
 
     def contenders(self, case: Case, device: torch.device):
         if case.shape[0] == self.interrupts_at:
-            raise KeyboardInterrupt
+            signal.raise_signal(self.by)
         return super().contenders(case, device)
 
 
-def test_an_interrupted_run_leaves_what_was_measured(tmp_path, monkeypatch, capsys) -> None:
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "timeout"])
+def test_an_interrupted_run_leaves_what_was_measured(by, tmp_path, monkeypatch, capsys) -> None:
+    operation = Interrupting()
+    operation.by = by
     monkeypatch.setattr(runner.machine, "copy_bandwidth", lambda device: 1.0)
-    monkeypatch.setattr(runner, "operations", lambda names=None: {"square": Interrupting()})
+    monkeypatch.setattr(runner, "operations", lambda names=None: {"square": operation})
     monkeypatch.setattr(report, "RESULTS", tmp_path)
     monkeypatch.setattr("sys.argv", ["bench", "--device", "cpu", "--budget", "20"])
     with pytest.raises(SystemExit) as end:
