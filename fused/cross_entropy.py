@@ -258,8 +258,8 @@ def cross_entropy(
             Hooks on them are registered before it. No effect where input needs no gradient, where
             its `.grad` is retained (`retain_grad()`), where it is a view that autograd lets nobody
             change (of `unbind`, `chunk`, a custom Function, a module with full backward hooks),
-            where hooks have what autograd saves
-            (checkpointing, save_on_cpu), nor under torch.compile, which plans memory itself.
+            where hooks have what autograd saves (checkpointing, save_on_cpu), nor under
+            torch.compile, which plans memory itself.
         grad_in_forward: forms the gradient of a mean or sum in the forward, while the logits are at
             hand: they are read once, dinput is written once, and a backward whose upstream gradient
             is 1 has nothing left to do. Another one costs a second read and write of dinput, and a

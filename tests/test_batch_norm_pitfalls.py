@@ -356,7 +356,7 @@ def test_half_precision_takes_pytorchs_kernels(activation) -> None:
     assert x.grad is not None and not {n for n in operations.names if n.startswith("addcmul")}
 
 
-@pytest.mark.parametrize("activation", ["tanh", "silu"])
+@pytest.mark.parametrize("activation", [None, "relu", "tanh", "silu"])
 @pytest.mark.parametrize("shape", [(2**18, 2), (64, 2, 64, 64)], ids=str)
 def test_half_precision_of_channels_that_hardly_vary(shape, activation) -> None:
     """PyTorch's sums of them are off by many standard deviations, whatever eps hides."""

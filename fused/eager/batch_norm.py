@@ -21,7 +21,6 @@ from fused.eager.batch_norm_native import (
 )
 from fused.eager.layout import View, sized, split, step
 
-_MANY = 64  # rows
 _CHUNK = 2**19  # elements: 2 MB of float32. Of 2^15 to 2^21, 2^19 took the least time.
 
 
@@ -195,9 +194,9 @@ def batch_norm_bwd(
 
 
 def _serves_rounded(x: Tensor, n: int) -> bool:
-    """Whether dx may come of a dz in x's dtype: of float32, and of bfloat16 unless rows are so few
-    that dz, rounded, has other sums than dz. float16 may end before dz does."""
-    return x.dtype.itemsize > 2 or (x.dtype == torch.bfloat16 and n >= _MANY)
+    """Whether dx may come of a dz in x's dtype: of float32, and of bfloat16 unless the n rows are
+    so few that dz, rounded, has other sums than dz. float16 may end before dz does."""
+    return x.dtype.itemsize > 2 or (x.dtype == torch.bfloat16 and n >= 64)
 
 
 def _as(gradient: Tensor, parameter: Tensor | None, mean: Tensor) -> Tensor:

@@ -41,22 +41,28 @@ class Native(NamedTuple):
         if correction:
             eps *= (n - 1) / n
         y, _, rstd = torch.native_batch_norm(x, gamma, beta, mean, var, True, 1.0, eps)
-        return Native(y, gamma, mean, var, rstd, eps) if _exact(mean, rstd, n) else None
+        if x.dtype.itemsize == 2:
+            exact = _vary(mean, var, n)
+        else:
+            largest = min(_LARGEST_MEAN, _LARGEST_SUM / n)
+            low, high = (mean * rstd).aminmax()  # NaN if any is
+            exact = -largest < low.item() and high.item() < largest and rstd.min().item() > 0.0
+        return Native(y, gamma, mean, var, rstd, eps) if exact else None
 
 
 def native_moments(x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(mean, m2) (C,) of x (N, C, *S) in half precision; None where they are not exact, as where
-    nothing varies."""
+    """(mean, m2) (C,) of x (N, C, *S) in half precision; None where they are not exact."""
     n = x.numel() // x.shape[1]
     mean, var = x.new_zeros((2, x.shape[1]), dtype=computed_in(x)).unbind()
     torch.batch_norm_update_stats(x, mean, var, 1.0)  # the mean and the unbiased variance
-    return (mean, var.mul_(n - 1)) if _exact(mean, var.rsqrt(), n) else None
+    return (mean, var.mul_(n - 1)) if _vary(mean, var, n) else None
 
 
-def _exact(mean: Tensor, rstd: Tensor, n: int) -> bool:
-    largest = min(_LARGEST_MEAN, _LARGEST_SUM / n)
-    low, high = (mean * rstd).aminmax()  # NaN if any is
-    return -largest < low.item() and high.item() < largest and rstd.min().item() > 0.0
+def _vary(mean: Tensor, var: Tensor, n: int) -> bool:
+    """Whether no mean is too many standard deviations from 0, which eps would hide."""
+    std = var.sqrt()
+    left = (std * min(_LARGEST_MEAN, _LARGEST_SUM / n)).sub_(mean.abs()).min().item()
+    return left >= 0.0 and std.max().item() < float("inf")  # NaN if any is
 
 
 def to_biased(gamma: Tensor | None, x: Tensor, n: int, correction: int) -> Tensor | None:
