@@ -89,7 +89,7 @@ def _row(name: str, ours: Tensor, reference: Tensor, rtol: float, atol: float) -
     if ours.dtype != reference.dtype:
         raise ValueError(f"compare: expected {name} in {reference.dtype}, got {ours.dtype}")
     ours, reference = ours.detach(), reference.detach()
-    difference = torch.sub(*(_widened(t) for t in (ours, reference))).abs()
+    difference = (_widened(ours) - _widened(reference)).abs()
     difference = difference.masked_fill(ours == reference, 0)  # inf - inf is NaN
     return Row(
         name,

@@ -167,7 +167,7 @@ def cross_entropy_scale(dx: Tensor, dloss: Tensor) -> Tensor:
         return dx
     if math.isfinite(factor):
         return dx.mul_(dloss)
-    for part in dx.split(max(1, _MASKED * len(dx) // dx.numel())) if dx.numel() else ():
+    for part in dx.split(max(1, _MASKED * len(dx) // max(1, dx.numel()))):
         zero = part == 0
         part.mul_(dloss).masked_fill_(zero, 0.0)
     return dx
