@@ -428,7 +428,8 @@ def check(
             )
         dtype = dtype or tensor.dtype
         half = input.dtype.itemsize == 2
-        if tensor.dtype != dtype or not (dtype == input.dtype or (half and dtype == torch.float32)):
+        fits = tensor.dtype == dtype and (dtype == input.dtype or half and dtype == torch.float32)
+        if not fits and input.numel():  # torch takes any of an empty batch
             raise RuntimeError(
                 f"batch_norm: expected weight, bias and running statistics all of dtype "
                 f"{input.dtype}, as input{', or all of float32' if half else ''}, "

@@ -133,6 +133,11 @@ def check(input: Tensor, target: Tensor, weight: Tensor | None, options: Options
     if input.dim() == 0:
         kind = IndexError if target.shape == () and target.is_floating_point() else RuntimeError
         raise kind("cross_entropy: expected input of shape (C,) or (N, C, ...), got ()")
+    if options.label_smoothing > 1:
+        raise RuntimeError(
+            "cross_entropy: expected label_smoothing between 0 and 1, "
+            f"got {options.label_smoothing}"
+        )
     if same_shape(target, input.shape):
         _check_probabilities(target, options)
     else:
@@ -140,11 +145,6 @@ def check(input: Tensor, target: Tensor, weight: Tensor | None, options: Options
     classes = input.shape[0 if input.dim() == 1 else 1]
     if weight is not None:
         _check_weight(weight, classes, input, target)
-    if options.label_smoothing > 1:
-        raise RuntimeError(
-            "cross_entropy: expected label_smoothing between 0 and 1, "
-            f"got {options.label_smoothing}"
-        )
     for name, tensor in (("target", target), ("weight", weight)):
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(

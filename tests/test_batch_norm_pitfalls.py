@@ -721,6 +721,21 @@ def test_empty_batch(training, shape, implementation, device) -> None:
     torch.testing.assert_close(results["running_mean"], before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_an_empty_batch_of_another_dtype(training, dtype, implementation, device) -> None:
+    """Torch takes any; there is nothing to compute."""
+    for module in (fused.BatchNorm1d, nn.BatchNorm1d):
+        for parameters in (torch.float16, torch.float32, torch.float64):
+            norm = module(3, device=device, dtype=parameters).train(training)
+            x = torch.empty(0, 3, dtype=dtype, device=device, requires_grad=True)
+            y = norm(x)
+            y.sum().backward()
+            assert y.dtype == x.grad.dtype == dtype
+            assert norm.weight.grad.dtype == norm.running_var.dtype == parameters
+            assert not norm.weight.grad.any() and not norm.running_mean.any()
+
+
 @pytest.mark.interpreted("the emulator copies a tensor's whole storage, here 4 GiB")
 def test_offsets_beyond_2_to_the_31(implementation, device) -> None:
     """The third of rows, or the fifth of channels, begins at element 2**31, or a tile of rows does.

@@ -176,6 +176,11 @@ REFUSED = {
         "needs no gradient for class indices",
     ),
     "smoothing": (RuntimeError, {"input": X, "target": Y, "label_smoothing": 1.1}, "got 1.1"),
+    "smoothing, and target": (
+        RuntimeError,
+        {"input": X, "target": Y[:1], "label_smoothing": 1.1},
+        "got 1.1",
+    ),
     "device": (RuntimeError, {"input": X, "target": Y.to("meta")}, "on cpu.* got meta"),
     "weight device": (
         RuntimeError,
