@@ -51,7 +51,7 @@ class Checkpoint:
     def step(self) -> int:
         return len(self.losses)
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path) -> None:
         """Writes to a temporary file, then renames it: a crash leaves the checkpoint before.
 
         Raises OSError where it cannot be written.
@@ -62,7 +62,7 @@ class Checkpoint:
             "var": self.model.var.cpu(),
             "generator": self.generator,
         }
-        return _write(content, folder / FILE)
+        _write(content, folder / FILE)
 
     @property
     def parameters(self) -> MLPParameters:
@@ -88,7 +88,7 @@ class SweepCheckpoint:
     def step(self) -> int:
         return self.losses.shape[1]
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: Path) -> None:
         """As a run's. Raises OSError where it cannot be written."""
         content = {
             **_common(self, _SWEEP_FORMAT),
@@ -96,7 +96,7 @@ class SweepCheckpoint:
             "seeds": self.seeds,
             "generators": self.generators,
         }
-        return _write(content, folder / SWEEP_FILE)
+        _write(content, folder / SWEEP_FILE)
 
 
 def _common(checkpoint: Checkpoint | SweepCheckpoint, format: str) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def _common(checkpoint: Checkpoint | SweepCheckpoint, format: str) -> dict[str, 
     }
 
 
-def _write(content: dict[str, Any], path: Path) -> Path:
+def _write(content: dict[str, Any], path: Path) -> None:
     temporary = path.with_suffix(".tmp")
     serialized = io.BytesIO()
     torch.save(content, serialized)  # in a file it would hide what the system says
@@ -130,7 +130,6 @@ def _write(content: dict[str, Any], path: Path) -> Path:
         # Of a full disk, say, it names no file.
         raise OSError(error.errno, error.strerror, str(temporary)) from None
     temporary.replace(path)
-    return path
 
 
 def load(path: Path, device: torch.device) -> Checkpoint:

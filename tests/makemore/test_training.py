@@ -161,10 +161,10 @@ def test_an_interruption_of_the_last_save(sweeping, dataset, tmp_path, monkeypat
     save = kind.save
     interruptions = 1
 
-    def interrupted(saved: Any, folder: Path) -> Path:
+    def interrupted(saved: Any, folder: Path) -> None:
         for _ in range(interruptions):
             os.kill(os.getpid(), signal.SIGINT)
-        return save(saved, folder)
+        save(saved, folder)
 
     monkeypatch.setattr(kind, "save", interrupted)
     settings = Settings(hidden=5, steps=3, batch=4)
