@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fused import backend
 from fused.eager import batch_norm as eager
-from fused.eager.batch_norm_native import root_of_bessel
+from fused.eager.batch_norm_native import computed_in, root_of_bessel
 from fused.eager.batch_norm_small import (
     batch_norm_small,
     batch_norm_small_bwd,
@@ -243,8 +243,7 @@ def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def of_channels(input: Tensor) -> Tensor:
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return input.new_empty(input.shape[1], dtype=dtype)
+    return input.new_empty(input.shape[1], dtype=computed_in(input))
 
 
 def _setup_fwd(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -206,10 +206,9 @@ def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | No
 
 
 def _stats_like(input: Tensor, target: Tensor, want_extras: bool) -> Tensor:
-    wide = torch.float64 in (input.dtype, target.dtype)
     rows = input.shape[0] * math.prod(input.shape[2:])
     shape = (4 if want_extras else 3, rows)
-    return input.new_empty(shape, dtype=torch.float64 if wide else torch.float32)
+    return input.new_empty(shape, dtype=eager.computed_in(input, target))
 
 
 for _name, _implementation, _fake in (

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fused.eager.cross_entropy_rows import computed_in
 from fused.operators import implementation, library
 
 library.define(
@@ -91,9 +92,9 @@ def _fwd_fake(
     logit_scale: float,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    none, wide = reduction == "none", input.dtype == torch.float64
+    none = reduction == "none"
     loss = input.new_empty(target.shape if none else (), dtype=loss_dtype)
-    stats = input.new_empty((3, target.numel()), dtype=torch.float64 if wide else torch.float32)
+    stats = input.new_empty((3, target.numel()), dtype=computed_in(input, target))
     return loss, stats, stats.new_empty(0 if none else ())
 
 
