@@ -13,6 +13,10 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def _ceil_div(n: int, d: int) -> int:
+    return (n + d - 1) // d
+
+
 # Whether blocks of a cluster may share a row of cross-entropy, where device and compiler can. Off
 # until a GPU has timed it: docs/performance.md says what the compiler makes of it. Set it to try.
 CLUSTERS = False
@@ -177,7 +181,7 @@ class Pass:
 
 def count(n_rows: int) -> Pass:
     """Over the targets of `n_rows`, for the mean: 4 steps of 8 targets a thread."""
-    return Pass(2048, 8, min((n_rows + 8191) // 8192, 512))
+    return Pass(2048, 8, min(_ceil_div(n_rows, 8192), 512))
 
 
 def scale(n: int, device: torch.device) -> Pass:
@@ -189,7 +193,7 @@ def scale(n: int, device: torch.device) -> Pass:
 
 def merge(n_rows: int) -> Pass:
     """Over the shards of `n_rows`: a row a thread, in many programs, as all of it is latency."""
-    return Pass(128, 4, (n_rows + 127) // 128)
+    return Pass(128, 4, _ceil_div(n_rows, 128))
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -293,10 +297,6 @@ class BatchNormPlan:
     def partials(self, n: int) -> int:
         """How many of n partial results a column merges at the most, as a power of two."""
         return next_power_of_2(_ceil_div(n, 1 if self.pack is None else self.pack.members))
-
-
-def _ceil_div(n: int, d: int) -> int:
-    return (n + d - 1) // d
 
 
 # For an H100, a multiprocessor of which has 65,536 registers and 256 KB of L1; elsewhere they only
@@ -607,7 +607,7 @@ def mlp_step(
         options = {"matrix_instr_nonkdim": 16}
     elif batch > 32:  # it would rather spill some bytes than have one program fewer resident
         options = {"maxnreg": 255}
-    blocks = (hidden + 15) // 16
+    blocks = _ceil_div(hidden, 16)
     block_e = min(256, next_power_of_2(embedding))
     # Parts of demb x rows x numbers: 32 loads a thread in flight.
     block_p = min(16, next_power_of_2(blocks))
