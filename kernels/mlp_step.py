@@ -377,7 +377,7 @@ class Steps:
         _mlp_table_kernel[(V, n_models, triton.cdiv(E, p.BLOCK_E))](
             C, b2, x, self.dz, self.demb, self.lr, p.hidden_blocks, n_streams, x.stride(0),
             T=T, E=E, V=V, B=B, BLOCK_P=p.BLOCK_P, BLOCK_R=p.BLOCK_R, BLOCK_E=p.BLOCK_E,
-            BLOCK_B=128, num_warps=p.num_warps, enable_fp_fusion=False,
+            BLOCK_B=p.TABLE_B, num_warps=p.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
 
     def take_all(self, steps: int) -> None:
@@ -402,8 +402,8 @@ def mlp_train(
 ) -> torch.Tensor:
     """K steps of M models, together; takes and returns what fused/kernels/mlp_train.py does.
 
-    Steps that do not fill a chunk are launched one by one, by the same kernels; a call of none
-    compiles them. (S, K, B) rows `index` as there.
+    Steps that do not fill a chunk are launched one by one, by the same kernels; a call of no steps
+    compiles them.
 
     Bytes of a step and model, read and written, with P blocks of hidden units: W1 and W2 are read
     twice and written once, which is one reading more than the least; h, xhat, dy, dz, of B*H or

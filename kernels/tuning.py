@@ -583,6 +583,7 @@ class MLPStepPlan:
     BLOCK_P: int
     BLOCK_R: int
     BLOCK_E: int
+    TABLE_B: int  # of examples, where the gradient of b2 is summed
     num_warps: int
     options: dict[str, int]  # the compiler's, of the backward kernel
 
@@ -622,6 +623,7 @@ def mlp_step(
         BLOCK_P=block_p,
         BLOCK_R=max(1, min(4096 // (block_p * block_e), next_power_of_2(batch * context))),
         BLOCK_E=block_e,
+        TABLE_B=128,
         num_warps=4,
         options=options,
     )
