@@ -186,7 +186,7 @@ def _forward(
             n_classes,
             t_strides,
             ignore_index,
-            ACC=TRITON[acc],
+            ACC=TRITON_DTYPE[acc],
             BLOCK=walk.BLOCK,
             num_warps=walk.num_warps,
             enable_fp_fusion=False,
@@ -228,7 +228,7 @@ def _forward(
             CAPPED=softcap != 0,
             SCALED=logit_scale != 1,
             MEAN=mean,
-            ACC=TRITON[acc],
+            ACC=TRITON_DTYPE[acc],
             BLOCK_N=plan.BLOCK_N,
             BLOCK_C=plan.BLOCK_C,
             BLOCK_COUNT=plan.BLOCK_COUNT,
@@ -260,7 +260,7 @@ def _forward(
         return parts, extras
     loss = new(dtype=loss_dtype)
     _cross_entropy_sum_kernel[(1,)](
-        parts, loss, plan.n_programs, ACC=TRITON[acc], BLOCK=tuning.scan(plan.n_programs),
+        parts, loss, plan.n_programs, ACC=TRITON_DTYPE[acc], BLOCK=tuning.scan(plan.n_programs),
         enable_fp_fusion=False,
     )  # fmt: skip
     return loss, extras
@@ -339,7 +339,7 @@ def cross_entropy_bwd(
         SMOOTHED=label_smoothing > 0,
         CAPPED=softcap != 0,
         SCALED=logit_scale != 1,
-        ACC=TRITON[computed_in(x, target)],
+        ACC=TRITON_DTYPE[computed_in(x, target)],
         BLOCK_N=plan.BLOCK_N,
         BLOCK_C=plan.BLOCK_C,
         VEC=plan.VEC,
@@ -374,7 +374,7 @@ def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
             dx,
             dloss.resolve_neg(),
             dx.numel(),
-            ACC=TRITON[computed_in(dx, dx)],
+            ACC=TRITON_DTYPE[computed_in(dx, dx)],
             BLOCK=walk.BLOCK,
             num_warps=walk.num_warps,
             enable_fp_fusion=False,
@@ -382,7 +382,7 @@ def cross_entropy_scale(dx: torch.Tensor, dloss: torch.Tensor) -> torch.Tensor:
     return dx
 
 
-TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+TRITON_DTYPE = {torch.float32: tl.float32, torch.float64: tl.float64}
 
 
 def computed_in(x: torch.Tensor, target: torch.Tensor) -> torch.dtype:

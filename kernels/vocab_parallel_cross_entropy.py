@@ -18,7 +18,7 @@ import triton.language as tl
 from fused.kernels import tuning
 from fused.kernels.activation import exp
 from fused.kernels.cross_entropy import (
-    TRITON,
+    TRITON_DTYPE,
     computed_in,
     cross_entropy_bwd,
     cross_entropy_shard,
@@ -186,7 +186,7 @@ def merged(
             ignore_index,
             z_loss,
             Z_LOSS=z_loss != 0,
-            ACC=TRITON[acc],
+            ACC=TRITON_DTYPE[acc],
             BLOCK=plan.BLOCK,
             num_warps=plan.num_warps,
             enable_fp_fusion=False,
@@ -200,7 +200,7 @@ def merged(
         scale,
         plan.n_programs,
         MEAN=reduction == "mean",
-        ACC=TRITON[acc],
+        ACC=TRITON_DTYPE[acc],
         BLOCK=tuning.scan(plan.n_programs),
         enable_fp_fusion=False,
     )
