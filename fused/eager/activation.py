@@ -37,8 +37,8 @@ IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def activation_backward(activation: str | None, dy: Tensor, z: Tensor, dz: Tensor) -> None:
-    """dz = dy * f'(z), into dz; z is y for tanh, and may be for relu"""
+def activation_backward(activation: str, dy: Tensor, z: Tensor, dz: Tensor) -> None:
+    """Writes dy * f'(z) to dz; for tanh z is y = f(z), for relu it may be."""
     aten = torch.ops.aten
     if activation == "tanh":
         aten.tanh_backward.grad_input(dy, z, grad_input=dz)
