@@ -52,11 +52,6 @@ class Problem(NamedTuple):
     def of(self, rows: Tensor) -> "Problem":
         return self._replace(x=self.x[rows], target=self.target[rows])
 
-    @property
-    def overflows(self) -> bool:
-        """Whether x's dtype may not hold gradients that are still to be scaled."""
-        return _overflows(self.x, self.reduction)
-
     def unit(self) -> Tensor:
         """A power of two, one number: over it no dz is above 2^15, which float16 holds, and the
         largest that there may be is not far below.
@@ -129,6 +124,7 @@ def _bytes(x: Tensor, w: Tensor, reduction: str) -> tuple[int, int]:
 
 
 def _overflows(x: Tensor, reduction: str) -> bool:
+    """Whether x's dtype may not hold gradients that are still to be scaled."""
     return x.dtype == torch.float16 and reduction != "none"
 
 
@@ -152,7 +148,8 @@ class Gradients:
         self._x, self._w = x, p.flat_w
         self.dx = self.dw = None
         if wants[0]:
-            wide = p.overflows  # then it is added to, as the library has no such product alone
+            # Where wide it is added to, as the library has no such product alone.
+            wide = _overflows(p.x, p.reduction)
             self.dx = torch.zeros_like(x, dtype=torch.float32) if wide else torch.empty_like(x)
         if wants[1]:
             summed_in = summed_in or dw_dtype(p.x, p.w, p.reduction, p.budget)
@@ -282,7 +279,7 @@ def _forward(
 def _factors(p: Problem, formed: bool) -> tuple[Tensor | None, Tensor | None]:
     """What the sums are multiplied by for the mean, and what dz, if it is `formed`, is divided by;
     each None for 1."""
-    divisor = p.unit() if formed and p.overflows else None
+    divisor = p.unit() if formed and _overflows(p.x, p.reduction) else None
     if p.reduction != "mean":
         return None, divisor
     logits = p.x.new_empty(()).expand(p.x.shape[0], *p.w.shape[:-1])  # of that shape
