@@ -155,7 +155,7 @@ def _models(parameters: MLPParameters, one: bool) -> MLPParameters:
     (M, V, E), (_, TE, H) = models.C.shape, models.W1.shape
     if M == 0:
         raise ValueError("train_mlp: expected parameters of one network or more, got 0")
-    shapes = MLPParameters((V, E), (TE, H), (H,), (H, V), (V,), (1, H), (1, H))  # type: ignore
+    shapes: tuple[tuple[int, ...], ...] = (V, E), (TE, H), (H,), (H, V), (V,), (1, H), (1, H)
     for name, tensor, shape in zip(MLPParameters._fields, models, shapes, strict=True):
         if tensor.shape != (M, *shape):
             expected = shape if one else (M, *shape)
