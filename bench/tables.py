@@ -91,8 +91,9 @@ def headlines(result: dict[str, Any], cases: set[tuple[str, str]]) -> str:
         metric = main_metric(result, operation)
         for (case, phase), group in _groups(result, operation).items():
             torch, fused, compiled = (group.get(n) for n in ("torch", "fused", "compile"))
-            asked = torch is not None and (operation, torch["asked"]) in cases
-            if phase != "fwd_bwd" or not asked or torch is None or fused is None:
+            if phase != "fwd_bwd" or torch is None or fused is None:
+                continue
+            if (operation, torch["asked"]) not in cases:
                 continue
             ratios = [row and f"{row['ratio_to_torch'][metric]:.2f}" for row in (fused, compiled)]
             peaks = [
