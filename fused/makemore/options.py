@@ -39,7 +39,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "backward passes.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for add in (_add_check, _add_train, _add_sweep, _add_sample):
+        add(commands)
+    return parser.parse_args(arguments)
 
+
+def _add_check(commands: Any) -> None:
     check = commands.add_parser(
         "check",
         help="compare hand-derived gradients with autograd's",
@@ -50,6 +55,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     _add_data(check)
     _add_network(check, dataclasses.replace(_DEFAULTS, hidden=64))
 
+
+def _add_train(commands: Any) -> None:
     train = commands.add_parser(
         "train",
         help="train, evaluate, sample and save a run",
@@ -74,6 +81,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "of a run that was never interrupted",
     )
 
+
+def _add_sweep(commands: Any) -> None:
     sweep = commands.add_parser(
         "sweep",
         help="train many networks: learning rates times seeds",
@@ -113,6 +122,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "exactly the results of one that was never interrupted",
     )
 
+
+def _add_sample(commands: Any) -> None:
     sample = commands.add_parser(
         "sample", help="sample names from a checkpoint", description="Samples names."
     )
@@ -125,7 +136,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "plus 10)",
     )
     _add_device(sample)
-    return parser.parse_args(arguments)
 
 
 def _add_device(parser: argparse.ArgumentParser) -> None:
