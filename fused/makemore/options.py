@@ -49,8 +49,8 @@ def _add_check(commands: Any) -> None:
         "check",
         help="compare hand-derived gradients with autograd's",
         description="Compares the gradients of 26 tensors, derived by hand, with autograd's, on "
-        "one minibatch; then the two closed forms. Exit status 1 if one is not approximately "
-        "equal.",
+        "one minibatch; then the two closed forms with it, and the local derivatives with slopes. "
+        "Exit status 1 if one is not approximately equal.",
     )
     _add_data(check)
     _add_network(check, dataclasses.replace(_DEFAULTS, hidden=64))
