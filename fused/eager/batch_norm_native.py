@@ -1,9 +1,10 @@
-"""PyTorch's own batch norm of the CPU in training, in float32: one pass for the sum, one for the
-squares, one to normalise.
+"""PyTorch's own batch norm of the CPU in training: one pass for the sum, one for the squares, one
+to normalise, in float32 (float64 for float64).
 
-Its sums are plain ones, one row after the other. A mean of R standard deviations over n rows is off
-by about R * n**0.5 / 2**25 of one, and by as much as R * n / 2**25 where R * n is so large that all
-of the last additions round alike; the variance of values near 1e30 overflows.
+Its sums are plain ones, one row after the other. In float32 a mean of R standard deviations over n
+rows is off by about R * n**0.5 / 2**25 of one, and by as much as R * n / 2**25 where R * n is so
+large that all of the last additions round alike; the variance of values near 1e30 overflows. So
+what it found is looked at, and None is returned where it is not exact.
 
 With t = (n - 1) / n, Bessel's correction is the biased form with gamma * sqrt(t) and eps * t
 (docs/derivations.md), so this kernel, which knows only the biased form, serves it too.
