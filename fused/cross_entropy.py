@@ -275,8 +275,8 @@ def cross_entropy(
     Returns:
         The loss: a 0-d tensor, or for "none" the shape of class indices. Its dtype is input's, and
         for probabilities the one that input, target and weight promote to; float32 for half
-        precision under autocast. A mean over no rows, or over class indices
-        whose total weight is 0, is NaN.
+        precision under autocast. A mean over no rows, or over class indices whose total weight is
+        0, is NaN.
 
     Raises:
         ValueError: batch sizes that differ, or an unknown reduction.

@@ -4,8 +4,7 @@
 
 The logits are read from memory once and their gradient is written once; what is in between is one
 chunk of float32 (float64 for float64) that never leaves the cache: some rows, or some positions of
-an image that is larger. On other devices (there are some
-without Triton) everything is one chunk.
+an image that is larger. On other devices (there are some without Triton) everything is one chunk.
 """
 
 import itertools

@@ -107,7 +107,7 @@ def split(t: Tensor | None, rows: int, positions: int) -> Iterable[Any]:
 
 
 def sized(buffer: Tensor, chunk: Tensor) -> Tensor:
-    """Contiguous memory of a chunk's shape, of that of the first, which is the largest."""
+    """What a chunk takes of `buffer`, which was made for the first, the largest; in its shape."""
     if buffer.shape == chunk.shape:
         return buffer
     return buffer.view(-1)[: chunk.numel()].view(chunk.shape)
