@@ -151,7 +151,7 @@ def batch_norm(
             which torch normalises with; 1 is Bessel's correction. running_var keeps the unbiased
             variance either way, as torch does.
         activation: "tanh", "relu", "gelu" (with the error function), "silu", or None. On the CPU
-            tanh is exact to 2e-7, which is much of an output next to 0 (a residual alone may be).
+            tanh is off by up to 2e-7, which is much of an output near 0.
         residual: added before the activation; shape and dtype of input, any strides. Kept for the
             backward only with gelu, silu, and tanh of half precision.
         skip_nonfinite: leaves the running statistics of a channel alone where the batch has an inf
@@ -448,6 +448,6 @@ def check(
         input.device,
     ):
         raise RuntimeError(
-            f"batch_norm: expected residual of input's shape {shape}, dtype {input.dtype} and "
-            f"device, got {tuple(residual.shape)}, {residual.dtype} on {residual.device}"
+            f"batch_norm: expected residual of input's shape {shape} and {input.dtype} on "
+            f"{input.device}, got {tuple(residual.shape)}, {residual.dtype} on {residual.device}"
         )
