@@ -26,10 +26,11 @@ _lock = threading.Lock()
 def use(name: str) -> Iterator[None]:
     """Within the block, serve every operation by `name`: "triton", "eager" or "auto" (the default).
 
-    In all threads, of several blocks as the last says that began and has not ended: autograd runs
-    the backward of CUDA tensors, and what is recomputed for it, in a thread of its own. A backward
-    pass is served by whatever served its forward; a compiled graph, forward and backward each, by
-    what is asked for when it runs. Within a function that is compiled, `use` is a graph break.
+    It holds in all threads, since autograd runs the backward of CUDA tensors, and what is
+    recomputed for it, in a thread of its own; of several open blocks the one that began last
+    counts. A backward pass is served by whatever served its forward; a compiled graph, forward and
+    backward each, by what is asked for when it runs. Within a function that is compiled, `use` is a
+    graph break.
 
     "triton" on CPU tensors works only where Triton's driver is one for CPUs, and in its interpreter
     (TRITON_INTERPRET=1 in the environment before triton is imported), which is for tests: it is

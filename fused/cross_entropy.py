@@ -265,12 +265,13 @@ def cross_entropy(
             is 1 has nothing left to do. Another one costs a second read and write of dinput, and a
             second rounding of a half-precision one (none if it is a power of two). False forms it
             in the backward, as for "none": the logits are read twice, whatever comes from upstream.
-            Better where that is known not to be 1: a loss scale, or a weighted sum of losses. So
-            done in any case for float16, in which gradients would underflow before a loss scale
-            arrives, where target or weight wants a gradient too, and where hooks have what autograd
-            saves, as nothing of the logits' size is to be kept there. Under torch.compile either
-            forms it in the backward, and rounds as without. Take False where a CUDA graph of the
-            backward alone is replayed more than once a forward: each replay would scale again.
+            Better where that is known not to be 1: a loss scale, or a weighted sum of losses. It is
+            always formed in the backward for float16, in which gradients would underflow before a
+            loss scale arrives, where target or weight wants a gradient too, and where hooks take
+            what autograd saves, as nothing of the logits' size is to be kept there. torch.compile
+            forms it in the backward either way, and rounds as eager mode does. Take False where a
+            CUDA graph of the backward alone is replayed more than once a forward: each replay would
+            scale again.
 
     Returns:
         The loss: a 0-d tensor, or for "none" the shape of class indices. Its dtype is input's, and

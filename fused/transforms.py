@@ -11,8 +11,8 @@ _MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PR
 
 
 def is_transformed(*tensors: Tensor | None) -> bool:
-    """Whether torch.func, forward-mode differentiation, or a tensor made of others goes through
-    every operation: they know torch's own."""
+    """Whether only torch's own operations will do, because torch.func, forward-mode
+    differentiation, or a tensor made of others handles each of them."""
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
@@ -93,8 +93,9 @@ def outlives_the_call() -> bool:
 
 
 def saves_elsewhere() -> bool:
-    """Whether hooks have what autograd saves (torch.utils.checkpoint, save_on_cpu): to keep nothing
-    of the logits' size from the forward to the backward, and to know no memory again in it."""
+    """Whether hooks take what autograd saves (torch.utils.checkpoint, save_on_cpu). Then nothing of
+    the logits' size may be kept besides, and the backward may get the saved tensors in other
+    memory."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
