@@ -349,12 +349,23 @@ def _functional(
     if m2 is not None and input.numel() == 0:
         if tracked is not None:
             tracked.add_(1)
+    elif m2 is not None and tracked is None and running_mean is not None and _may_be_captured(o):
+        # Torch's own may change what a transform captured; operations in place may not.
+        assert o.momentum is not None
+        torch.native_batch_norm(
+            input.detach(), None, None, running_mean, running_var, True, o.momentum, o.eps
+        )
     elif m2 is not None:
         var = m2.detach() / (input.numel() // input.shape[1] - 1)
         eager.update_running(
             running_mean, running_var, tracked, o.momentum, mean.detach(), var, o.skip_nonfinite
         )
     return y
+
+
+def _may_be_captured(o: _Options) -> bool:
+    """Whether torch.func may have captured running statistics whose update torch has, too."""
+    return torch._C._are_functorch_transforms_active() and not o.skip_nonfinite
 
 
 def check_options(
@@ -412,7 +423,7 @@ def check(
             "batch_norm: expected running_mean and running_var, or neither, got only one of them"
         )
     channels = input.shape[1]
-    dtype = None
+    first, dtype = "", None
     for name, tensor in (
         ("running_mean", running_mean),
         ("running_var", running_var),
@@ -426,14 +437,16 @@ def check(
                 f"batch_norm: expected {name} of shape ({channels},) for input of shape {shape}, "
                 f"got {tuple(tensor.shape)}"
             )
-        dtype = dtype or tensor.dtype
+        if dtype is None:
+            first, dtype = name, tensor.dtype
         half = input.dtype.itemsize == 2
         fits = tensor.dtype == dtype and (dtype == input.dtype or half and dtype == torch.float32)
         if not fits and input.numel():  # torch takes any of an empty batch
+            beside = "" if tensor.dtype == dtype else f" beside {first} of {dtype}"
             raise RuntimeError(
                 f"batch_norm: expected weight, bias and running statistics all of dtype "
                 f"{input.dtype}, as input{', or all of float32' if half else ''}, "
-                f"got {name} of {tensor.dtype}"
+                f"got {name} of {tensor.dtype}{beside}"
             )
         if tensor.device != input.device:
             raise RuntimeError(

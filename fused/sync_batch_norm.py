@@ -63,7 +63,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         # Parameters get the gradient of this process's rows: whoever averages gradients over the
         # processes, as DistributedDataParallel does, averages these as well.
         dweight = own[0].to(weight.dtype) if wants[1] else None
-        dbias = own[1].to(bias.dtype) if wants[2] else None
+        dbias = own[1].clone().to(bias.dtype) if wants[2] else None  # not in dweight's memory
         return (dx, dweight, dbias, dresidual, *(None,) * 6)
 
 
@@ -73,7 +73,8 @@ class SyncBatchNorm(_BatchNorm):
     In training with torch.distributed running, the statistics are those of all processes of
     `process_group` (default: all), whose batches may differ in size, even be empty where another is
     not. One all-gather forward (count, mean and sum of squared deviations, merged in the order of
-    the ranks) and one all-reduce backward. Otherwise it computes what `BatchNorm1d`, `2d` and `3d`
+    the ranks) and one all-reduce backward, even where this process's input wants no gradient, as
+    another's may. Otherwise it computes what `BatchNorm1d`, `2d` and `3d`
     do, of any of their shapes, (N, C) or (N, C, ...). Takes what torch's takes, and `correction`,
     `activation` and `skip_nonfinite` of `fused.batch_norm`. Among several processes it is
     differentiable once, and not by torch.func; `torch.compile(fullgraph=True)` gives the bits of
@@ -144,10 +145,17 @@ class SyncBatchNorm(_BatchNorm):
         """Makes a SyncBatchNorm of every batch norm in `module`, torch's or ours; returns `module`.
 
         Used as torch's. The modules stay the same objects: parameters, buffers, hooks, the training
-        flag and the options of ours are kept.
+        flag and the options of ours are kept. Raises RuntimeError for a LazyBatchNorm that has not
+        seen its first input.
         """
-        for child in module.modules():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                child.__class__ = cls
-                child.process_group = process_group
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        for child in norms:
+            if isinstance(child, nn.modules.lazy.LazyModuleMixin):
+                raise RuntimeError(
+                    f"SyncBatchNorm: expected modules that know their channels, got a "
+                    f"{type(child).__name__}; call the model once, then convert it"
+                )
+        for child in norms:
+            child.__class__ = cls
+            child.process_group = process_group
         return module

@@ -408,7 +408,7 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
     "dtype": (
         RuntimeError,
         {"input": X, "running_mean": C, "running_var": C, "weight": C.half(), "bias": C.half()},
-        "weight of torch.float16",
+        "weight of torch.float16 beside running_mean of torch.float32",
     ),
     "integers": (
         NotImplementedError,

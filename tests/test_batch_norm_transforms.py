@@ -100,6 +100,32 @@ def test_functional_modules(implementation, device) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("transform", ["grad", "jvp", "jacfwd", "vmap grad"])
+def test_running_statistics_that_a_transform_captured(transform, implementation, device) -> None:
+    """The function updates them, as torch's does."""
+    x = torch.randn(9, 3, device=device)
+    results = []
+    for batch_norm in (fused.batch_norm, F.batch_norm):
+        running: tuple[Tensor, ...] = torch.zeros(3, device=device), torch.ones(3, device=device)
+
+        def loss(x: Tensor, *running: Tensor, f: Any = batch_norm) -> Tensor:
+            return (f(x, *running, training=True) ** 3).sum()
+
+        def of(x: Tensor, f: Any = loss, r: Any = running) -> Tensor:
+            return f(x, *r)
+
+        if transform == "vmap grad":  # of batches, each with statistics of its own
+            running = tuple(t.repeat(2, 1) for t in running)
+            gradient = torch.func.vmap(torch.func.grad(loss))(torch.stack((x, 2 * x)), *running)
+        elif transform == "jvp":
+            gradient = torch.func.jvp(of, (x,), (x.square(),))[1]
+        else:
+            gradient = getattr(torch.func, transform)(of)(x)
+        results.append((gradient, *running))
+    assert results[0][1].all()
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
+
+
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A compiler without a past, in memory or on disk."""

@@ -114,8 +114,9 @@ def worker_of_few_rows(rank: int, folder: str) -> None:
             norm = fused.SyncBatchNorm(3, momentum=0.5)
             try:
                 with backend.use(kernels):
-                    norm(torch.ones(sizes[rank], 3))
-                outcome.append([norm.running_mean.tolist(), norm.running_var.tolist()])
+                    norm(torch.ones(sizes[rank], 3)).sum().backward()
+                numbers = (norm.running_mean, norm.running_var, norm.weight.grad, norm.bias.grad)
+                outcome.append([t.tolist() for t in numbers])
             except ValueError as error:
                 outcome.append(str(error))
     with backend.use("eager"):
@@ -124,12 +125,13 @@ def worker_of_few_rows(rank: int, folder: str) -> None:
 
 
 def test_fewer_than_two_rows_in_all_processes(tmp_path) -> None:
-    """One is an error everywhere; none leaves the running statistics as they are."""
+    """One is an error everywhere; none leaves the running statistics as they are, and has gradients
+    of 0."""
     processes.run(worker_of_few_rows, 2, tmp_path)
     for rank in range(2):
         *one, eager, triton, no_channels = torch.load(tmp_path / f"{rank}.pt")
         assert all("expected more than 1 value per channel" in outcome for outcome in one)
-        assert eager == triton == [[0.0] * 3, [1.0] * 3]
+        assert eager == triton == [[0.0] * 3, [1.0] * 3, [0.0] * 3, [0.0] * 3]
         assert no_channels == [2, 0]
 
 
@@ -280,6 +282,41 @@ def test_equals_the_whole_batch_in_turn(case, implementation, monkeypatch, devic
     check_equal_to_the_whole_batch(results, data, options)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_a_gradient_of_few_rows_beside_a_residuals(
+    activation, dtype, implementation, monkeypatch, device
+) -> None:
+    """Two rows' gradients almost cancel: dresidual, which is dz but for its rounding, does not
+    serve for the input's."""
+    data = example((2, 3), device)
+    data = {name: t.to(dtype) for name, t in data.items()}
+    rounding = torch.finfo(dtype).eps / 2
+    turns = OneAfterTheOther(2)
+    with monkeypatch.context() as patch:
+        turns.take_over(patch)
+        for _ in range(3):
+            results = []
+            for turns.rank in range(2):
+                norm = fused.SyncBatchNorm(3, activation=activation, process_group=GROUP)
+                results.append(step(norm, data, slice(turns.rank, turns.rank + 1), True))
+    wide = {name: t.double() for name, t in data.items()}
+    whole = step(fused.BatchNorm1d(3, activation=activation).double(), wide, slice(None), True)
+    dx = torch.cat([r["dx"] for r in results]).double()
+    # A second rounding is the output's, from which relu knows its sign.
+    torch.testing.assert_close(dx, whole["dx"], rtol=4 * rounding, atol=1e-6)
+
+
+def test_parameters_gradients_have_memory_of_their_own(implementation, monkeypatch, device) -> None:
+    """Whoever frees or resizes one keeps the other."""
+    turns = OneAfterTheOther(2)
+    turns.take_over(monkeypatch)
+    norm = fused.SyncBatchNorm(3, process_group=GROUP, device=device)
+    norm(torch.randn(4, 3, device=device)).square().sum().backward()
+    storages = {p.grad.untyped_storage().data_ptr() for p in norm.parameters()}
+    assert len(storages) == 2
+
+
 def test_moments_of_a_batch_with_an_inf(implementation, device) -> None:
     """Also in the first row, which others are subtracted from: as torch's mean and variance are."""
     x = torch.randn(9, 3, 2, device=device)
@@ -375,6 +412,16 @@ def test_alone_it_is_batch_norm(implementation, device) -> None:
     x = torch.randn(4, 3, 5, 2, device=device)
     torch.testing.assert_close(ours(x), theirs(x))
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+def test_convert_sync_batchnorm_before_channels_are_known() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3), nn.LazyBatchNorm1d())
+    with pytest.raises(RuntimeError, match="got a LazyBatchNorm1d; call the model once"):
+        fused.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm1d
+    model(torch.randn(4, 3))
+    fused.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(model[1]) is fused.SyncBatchNorm
 
 
 def test_convert_sync_batchnorm() -> None:

@@ -472,7 +472,8 @@ class _Backward:
             form.sum(own_dz, out=sum_dz)
             form.sum(d.mul_(own_dz), out=sum_d)
         total = sums.double().sum(1)
-        total[0] *= self.rstd
+        if self.x.numel():  # else rstd may be NaN, of no rows anywhere
+            total[0] *= self.rstd
         return total.to(self.mean.dtype)
 
     def dx(

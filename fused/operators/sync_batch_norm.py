@@ -91,7 +91,8 @@ def backward(
     own, dresidual = kernels.batch_norm_sums(dy, *tensors, activation, want_dresidual)
     total = own.clone()
     dist.all_reduce(total, group=group)
-    if dresidual is not None:  # it is dz
+    # dresidual is dz, but for its rounding, whose sums may be others.
+    if dresidual is not None and (activation == "relu" or dresidual.dtype == mean.dtype):
         dy, activation = dresidual, None
     return (
         kernels.batch_norm_dx(dy, *tensors, total, count, correction, activation),
@@ -235,7 +236,7 @@ def _operator_backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None,
     return (
         dx,
         sums[0].to(weight.dtype) if wants[1] else None,
-        sums[1].to(bias.dtype) if wants[2] else None,
+        sums[1].clone().to(bias.dtype) if wants[2] else None,  # no two of them share memory
         (dz if want_dz else dy) if wants[3] else None,
         *(None,) * ctx.rest,
     )
