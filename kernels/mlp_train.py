@@ -30,7 +30,8 @@ Products: PRECISION "fp16x3" writes each factor as the sum of two float16 number
 the four products, which is as exact as float32 ("tf32x3" does that with TF32, "ieee" without tensor
 cores); "fp16" and "tf32" round the factors. Sums are float32 always, and all else is. From dz on
 everything carries a factor SCALE that keeps small gradients clear of float16's underflow, and demb,
-which becomes a factor itself, SCALE_DEMB that keeps large ones clear of its overflow.
+which becomes a factor itself, SCALE_DEMB that keeps large ones clear of its overflow, and what its
+high part lacks of it LOW.
 """
 
 # mypy: disable-error-code="assignment"
@@ -70,15 +71,15 @@ def _dot(a, b, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _select_rows(onehot, b, PRECISION: tl.constexpr):
-    """onehot @ b: a factor of zeros and ones has no low part"""
-    a = onehot.to(b[0].dtype)
+def _select_rows(onehot, high, low, LOW: tl.constexpr, PRECISION: tl.constexpr):
+    """onehot @ (high + low / LOW): a factor of zeros and ones has no low part"""
+    a = onehot.to(high.dtype)
     if PRECISION == "fp16x3":
-        return tl.dot(a, b[0], tl.dot(a, b[1]))
+        return tl.dot(a, high, tl.dot(a, low) * (1.0 / LOW))
     elif PRECISION == "fp16":
-        return tl.dot(a, b[0])
+        return tl.dot(a, high)
     else:
-        return tl.dot(a, b[0], input_precision=PRECISION)
+        return tl.dot(a, high, input_precision=PRECISION)
 
 
 @triton.jit
@@ -198,6 +199,7 @@ def _mlp_train_kernel(
     SCALE: tl.constexpr = 256.0
     # Of one context in the whole minibatch rstd is eps^-1/2, and demb beyond float16's numbers.
     SCALE_DEMB: tl.constexpr = 1.0 / 4096.0
+    LOW: tl.constexpr = 2048.0  # of what float16 lacks of it: at most as large as its high part
     CHARACTER: tl.constexpr = (1 << BITS) - 1
     TWICE_LOG2_E: tl.constexpr = 2.8853900817779268
     model = tl.program_id(0).to(tl.int64)
@@ -319,9 +321,11 @@ def _mlp_train_kernel(
             _keep(W1_ptr + part * UNITS * BLOCK_F, new_W1[part], LANES)
         W1 = new_W1
 
-        demb = _factor(demb, PRECISION)
-        tl.store(high_ptr + demb_at, demb[0])
-        tl.store(low_ptr + demb_at, demb[1])
+        high = demb.to(high_ptr.dtype.element_ty)
+        tl.store(high_ptr + demb_at, high)
+        if PRECISION == "fp16x3":
+            low = (demb - high.to(tl.float32)) * LOW
+            tl.store(low_ptr + demb_at, low.to(tl.float16))
         tl.debug_barrier()
         rows_high = tl.load(high_ptr + rows_at, mask=rows_mask, other=0.0)  # (T*B, E)
         rows_low = tl.load(low_ptr + rows_at, mask=rows_mask, other=0.0)
@@ -329,7 +333,7 @@ def _mlp_train_kernel(
         of_row = tl.where(r_mask, (of_row >> (position * BITS)) & CHARACTER, -1)
         onehot = v[:, None] == of_row[None, :]  # (V, T*B)
         C = tl.load(C_at, mask=C_mask, other=0.0)  # (V, E)
-        C += (rate / SCALE_DEMB) * _select_rows(onehot, (rows_high, rows_low), PRECISION)
+        C += (rate / SCALE_DEMB) * _select_rows(onehot, rows_high, rows_low, LOW, PRECISION)
         tl.store(C_at, C, mask=C_mask)
         tl.debug_barrier()
         word = ahead

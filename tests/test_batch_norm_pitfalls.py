@@ -435,7 +435,7 @@ WIDER = {
 
 
 @pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("which", ["input", "gradient"])
+@pytest.mark.parametrize("which", ["input", "residual", "gradient"])
 @pytest.mark.parametrize("shape", [(33, 16), (3, 4, 16)], ids=str)
 @pytest.mark.parametrize("wider", WIDER)
 def test_a_part_of_wider_memory(wider, shape, which, implementation, device) -> None:

@@ -188,6 +188,38 @@ def test_a_minibatch_of_one_context(method) -> None:
     assert_close(fused.train_mlp(*data, 0.01, method=method), expected(*data, 0.01), batch=2)
 
 
+def errors_of_updates(
+    before: MLPParameters, after: MLPParameters, exact: MLPParameters
+) -> dict[str, float]:
+    """Of each parameter, relative to how far it should have gone."""
+    errors = {}
+    for name, p, q, r in zip(before._fields, before, after, exact, strict=True):
+        way = (r - p).norm()
+        if way > 0:
+            errors[name] = ((q.double() - r).norm() / way).item()
+    return errors
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "confidence, H", [(0.0, 20), (0.0, 300), (6.0, 20)], ids=["H20", "H300", "confident"]
+)
+def test_an_update_is_as_exact_as_float32s(method, confidence, H) -> None:
+    """Beside large parameters a gradient could be wrong unseen: the step is long enough to show it.
+    Of a network that is nearly sure of what comes all gradients are small: no factor of a product
+    may underflow. Of many hidden units "graph" adds up more than one block of parts."""
+    p, x, y, index = start(Sizes(V=3, T=2, E=3, H=H, B=8), 1, method)
+    p.b2[1] += confidence
+    data = p, x, torch.ones_like(y) if confidence else y, index
+    lr = 0.1 / expected(*data, 0.0)[1].item()
+    exact = expected(*data, lr)[0]
+    of_float32 = errors_of_updates(p, fused.train_mlp(*data, lr, method="eager")[0], exact)
+    errors = errors_of_updates(p, fused.train_mlp(*data, lr, method=method)[0], exact)
+    assert errors.keys() == of_float32.keys() >= {"C", "W1", "W2", "b2", "bngain", "bnbias"}
+    for name, error in errors.items():
+        assert error <= 3 * of_float32[name] + 2e-6, name
+
+
 def test_a_chunk_of_graph_is_captured_and_replayed(monkeypatch) -> None:
     """The capture changes nothing; the replay takes the steps, with what is then in memory."""
     pytest.importorskip("triton")
