@@ -128,7 +128,8 @@ def _cross_entropy_fwd_kernel(
             scale = tl.where(total == 0.0, float("nan"), 1.0 / total)
 
     loss_sum = tl.zeros((BLOCK_N,), ACC)
-    for tile in range(tl.program_id(0), tl.cdiv(n_rows, BLOCK_N), tl.num_programs(0)):
+    n_tiles = (n_rows - 1) // BLOCK_N + 1  # n_rows + BLOCK_N may be more than an int32 holds
+    for tile in range(tl.program_id(0), n_tiles, tl.num_programs(0)):
         rows = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)  # (BLOCK_N,)
         row_mask = rows < n_rows
         x_rows = row_offsets(rows, n_inner, stride_x)
@@ -268,8 +269,8 @@ def _cross_entropy_count_kernel(
     BLOCK: tl.constexpr,
 ):
     """counts = the sum of the w_y of the rows that are not ignored"""
-    share = tl.cdiv(n_rows, tl.num_programs(0))
-    first = tl.program_id(0) * share
+    share = (n_rows - 1) // tl.num_programs(0) + 1
+    first = tl.program_id(0).to(tl.int64) * share  # what is beyond the last row may be no int32
     counts = _counted(
         first, tl.minimum(first + share, n_rows), target_ptr, weight_ptr, n_inner, n_classes,
         stride_t, ignore_index, ACC, BLOCK,

@@ -443,7 +443,9 @@ def captured(steps: Steps) -> torch.cuda.CUDAGraph:
     """The steps of a chunk as a graph; the parameters stay as they are."""
     compile_kernels(steps)  # which must not happen while capturing
     graph = torch.cuda.CUDAGraph()
-    # PyTorch's own stream for capturing is on the device where it was first asked for.
-    with torch.cuda.graph(graph, stream=torch.cuda.Stream(steps.lr.device)):
+    # PyTorch's own stream for capturing is on the device where it was first asked for. What other
+    # threads do meanwhile, as one that pins memory, is no part of it.
+    stream = torch.cuda.Stream(steps.lr.device)
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         steps.take_all(tuning.MLP_STEP_CHUNK)
     return graph

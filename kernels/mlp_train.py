@@ -348,6 +348,11 @@ def _mlp_train_kernel(
 def plan(C: torch.Tensor, W1: torch.Tensor, n_context: int, n_batch: int) -> tuning.MLPTrainPlan:
     """How a program holds such a model on C's device; ValueError where it cannot."""
     memory = 232448 if _lanes() == 32 else 65536  # H100 or MI300, where there is no device to ask
+    if not tuning.has_matrix_units(C.device):
+        raise ValueError(
+            "one multiprocessor trains a network by its tensor cores, and this GPU has none that "
+            "Triton knows: compute capability 8.0 or later, or AMD's MI100 or later; use 'graph'"
+        )
     if C.is_cuda:
         properties = triton.runtime.driver.active.utils.get_device_properties(C.device.index)
         memory = properties["max_shared_mem"]

@@ -225,6 +225,20 @@ def last_dimension_first() -> bool:
     return _triton() >= (3, 7)
 
 
+# AMD's matrix instructions in waves of 64 lanes: MI100 to MI300 and their successors.
+_MFMA = ("gfx908", "gfx90a", "gfx94", "gfx95")
+
+
+@functools.cache
+def has_matrix_units(device: torch.device) -> bool:
+    """Whether products of small tiles are of tensor cores there, for which Triton makes code."""
+    if device.type != "cuda":
+        return True
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.startswith(_MFMA)
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 @functools.cache
 def clusters_reduce(device: torch.device) -> bool:
     """Whether the blocks of a cluster can share a reduction, on this device and in this Triton."""

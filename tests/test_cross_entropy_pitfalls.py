@@ -483,6 +483,17 @@ def test_more_than_2_to_the_31_elements(implementation, device) -> None:
     assert not logits.grad[:first].any()
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_nearly_2_to_the_31_rows(reduction) -> None:
+    """Of one row in memory: rows and a tile's more are no int32."""
+    n = 2**31 - 3
+    row, target = torch.randn(2, device="cuda"), torch.ones((), dtype=torch.int64, device="cuda")
+    loss = fused.cross_entropy(row.expand(n, 2), target.expand(n), reduction=reduction)
+    expected = F.cross_entropy(row, target) * (n if reduction == "sum" else 1)
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)
+
+
 STRIDES = {
     "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
     "classes last in memory": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),

@@ -10,12 +10,14 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import fused
+from fused import backend
 from fused.eager import mlp_train as eager
 from fused.mlp_train import MLPParameters, train_mlp_method
 from fused.reference import mlp
@@ -188,6 +190,45 @@ def test_a_minibatch_of_one_context(method) -> None:
     assert_close(fused.train_mlp(*data, 0.01, method=method), expected(*data, 0.01), batch=2)
 
 
+GPUS = {
+    "T4": (None, (7, 5), "", "graph"),
+    "A100": (None, (8, 0), "", "persistent"),
+    "H100": (None, (9, 0), "", "persistent"),
+    "MI300": ("6.4", (9, 4), "gfx942:sramecc+:xnack-", "persistent"),
+    "RX 7900": ("6.4", (11, 0), "gfx1100", "graph"),
+}
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
+@pytest.mark.parametrize("gpu", GPUS)
+def test_auto_on_gpus_without_tensor_cores(gpu, monkeypatch) -> None:
+    """Without those that Triton knows, one multiprocessor takes minutes to compile and spills."""
+    import triton
+
+    from fused.kernels import tuning
+
+    hip, capability, arch, method = GPUS[gpu]
+    tuning.has_matrix_units.cache_clear()
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    properties = SimpleNamespace(gcnArchName=arch)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    utils = SimpleNamespace(get_device_properties=lambda index: {"max_shared_mem": 65536})
+    driver = SimpleNamespace(active=SimpleNamespace(utils=utils))
+    monkeypatch.setattr(triton.runtime, "driver", driver)
+    monkeypatch.setattr(backend, "name_for", lambda x: "triton")
+
+    def on_gpu(*shape: int) -> Any:
+        device = torch.device("cuda", 0)
+        return SimpleNamespace(
+            shape=torch.Size(shape), device=device, is_cuda=True, dtype=torch.float32
+        )
+
+    p: Any = (on_gpu(27, 10), on_gpu(30, 64))
+    assert train_mlp_method(p, torch.zeros(9, 3), 16) == method
+    tuning.has_matrix_units.cache_clear()
+
+
 def errors_of_updates(
     before: MLPParameters, after: MLPParameters, exact: MLPParameters
 ) -> dict[str, float]:
@@ -239,8 +280,11 @@ def test_a_chunk_of_graph_is_captured_and_replayed(monkeypatch) -> None:
     if not x.is_cuda:
 
         @contextmanager
-        def graph(recording: Recording, stream: torch.device) -> Iterator[None]:
+        def graph(
+            recording: Recording, stream: torch.device, capture_error_mode: str
+        ) -> Iterator[None]:
             assert stream == x.device  # PyTorch's own may be on another
+            assert capture_error_mode == "thread_local"
             before = [tensor.clone() for tensor in captured.parameters]
             with recording.capturing():
                 yield
