@@ -71,12 +71,12 @@ def train_mlp(
         method: "persistent", one launch of a Triton kernel in which every network is one program
             (fused/kernels/mlp_train.py), on tensor cores of compute capability 8.0 or later, or of
             AMD's MI100 or later; a driver that ends a launch after some seconds, as where a display
-            is attached, wants shorter calls; "graph", four Triton kernels a step in a CUDA graph, for
-            networks of any size (fused/kernels/mlp_step.py): every call from 64 steps on captures
-            its graph anew, which takes the CPU as long as 64 steps launched one by one, so a call
-            should take thousands; "numba", a compiled loop on the CPU, for the optional extra
-            `numba`; "eager", PyTorch's operations.
-            "auto" takes the fastest of them that can serve these tensors (`train_mlp_method`).
+            is attached, wants shorter calls; "graph", four Triton kernels a step in a CUDA graph,
+            for networks of any size (fused/kernels/mlp_step.py): every call from 64 steps on
+            captures its graph anew, which takes the CPU as long as 64 steps launched one by one,
+            so a call should take thousands; "numba", a compiled loop on the CPU, for the optional
+            extra `numba`; "eager", PyTorch's operations. "auto" takes the fastest of them that can
+            serve these tensors (`train_mlp_method`).
         inplace: write the new parameters into `parameters` instead of new tensors. A graph that
             saved one of them raises when it is differentiated, as with any write in place.
 
