@@ -137,9 +137,10 @@ def _launch_slice(x: Tensor) -> None:
     n, c = x.shape
     target = torch.zeros(n, dtype=torch.int64, device=x.device)
     shard, numbers = (0, _PROCESSES * c), (-100, 0.0, 0.0, 1.0)  # no smoothing, cap or scale
-    own = kernels.shard_fwd(x, target, shard, *numbers)
+    layout = 0
+    own = kernels.shard_fwd(x, target, shard, layout, *numbers)
     loss, stats, scale = kernels.merged(
-        own.repeat(_PROCESSES, 1), x, target, shard[1], -100, "mean", 0.0, x.dtype
+        own.repeat(_PROCESSES, 1), x, target, shard[1], layout, -100, "mean", 0.0, x.dtype
     )
     kernels.shard_bwd(loss, x, target, shard, stats, scale, *numbers, inplace=False)
 

@@ -27,6 +27,8 @@ from fused.transforms import (
     saves_elsewhere,
 )
 
+_LAYOUT = 10368889  # odd, and no width is near it
+
 
 class VocabParallelCrossEntropyFunction(torch.autograd.Function):
     """dlogits = dloss * (softmax - onehot) of the own classes, from the sums over all of them."""
@@ -39,12 +41,13 @@ class VocabParallelCrossEntropyFunction(torch.autograd.Function):
         group: Any,
         n_shards: int,
         shard: tuple[int, int],
+        layout: int,
         options: Any,
         loss_dtype: torch.dtype,
         inplace: bool,
     ) -> Tensor:
         kernels = backend.implementation("vocab_parallel_cross_entropy", input)
-        arguments = (n_shards, *shard, *options, loss_dtype)
+        arguments = (n_shards, *shard, layout, *options, loss_dtype)
         loss, stats, scale = operators.forward(kernels, input, target, group, *arguments)
         ctx.save_for_backward(input, target, stats, scale)
         ctx.kernels, ctx.shard, ctx.options, ctx.inplace = kernels, shard, options, inplace
@@ -66,7 +69,7 @@ class VocabParallelCrossEntropyFunction(torch.autograd.Function):
         )
         if ctx.inplace:  # no graph that saved the logits may run from here on, this one included
             increment_version(input)
-        return (dx, *(None,) * 7)
+        return (dx, *(None,) * 8)
 
 
 def vocab_parallel_cross_entropy(
@@ -129,8 +132,9 @@ def vocab_parallel_cross_entropy(
         half precision under autocast. A mean over no rows is NaN.
 
     Raises:
-        ValueError: as `cross_entropy`; `widths` that do not fit; and, on the CPU, slices of unequal
-            width without `widths`. On a GPU looking would stall the device: there the loss is NaN.
+        ValueError: as `cross_entropy`; `widths` that do not fit this process; and, on the CPU,
+            slices of unequal width without `widths`, or `widths` that are not the same in every
+            process. On a GPU looking would stall the device: there the loss is NaN.
         RuntimeError: as `cross_entropy`; a target of probabilities; a process outside the group; a
             transform of torch.func.
         TypeError: as `cross_entropy`; a DTensor, which `cross_entropy` takes.
@@ -154,7 +158,7 @@ def vocab_parallel_cross_entropy(
         n_shards, rank = dist.get_world_size(group), dist.get_rank(group)
     if n_shards > 1:
         refuse_transforms("vocab_parallel_cross_entropy", "fused.cross_entropy", input, target)
-    shard = _shard(input.shape[1], rank, n_shards, widths)
+    shard, layout = _shard(input.shape[1], rank, n_shards, widths)
     if n_shards == 1:
         return cross_entropy(
             input, target, None, *options[:3], z_loss=z_loss, softcap=softcap,
@@ -162,13 +166,13 @@ def vocab_parallel_cross_entropy(
         )  # fmt: skip
     loss_dtype = loss_dtype_of(input, target, None)
     if is_recorded():
-        return operators.call(input, target, group, n_shards, *shard, *options, loss_dtype)
+        return operators.call(input, target, group, n_shards, *shard, layout, *options, loss_dtype)
     inplace = inplace and input.requires_grad and torch.is_grad_enabled()
     if inplace:
         check_inplace(input)
         inplace = may_be_overwritten(input) and not saves_elsewhere()
     loss: Tensor = VocabParallelCrossEntropyFunction.apply(
-        input, target, group, n_shards, shard, options, loss_dtype, inplace
+        input, target, group, n_shards, shard, layout, options, loss_dtype, inplace
     )
     return loss
 
@@ -187,17 +191,25 @@ def _check(input: Tensor, target: Tensor, options: Any) -> None:
     check(input, target, None, options)
 
 
-def _shard(width: int, rank: int, n_shards: int, widths: Sequence[int] | None) -> tuple[int, int]:
-    """(the first class of this process, the number of all classes)"""
+def _shard(
+    width: int, rank: int, n_shards: int, widths: Sequence[int] | None
+) -> tuple[tuple[int, int], int]:
+    """((the first class of this process, the number of all classes), a number for all widths)
+
+    The last is below 2^24, so that a float32 takes it to the other processes, which are to have the
+    same.
+    """
     if rank < 0:
         raise RuntimeError(
             "vocab_parallel_cross_entropy: expected a group that this process is one of"
         )
+    powers = [pow(_LAYOUT, k, 2**24) for k in range(n_shards)]
     if widths is None:
-        return rank * width, n_shards * width
+        return (rank * width, n_shards * width), width * (sum(powers) % 2**24) % 2**24
     if len(widths) != n_shards or widths[rank] != width:
         raise ValueError(
             f"vocab_parallel_cross_entropy: expected widths of {n_shards} processes, "
             f"{width} at place {rank}, got {list(widths)}"
         )
-    return sum(widths[:rank]), sum(widths)
+    layout = sum(w * power % 2**24 for w, power in zip(widths, powers, strict=True)) % 2**24
+    return (sum(widths[:rank]), sum(widths)), layout

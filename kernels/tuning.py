@@ -44,7 +44,7 @@ class CrossEntropyPlan:
 
     @property
     def BLOCK_COUNT(self) -> int:
-        """Targets counted at a time: 8 a thread, all in flight together."""
+        """Targets counted at a time: 8 a thread, 4 of a wave of 64, all in flight together."""
         return 256 * self.num_warps
 
     @property
@@ -62,32 +62,34 @@ def cross_entropy(
     Not for more: whichever kernels compute them, two sums are then equal to the last bit.
     """
     n_rows, n_classes, size = x.shape[0] * x.shape[2], x.shape[1], x.dtype.itemsize
-    processors, l2 = _device(x.device)
+    device = _device(x.device)
+    processors, l2 = device.processors, device.l2
     num_ctas, threads, parts = 1, 0, 1
     options: dict[str, int] = {}
     if x.stride(1) != 1 and x.shape[2] > 1:
         # (N, C, S): neighbours in memory are rows. 128 bytes of them are one full access of a warp.
         vec, edges, lanes, threads = 1, False, 1, 1
-        # 16 numbers a thread in 8 warps take 64 registers; 32 numbers of one row, where no other
-        # thread has any of it, take no more. A sector of memory is the narrowest that is read.
+        # 16 numbers a thread of 256 take 64 registers; 32 numbers of one row, where no other thread
+        # has any of it, take no more. A sector of memory is the narrowest that is read.
         block_c, most = next_power_of_2(n_classes), 4096 if size <= 4 else 2048
         held = 32 * block_c <= most * size
         if held:
             block_n = min(128 // size, most // block_c, next_power_of_2(n_rows))
-            num_warps = max(1, block_n // 32 if block_c <= 32 else block_n * block_c // 512)
-            per_processor = min(32, (48 if block_c <= 16 else 32) // num_warps)
+            n_threads = block_n if block_c <= 32 else block_n * block_c // 16
+            resident = 1536 if block_c <= 16 else 1024
         else:
             # Registers let three programs be resident (of 16 numbers a thread two, and every option
             # spilled). Their rows are as wide as all of their classes fit L2, two thirds of it;
             # beyond, the second read comes from memory, whatever is done.
-            per_processor, num_warps = 3, 8
+            per_processor, n_threads = 3, 256
+            resident = per_processor * n_threads
             most_bytes = 2 * l2 // (3 * per_processor * processors * n_classes)
             width = next((w for w in (128, 64, 32) if w <= most_bytes), 128)
             block_n = min(width // size, next_power_of_2(n_rows))
             block_c = most // (2 * block_n)
             if not torch.version.hip:  # it would rather spill some bytes, with every option
                 options = {"maxnreg": 96}
-        parts = min(block_c, max(1, 32 * num_warps // block_n))
+        parts = min(block_c, max(1, max(device.warp, n_threads) // block_n))
     else:
         vec, edges = _accesses(x, inplace)
         block_c = next_power_of_2(n_classes)
@@ -102,28 +104,29 @@ def cross_entropy(
             if not one_program:
                 block_n = max(1, 512 // block_c) if block_c <= 128 else 1
             elements = block_n * block_c // num_ctas
-            num_warps = min(max(4, elements // 128) if block_n > 1 else max(1, elements // 512), 16)
+            n_threads = min(max(128, elements // 4) if block_n > 1 else elements // 16, 512)
             if vec == 1 and block_n > 1 and 4 <= block_c <= 128:
                 # 4 or 8 classes of one row a thread, and 8 or 16 neighbours in memory at a time.
                 threads = max(2, block_c // (4 if block_c <= 32 else 8))
                 block_n = block_n if one_program else 128 // threads
-                num_warps = max(1, block_n * threads // 32)
+                n_threads = block_n * threads
             # As many programs as are resident, by registers: one more would begin when others end,
-            # and be the last alone. 32 programs are the most, 64 warps of small tiles, which take
-            # fewer registers.
-            warps = 64 if block_n > 1 else 32 if num_warps == 16 else 48
-            lanes, per_processor = 1, min(32, warps // num_warps)
+            # and be the last alone. Small tiles take fewer registers.
+            resident = 2048 if block_n > 1 else 1024 if n_threads == 512 else 1536
+            lanes = 1
         else:
             # Two accesses of 16 bytes a thread in flight, four where one program is alone on its
             # multiprocessor because the rows in flight, which are read twice, have to fit L2: two
             # thirds of it, as the gradient passes through it too.
             per_processor = 1 if 3 * processors * n_classes * size > l2 else 2
-            block_n, num_warps = 1, 16
+            block_n, n_threads = 1, 512
             block_c = (32768 if per_processor == 1 else 16384) // size
-            lanes = 32 * num_warps
+            lanes, resident = n_threads, per_processor * n_threads
+    num_warps = max(1, n_threads // device.warp)
+    resident = min(resident, device.threads) // (num_warps * device.warp)
+    programs = processors * max(1, min(resident, device.threads // 64)) // num_ctas
     tiles = max(1, _ceil_div(n_rows, block_n))
-    resident = processors * per_processor // num_ctas
-    n_programs = min(tiles, INTERPRETED_PROGRAMS or resident if x.is_cpu else resident)
+    n_programs = min(tiles, INTERPRETED_PROGRAMS or programs if x.is_cpu else programs)
     return CrossEntropyPlan(
         block_n, block_c, lanes, vec, edges, held, threads, parts, num_warps, num_ctas,
         n_programs, options,
@@ -133,7 +136,7 @@ def cross_entropy(
 def _blocks_a_row(x: torch.Tensor) -> int:
     """How many blocks of a cluster hold a row of x together, 1 where clusters are of no use."""
     n_rows, n_classes, size = x.shape[0] * x.shape[2], x.shape[1], x.dtype.itemsize
-    processors, l2 = _device(x.device)
+    processors, l2 = _device(x.device)[:2]
     least = next_power_of_2(n_classes) * max(size, 4) // 32768
     if not (CLUSTERS and 1 < least <= 16 and clusters_reduce(x.device)):
         return 1
@@ -201,13 +204,31 @@ def multiprocessors(device: torch.device) -> int:
     return _device(device)[0]
 
 
-@functools.cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, bytes of L2); an H100's where there is no device."""
+class _Device(NamedTuple):
+    """What plans ask of a GPU."""
+
+    processors: int  # multiprocessors
+    l2: int  # bytes
+    threads: int  # that a multiprocessor may have; there is room for a program for 64 of them
+    warp: int  # threads
+
+
+def _device(device: torch.device) -> _Device:
+    """An H100's numbers where there is no device, with AMD's waves where PyTorch is one for AMD."""
     if device.type != "cuda":
-        return 132, 50 * 2**20
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.L2_cache_size
+        return _Device(132, 50 * 2**20, 2048, 64 if torch.version.hip else 32)
+    return _properties(device)
+
+
+@functools.cache
+def _properties(device: torch.device) -> _Device:
+    of = torch.cuda.get_device_properties(device)
+    return _Device(
+        of.multi_processor_count,
+        of.L2_cache_size,
+        of.max_threads_per_multi_processor,
+        of.warp_size if torch.version.hip else 32,
+    )
 
 
 @functools.cache

@@ -37,6 +37,37 @@ def test_short_rows_that_begin_anywhere() -> None:
     assert [threads(n, 27) for n in (1, 4, 32)] == [0, 8, 8]
 
 
+# Multiprocessors, bytes of L2, threads of a multiprocessor, threads of a warp
+GPUS = {
+    "T4": (40, 4 * 2**20, 1024, 32),
+    "RTX 3090": (82, 6 * 2**20, 1536, 32),
+    "H100": (132, 50 * 2**20, 2048, 32),
+    "MI300": (304, 4 * 2**20, 2048, 64),
+}
+SHAPES = [(4, 2, 1), (9000, 27, 1), (9000, 300, 1), (9000, 1000, 1), (9000, 50257, 1),
+          (8, 3, 999), (8, 21, 9999), (8, 150, 9999), (8, 9000, 99)]  # fmt: skip
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_plans_for_other_gpus(shape, dtype, gpu, monkeypatch) -> None:
+    """A thread's work is what it is on an H100, also of wider warps, and all programs are resident
+    as far as their threads go."""
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    usual, device = tuning.cross_entropy(x), tuning._Device(*GPUS[gpu])
+    monkeypatch.setattr(tuning, "_device", lambda _: device)
+    plan = tuning.cross_entropy(x)
+    if usual.HELD:  # else L2 has its say
+        assert (plan.BLOCK_N, plan.BLOCK_C) == (usual.BLOCK_N, usual.BLOCK_C)
+        assert device.warp * plan.num_warps == max(device.warp, 32 * usual.num_warps)
+    elif plan.LANES > 1:
+        assert device.warp * plan.num_warps == plan.LANES
+    together = -(-plan.n_programs // device.processors)
+    assert plan.num_warps >= 1 and plan.n_programs >= 1
+    assert device.warp * plan.num_warps * together <= device.threads >= 64 * together
+
+
 @pytest.mark.interpreted("the form of a tile is set while kernels are read")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are read once a process")
 @pytest.mark.parametrize("kind", ["indices", "probabilities"])

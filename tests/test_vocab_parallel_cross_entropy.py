@@ -25,6 +25,7 @@ from tests.graphs import check_replay
 from tests.test_cross_entropy import REDUCTIONS, check_against_torch, example, torchs
 from tests.test_cross_entropy_closed_form import Elsewhere
 
+LAYOUT = 2**24 - 1  # the largest number that stands for the widths of all slices
 ALL = {"label_smoothing": 0.1, "z_loss": 1e-2, "softcap": 30.0, "logit_scale": 0.7}
 
 
@@ -39,12 +40,12 @@ class Slices(torch.autograd.Function):
         ctx.shards = [(sum(widths[:k]), n_all) for k in range(len(widths))]
         ctx.slices = [part.contiguous() for part in logits.split(widths, 1)]
         own = [
-            ctx.kernels.shard_fwd(part, target, shard, *ctx.numbers)
+            ctx.kernels.shard_fwd(part, target, shard, LAYOUT, *ctx.numbers)
             for part, shard in zip(ctx.slices, ctx.shards, strict=True)
         ]
         loss, ctx.stats, ctx.scale = ctx.kernels.merged(
-            torch.stack(own), ctx.slices[0], target, n_all, o.ignore_index, o.reduction, o.z_loss,
-            loss_dtype_of(logits, target, None),
+            torch.stack(own), ctx.slices[0], target, n_all, LAYOUT, o.ignore_index, o.reduction,
+            o.z_loss, loss_dtype_of(logits, target, None),
         )  # fmt: skip
         ctx.target = target
         return loss
@@ -204,9 +205,9 @@ def test_a_part_of_larger_memory(inplace, implementation, device) -> None:
     logits, target, _ = example((5, 12), torch.float32, device)
     numbers = (-100, 0.0, 0.0, 1.0)
     views = [logits[:, :4], logits[:, 4:]]
-    own = [kernels.shard_fwd(v, target, (4 * k, 12), *numbers) for k, v in enumerate(views)]
+    own = [kernels.shard_fwd(v, target, (4 * k, 12), LAYOUT, *numbers) for k, v in enumerate(views)]
     loss, *saved = kernels.merged(
-        torch.stack(own), views[0], target, 12, -100, "sum", 0.0, torch.float32
+        torch.stack(own), views[0], target, 12, LAYOUT, -100, "sum", 0.0, torch.float32
     )
     leaf = logits.clone().requires_grad_()
     expected = F.cross_entropy(leaf, target, reduction="sum")
@@ -341,6 +342,7 @@ def errors(rank: int, pair: Any) -> dict[str, str]:
     logits, target, _ = example((5, 3 + rank), torch.float32, "cpu", ignored=0)
     target, logits, widths = target % 3, logits.requires_grad_(), [3, 4, 5]
     function = fused.vocab_parallel_cross_entropy
+    not_the_same = [2, 4, 6] if rank == 1 else widths  # though as many in all
 
     def overwritten() -> None:
         own = logits * 1
@@ -349,6 +351,7 @@ def errors(rank: int, pair: Any) -> dict[str, str]:
 
     mistakes: dict[str, Callable[[], Any]] = {
         "unequal": lambda: function(logits, target),
+        "not the same": lambda: function(logits, target, widths=not_the_same),
         "outside": lambda: function(logits, target + 10, widths=widths),
         "twice": lambda: torch.autograd.grad(
             function(logits, target, widths=widths), logits, create_graph=True
@@ -366,17 +369,20 @@ def errors(rank: int, pair: Any) -> dict[str, str]:
             said[name] = f"{type(error).__name__}: {error}"
     with backend.use("triton"):  # as on a GPU, nobody looks
         said["kernels"] = str(function(logits, target).item())
+        said["kernels, not the same"] = str(function(logits, target, widths=not_the_same).item())
     return said
 
 
 SAID = {
     "unequal": "ValueError: .*expected slices of equal width, or the same `widths`",
+    "not the same": r"ValueError: .*\(12 classes in all\) at rank (1|0, 2)$",
     "outside": r"IndexError: .*target in \[0, 12\)",
     "twice": "RuntimeError: .*expected create_graph=False",
     "functional": "RuntimeError: .*expected no transform of torch.func",
     "overwritten": "RuntimeError: .*modified by an inplace operation",
     "elsewhere": "RuntimeError: .*expected a group that this process is one of",
     "kernels": "nan",
+    "kernels, not the same": "nan",
 }
 
 
@@ -482,7 +488,7 @@ def test_compiled_without_a_break_and_with_the_bits_of_eager(
 def test_opcheck(reduction, half_a_group, implementation, device) -> None:
     logits, target, _ = example((3, 5, 2), torch.float32, device)
     logits = logits.transpose(0, 2).contiguous().transpose(0, 2).requires_grad_()
-    numbers = (2, 0, 10, -100, reduction, 0.1, 0.1, 3.0, 0.7, torch.float32)
+    numbers = (2, 0, 10, LAYOUT, -100, reduction, 0.1, 0.1, 3.0, 0.7, torch.float32)
     arguments = (logits, target, dist.group.WORLD.group_name, *numbers)
     torch.library.opcheck(torch.ops.fused.vocab_parallel_cross_entropy_fwd.default, arguments)
     with torch.no_grad():

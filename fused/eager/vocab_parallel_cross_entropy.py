@@ -20,6 +20,7 @@ def shard_fwd(
     x: Tensor,
     target: Tensor,
     shard: tuple[int, int],
+    layout: int,
     ignore_index: int,
     label_smoothing: float,
     softcap: float,
@@ -28,10 +29,11 @@ def shard_fwd(
     """What the other processes need of this one's logits x (N, C, *S): a shard of the classes.
 
     shard is (the first of these classes, the number of all); target (N, *S) counts from the first
-    of all. Returns m, s, b and d of each row, then the number of all classes: (4 * rows + 1,).
+    of all. Returns m, s, b and d of each row, then `layout`, which stands for the widths of all
+    shards: (4 * rows + 1,).
     """
     own = torch.zeros(4 * target.numel() + 1, dtype=computed_in(x, target), device=x.device)
-    own[-1] = shard[1]
+    own[-1] = layout
     if x.shape[1] == 0:
         return own
     stats = own[:-1].view(4, *target.shape)
@@ -57,6 +59,7 @@ def merged(
     x: Tensor,
     target: Tensor,
     n_all: int,
+    layout: int,
     ignore_index: int,
     reduction: str,
     z_loss: float,
@@ -66,18 +69,19 @@ def merged(
 
     Returns (loss, stats, scale): loss as `reduction` says, in `loss_dtype`; stats (3, rows), the m,
     s and a of all classes; scale, the factor of every row in the mean or sum, None for "none". On
-    the CPU a target that is none of n_all classes raises IndexError, and a process that counted
-    other than n_all ValueError; elsewhere, where looking would stall the device, they make NaN.
+    the CPU a target that is none of n_all classes raises IndexError, and a process with another
+    `layout` ValueError; elsewhere, where looking would stall the device, they make NaN.
     """
-    counts, y = shards[:, -1], target.long()
+    layouts, y = shards[:, -1], target.long()
     valid = y != ignore_index
-    wrong = valid & ((y < 0) | (y >= n_all) | (counts != n_all).any())
+    wrong = valid & ((y < 0) | (y >= n_all) | (layouts != layout).any())
     if x.is_cpu and wrong.any():
-        found = [int(count) for count in counts.tolist()]
-        if len(set(found)) > 1:
+        others = (layouts != layout).nonzero().squeeze(1).tolist()
+        if others:
             raise ValueError(
                 "vocab_parallel_cross_entropy: expected slices of equal width, or the same "
-                f"`widths` in every process; by rank, they make vocabularies of {found} classes"
+                f"`widths` in every process, got others than here ({n_all} classes in all) at rank "
+                f"{', '.join(map(str, others))}"
             )
         raise_if_outside(target, n_all, ignore_index)
     m_k, s_k, b_k, d_k = shards[:, :-1].view(len(shards), 4, *target.shape).unbind(1)
@@ -93,7 +97,7 @@ def merged(
     stats = torch.stack((m, s, a.masked_fill(wrong, torch.nan))).view(3, -1)
     if reduction == "none":
         return loss.to(loss_dtype), stats, None
-    scale = torch.ones_like(counts[0])
+    scale = torch.ones_like(layouts[0])
     if reduction == "mean":
         scale = scale / valid.sum()
     return (loss.sum() * scale).to(loss_dtype), stats, scale

@@ -14,8 +14,8 @@ from fused.operators import implementation, library
 
 library.define(
     "vocab_parallel_cross_entropy_fwd(Tensor input, Tensor target, str group, int n_shards, "
-    "SymInt first, SymInt n_all, int ignore_index, str reduction, float label_smoothing, "
-    "float z_loss, float softcap, float logit_scale, ScalarType loss_dtype) "
+    "SymInt first, SymInt n_all, SymInt layout, int ignore_index, str reduction, "
+    "float label_smoothing, float z_loss, float softcap, float logit_scale, ScalarType loss_dtype) "
     "-> (Tensor loss, Tensor stats, Tensor scale)"
 )
 library.define(
@@ -33,6 +33,7 @@ def forward(
     n_shards: int,
     first: int,
     n_all: int,
+    layout: int,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
@@ -43,7 +44,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(loss, stats, scale), the same in every process: what each has of its own, then merged."""
     own = kernels.shard_fwd(
-        input, target, (first, n_all), ignore_index, label_smoothing, softcap, logit_scale
+        input, target, (first, n_all), layout, ignore_index, label_smoothing, softcap, logit_scale
     )
     # The second is what the first was called before torch 2.13.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -51,7 +52,7 @@ def forward(
     gather(shards, own, group=group)
     shards = shards.view(n_shards, -1)
     merged: tuple[Tensor, Tensor, Tensor | None] = kernels.merged(
-        shards, input, target, n_all, ignore_index, reduction, z_loss, loss_dtype
+        shards, input, target, n_all, layout, ignore_index, reduction, z_loss, loss_dtype
     )
     return merged
 
@@ -84,6 +85,7 @@ def _fwd_fake(
     n_shards: int,
     first: int,
     n_all: int,
+    layout: int,
     ignore_index: int,
     reduction: str,
     label_smoothing: float,
@@ -121,14 +123,14 @@ def _bwd_fake(dloss: Tensor, input: Tensor, *_: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    input, target, _, _, first, n_all, ignore_index, _, smoothing, _, softcap, scale, _ = inputs
+    input, target, _, _, first, n_all, _, ignore_index, _, smoothing, _, softcap, scale, _ = inputs
     ctx.save_for_backward(input, target, *output[1:])
     ctx.numbers = (first, n_all, ignore_index, smoothing, softcap, scale)
 
 
 def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     dx = torch.ops.fused.vocab_parallel_cross_entropy_bwd(dloss, *ctx.saved_tensors, *ctx.numbers)
-    return (dx, *(None,) * 12)
+    return (dx, *(None,) * 13)
 
 
 for _name, _implementation, _fake in (
