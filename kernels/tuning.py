@@ -40,12 +40,8 @@ class CrossEntropyPlan:
     num_warps: int
     num_ctas: int  # blocks of a cluster, which make one program
     n_programs: int
+    BLOCK_COUNT: int  # targets counted at a time: 8 a thread, all in flight together
     options: dict[str, int]  # the compiler's
-
-    @property
-    def BLOCK_COUNT(self) -> int:
-        """Targets counted at a time: 8 a thread, 4 of a wave of 64, all in flight together."""
-        return 256 * self.num_warps
 
     @property
     def max_rows_to_count(self) -> int:
@@ -129,7 +125,7 @@ def cross_entropy(
     n_programs = min(tiles, INTERPRETED_PROGRAMS or programs if x.is_cpu else programs)
     return CrossEntropyPlan(
         block_n, block_c, lanes, vec, edges, held, threads, parts, num_warps, num_ctas,
-        n_programs, options,
+        n_programs, 8 * device.warp * num_warps, options,
     )  # fmt: skip
 
 
