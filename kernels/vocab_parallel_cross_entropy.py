@@ -31,7 +31,7 @@ from fused.kernels.device import on_its_device
 
 @triton.jit(do_not_specialize=["n_rows", "n_shards", "n_all", "layout", "ignore_index"])
 def _vocab_parallel_merge_kernel(
-    shards_ptr,  # m, s, b and d of each row, and layout; shape (n_shards, 4 * n_rows + 1)
+    shards_ptr,  # m, s, b and d of each row, n_all, layout; shape (n_shards, 4 * n_rows + 2)
     target_ptr,  # class indices, shape (n_rows / n_inner, n_inner)
     loss_ptr,  # out: loss of each row, shape (n_rows,), or None
     sums_ptr,  # out: each program's sum of losses, and its number of rows that are not ignored;
@@ -56,14 +56,15 @@ def _vocab_parallel_merge_kernel(
     y = tl.load(target_ptr + row_offsets(rows, n_inner, stride_t), mask=row_mask, other=0)
     y = y.to(tl.int64)
     valid = row_mask & (y != ignore_index)
-    off = tl.zeros((BLOCK,), ACC)  # above 0 where the processes' layouts differ
+    off = tl.zeros((BLOCK,), ACC)  # above 0 where the processes disagree
     m = tl.full((BLOCK,), float("-inf"), ACC)
     for k in range(n_shards):
-        shard_ptr = shards_ptr + k * (4 * n + 1)
+        shard_ptr = shards_ptr + k * (4 * n + 2)
         m_k = tl.load(shard_ptr + rows, mask=valid, other=0.0)
         s_k = tl.load(shard_ptr + n + rows, mask=valid, other=0.0)
         m = tl.maximum(m, tl.where(s_k == 0.0, float("-inf"), m_k))
-        off += tl.abs(tl.load(shard_ptr + 4 * n) - tl.cast(layout, ACC))
+        off += tl.abs(tl.load(shard_ptr + 4 * n) - tl.cast(n_all, ACC))
+        off += tl.abs(tl.load(shard_ptr + 4 * n + 1) - tl.cast(layout, ACC))
     wrong = valid & ((y < 0) | (y >= n_all) | (off > 0.0))
     m = safe_shift(m)
     s = tl.zeros((BLOCK,), ACC)
@@ -78,7 +79,7 @@ def _vocab_parallel_merge_kernel(
         s += tl.where(s_k == 0.0, 0.0, s_k * exp(m_k - m))
         b += b_k
         loss += b_k * (m - m_k) + d_k
-        shard_rows += 4 * n + 1
+        shard_rows += 4 * n + 2
     log_s = tl.log(tl.where(valid, s, 1.0))
     loss += b * log_s
     a = b
@@ -130,14 +131,15 @@ def shard_fwd(
     """What the other processes need of this one's logits x (N, C, *S): a shard of the classes.
 
     shard is (the first of these classes, the number of all); target (N, *S) counts from the first
-    of all. Returns m, s, b and d of each row, then `layout`, which stands for the widths of all
-    shards: (4 * rows + 1,).
+    of all. Returns m, s, b and d of each row, then the number of all classes, and `layout`, which
+    stands for the widths of all shards: (4 * rows + 2,).
 
-    Bytes: reads x once, the least possible; writes 16 bytes a row. Two launches.
+    Bytes: reads x once, the least possible; writes 16 bytes a row. Three launches.
     """
     acc, n_rows = computed_in(x, target), target.numel()
-    own = torch.full((4 * n_rows + 1,), layout, dtype=acc, device=x.device)
-    stats = own[:-1].view(4, n_rows)
+    own = torch.full((4 * n_rows + 2,), shard[1], dtype=acc, device=x.device)
+    own[-1:].fill_(layout)
+    stats = own[:-2].view(4, n_rows)
     cross_entropy_shard(
         x, target, shard, ignore_index, label_smoothing, softcap, logit_scale, stats
     )
@@ -156,11 +158,11 @@ def merged(
     z_loss: float,
     loss_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The loss, of what `shard_fwd` returned in each process: shards (processes, 4 * rows + 1).
+    """The loss, of what `shard_fwd` returned in each process: shards (processes, 4 * rows + 2).
 
     Returns (loss, stats, scale) as `cross_entropy_fwd` does, stats (3, rows) those of all classes;
     of x only shape and dtype count. Loss and a are NaN where the target is none of n_all classes,
-    and everywhere if a process has another `layout`.
+    and everywhere if a process has another n_all or `layout`.
 
     Bytes: none of x's size; reads 24 bytes a row and process, writes 12 a row, 16 for "none". Two
     launches; one for "none".

@@ -29,14 +29,15 @@ def shard_fwd(
     """What the other processes need of this one's logits x (N, C, *S): a shard of the classes.
 
     shard is (the first of these classes, the number of all); target (N, *S) counts from the first
-    of all. Returns m, s, b and d of each row, then `layout`, which stands for the widths of all
-    shards: (4 * rows + 1,).
+    of all. Returns m, s, b and d of each row, then the number of all classes, and `layout`, which
+    stands for the widths of all shards: (4 * rows + 2,).
     """
-    own = torch.zeros(4 * target.numel() + 1, dtype=computed_in(x, target), device=x.device)
-    own[-1] = layout
+    own = torch.zeros(4 * target.numel() + 2, dtype=computed_in(x, target), device=x.device)
+    own[-2:-1].fill_(shard[1])
+    own[-1:].fill_(layout)
     if x.shape[1] == 0:
         return own
-    stats = own[:-1].view(4, *target.shape)
+    stats = own[:-2].view(4, *target.shape)
     share = label_smoothing / shard[1]
     for rows, scratch in _chunks(x, own.dtype):
         z = scores(x[rows], target, softcap, logit_scale)
@@ -65,26 +66,27 @@ def merged(
     z_loss: float,
     loss_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The loss, of what `shard_fwd` returned in each process: shards (processes, 4 * rows + 1).
+    """The loss, of what `shard_fwd` returned in each process: shards (processes, 4 * rows + 2).
 
     Returns (loss, stats, scale): loss as `reduction` says, in `loss_dtype`; stats (3, rows), the m,
     s and a of all classes; scale, the factor of every row in the mean or sum, None for "none". On
     the CPU a target that is none of n_all classes raises IndexError, and a process with another
-    `layout` ValueError; elsewhere, where looking would stall the device, they make NaN.
+    n_all or `layout` ValueError; elsewhere, where looking would stall the device, they make NaN.
     """
-    layouts, y = shards[:, -1], target.long()
-    valid = y != ignore_index
-    wrong = valid & ((y < 0) | (y >= n_all) | (layouts != layout).any())
+    (counts, layouts), y = shards[:, -2:].unbind(1), target.long()
+    valid, others = y != ignore_index, (counts != n_all) | (layouts != layout)
+    wrong = valid & ((y < 0) | (y >= n_all) | others.any())
     if x.is_cpu and wrong.any():
-        others = (layouts != layout).nonzero().squeeze(1).tolist()
-        if others:
+        if others.any():
+            found = ", ".join(
+                f"{int(counts[rank])} classes at rank {rank}" for rank in others.nonzero()
+            )
             raise ValueError(
                 "vocab_parallel_cross_entropy: expected slices of equal width, or the same "
-                f"`widths` in every process, got others than here ({n_all} classes in all) at rank "
-                f"{', '.join(map(str, others))}"
+                f"`widths` in every process: here they make {n_all} classes, others make {found}"
             )
         raise_if_outside(target, n_all, ignore_index)
-    m_k, s_k, b_k, d_k = shards[:, :-1].view(len(shards), 4, *target.shape).unbind(1)
+    m_k, s_k, b_k, d_k = shards[:, :-2].view(len(shards), 4, *target.shape).unbind(1)
     nothing = s_k == 0
     m = _safe_shift(m_k.masked_fill(nothing, -torch.inf).amax(0))
     s = (s_k * (m_k - m).exp()).masked_fill(nothing, 0.0).sum(0)
@@ -97,7 +99,7 @@ def merged(
     stats = torch.stack((m, s, a.masked_fill(wrong, torch.nan))).view(3, -1)
     if reduction == "none":
         return loss.to(loss_dtype), stats, None
-    scale = torch.ones_like(layouts[0])
+    scale = torch.ones_like(counts[0])
     if reduction == "mean":
         scale = scale / valid.sum()
     return (loss.sum() * scale).to(loss_dtype), stats, scale
