@@ -349,23 +349,18 @@ def _functional(
     if m2 is not None and input.numel() == 0:
         if tracked is not None:
             tracked.add_(1)
-    elif m2 is not None and tracked is None and running_mean is not None and _may_be_captured(o):
-        # Torch's own may change what a transform captured; operations in place may not.
-        assert o.momentum is not None
-        torch.native_batch_norm(
-            input.detach(), None, None, running_mean, running_var, True, o.momentum, o.eps
-        )
     elif m2 is not None:
-        var = m2.detach() / (input.numel() // input.shape[1] - 1)
-        eager.update_running(
-            running_mean, running_var, tracked, o.momentum, mean.detach(), var, o.skip_nonfinite
-        )
+        mean, var = mean.detach(), m2.detach() / (input.numel() // input.shape[1] - 1)
+        try:
+            eager.update_running(
+                running_mean, running_var, tracked, o.momentum, mean, var, o.skip_nonfinite
+            )
+        except RuntimeError as error:  # torch's modules raise, its function does not
+            captured = tracked is None and "captured" in str(error)
+            if not captured or o.skip_nonfinite or o.momentum is None:
+                raise
+            eager.update_captured(running_mean, running_var, o.momentum, mean, var)
     return y
-
-
-def _may_be_captured(o: _Options) -> bool:
-    """Whether torch.func may have captured running statistics whose update torch has, too."""
-    return torch._C._are_functorch_transforms_active() and not o.skip_nonfinite
 
 
 def check_options(
@@ -404,8 +399,12 @@ def check(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     batch_statistics: bool,
+    alone: bool = True,
 ) -> None:
-    """Refuses what torch refuses, with the same kind of error."""
+    """Refuses what torch refuses, with the same kind of error.
+
+    `alone` an empty batch has any dtype, as in torch; several processes exchange numbers of one.
+    """
     if input.dtype not in _DTYPES:
         raise NotImplementedError(
             f"batch_norm: expected floating-point input of 16, 32 or 64 bits, got {input.dtype}"
@@ -441,7 +440,7 @@ def check(
             first, dtype = name, tensor.dtype
         half = input.dtype.itemsize == 2
         fits = tensor.dtype == dtype and (dtype == input.dtype or half and dtype == torch.float32)
-        if not fits and input.numel():  # torch takes any of an empty batch
+        if not fits and (input.numel() or not alone):
             beside = "" if tensor.dtype == dtype else f" beside {first} of {dtype}"
             raise RuntimeError(
                 f"batch_norm: expected weight, bias and running statistics all of dtype "

@@ -133,7 +133,7 @@ class SyncBatchNorm(_BatchNorm):
         tensors = (input, weight, bias, residual)
         refuse_transforms("SyncBatchNorm", "fused.BatchNorm1d, 2d or 3d", *tensors)
         # One row here is no mistake: there are more elsewhere.
-        check(input, weight, bias, residual, running_mean, running_var, True)
+        check(input, weight, bias, residual, running_mean, running_var, True, alone=False)
         buffers, keep = (running_mean, running_var, tracked), will_differentiate(*tensors)
         if is_recorded():
             keep = keep or outlives_the_call()

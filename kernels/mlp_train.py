@@ -199,7 +199,7 @@ def _mlp_train_kernel(
     SCALE: tl.constexpr = 256.0
     # Of one context in the whole minibatch rstd is eps^-1/2, and demb beyond float16's numbers.
     SCALE_DEMB: tl.constexpr = 1.0 / 4096.0
-    LOW: tl.constexpr = 2048.0  # of what float16 lacks of it: at most as large as its high part
+    LOW: tl.constexpr = 2048.0  # of what float16 lacks of it, which is 2^-11 of it
     CHARACTER: tl.constexpr = (1 << BITS) - 1
     TWICE_LOG2_E: tl.constexpr = 2.8853900817779268
     model = tl.program_id(0).to(tl.int64)
@@ -350,8 +350,9 @@ def plan(C: torch.Tensor, W1: torch.Tensor, n_context: int, n_batch: int) -> tun
     memory = 232448 if _lanes() == 32 else 65536  # H100 or MI300, where there is no device to ask
     if not tuning.has_matrix_units(C.device):
         raise ValueError(
-            "one multiprocessor trains a network by its tensor cores, and this GPU has none that "
-            "Triton knows: compute capability 8.0 or later, or AMD's MI100 or later; use 'graph'"
+            "one multiprocessor trains a network by tensor cores of compute capability 8.0 or "
+            "later, or the matrix cores of AMD's MI100 or later, which this GPU does not have; use "
+            "'graph'"
         )
     if C.is_cuda:
         properties = triton.runtime.driver.active.utils.get_device_properties(C.device.index)

@@ -120,7 +120,7 @@ def cross_entropy(
             lanes, resident = n_threads, per_processor * n_threads
     num_warps = max(1, n_threads // device.warp)
     resident = min(resident, device.threads) // (num_warps * device.warp)
-    programs = processors * max(1, min(resident, device.threads // 64)) // num_ctas
+    programs = processors * max(1, min(resident, device.programs)) // num_ctas
     tiles = max(1, _ceil_div(n_rows, block_n))
     n_programs = min(tiles, INTERPRETED_PROGRAMS or programs if x.is_cpu else programs)
     return CrossEntropyPlan(
@@ -205,24 +205,29 @@ class _Device(NamedTuple):
 
     processors: int  # multiprocessors
     l2: int  # bytes
-    threads: int  # that a multiprocessor may have; there is room for a program for 64 of them
+    threads: int  # that a multiprocessor may have
+    programs: int  # that it may have
     warp: int  # threads
 
 
 def _device(device: torch.device) -> _Device:
     """An H100's numbers where there is no device, with AMD's waves where PyTorch is one for AMD."""
     if device.type != "cuda":
-        return _Device(132, 50 * 2**20, 2048, 64 if torch.version.hip else 32)
+        return _Device(132, 50 * 2**20, 2048, 32, 64 if torch.version.hip else 32)
     return _properties(device)
 
 
 @functools.cache
 def _properties(device: torch.device) -> _Device:
     of = torch.cuda.get_device_properties(device)
+    threads = of.max_threads_per_multi_processor
+    # One for 64 threads, by CUDA's table of compute capabilities, but for 8.6 and 8.7.
+    programs = 16 if not torch.version.hip and (of.major, of.minor) in ((8, 6), (8, 7)) else None
     return _Device(
         of.multi_processor_count,
         of.L2_cache_size,
-        of.max_threads_per_multi_processor,
+        threads,
+        programs or threads // 64,
         of.warp_size if torch.version.hip else 32,
     )
 
@@ -242,13 +247,14 @@ def last_dimension_first() -> bool:
     return _triton() >= (3, 7)
 
 
-# AMD's matrix instructions in waves of 64 lanes: MI100 to MI300 and their successors.
+# AMD's GPUs with matrix instructions of waves of 64 lanes: MI100 to MI300 and their successors.
 _MFMA = ("gfx908", "gfx90a", "gfx94", "gfx95")
 
 
 @functools.cache
 def has_matrix_units(device: torch.device) -> bool:
-    """Whether products of small tiles are of tensor cores there, for which Triton makes code."""
+    """Whether the device has the tensor cores, or matrix cores, that mlp_train.py is laid out for,
+    and Triton makes code for them."""
     if device.type != "cuda":
         return True
     if torch.version.hip:

@@ -126,6 +126,16 @@ def test_running_statistics_that_a_transform_captured(transform, implementation,
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+def test_running_statistics_far_from_0_that_a_transform_captured(implementation, device) -> None:
+    """Not of PyTorch's sums, one row after the other."""
+    x = torch.randn(20_000, 2, device=device) + 1e4
+    running = torch.zeros(2, device=device), torch.ones(2, device=device)
+    torch.func.grad(lambda x: fused.batch_norm(x, *running, training=True, momentum=1.0).sum())(x)
+    exact = x.double()
+    torch.testing.assert_close(running[0].double(), exact.mean(0), rtol=2e-7, atol=0)
+    torch.testing.assert_close(running[1].double(), exact.var(0), rtol=1e-5, atol=0)
+
+
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A compiler without a past, in memory or on disk."""

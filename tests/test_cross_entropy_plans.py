@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,12 +38,12 @@ def test_short_rows_that_begin_anywhere() -> None:
     assert [threads(n, 27) for n in (1, 4, 32)] == [0, 8, 8]
 
 
-# Multiprocessors, bytes of L2, threads of a multiprocessor, threads of a warp
+# Multiprocessors, bytes of L2, threads and programs of a multiprocessor, threads of a warp
 GPUS = {
-    "T4": (40, 4 * 2**20, 1024, 32),
-    "RTX 3090": (82, 6 * 2**20, 1536, 32),
-    "H100": (132, 50 * 2**20, 2048, 32),
-    "MI300": (304, 4 * 2**20, 2048, 64),
+    "T4": (40, 4 * 2**20, 1024, 16, 32),
+    "RTX 3090": (82, 6 * 2**20, 1536, 16, 32),
+    "H100": (132, 50 * 2**20, 2048, 32, 32),
+    "MI300": (304, 4 * 2**20, 2048, 32, 64),
 }
 SHAPES = [(4, 2, 1), (9000, 27, 1), (9000, 300, 1), (9000, 1000, 1), (9000, 50257, 1),
           (8, 3, 999), (8, 21, 9999), (8, 150, 9999), (8, 9000, 99)]  # fmt: skip
@@ -65,7 +66,23 @@ def test_plans_for_other_gpus(shape, dtype, gpu, monkeypatch) -> None:
         assert device.warp * plan.num_warps == plan.LANES
     together = -(-plan.n_programs // device.processors)
     assert plan.num_warps >= 1 and plan.n_programs >= 1
-    assert device.warp * plan.num_warps * together <= device.threads >= 64 * together
+    assert device.warp * plan.num_warps * together <= device.threads
+    assert together <= device.programs
+
+
+def test_what_plans_ask_of_a_gpu(monkeypatch) -> None:
+    properties = SimpleNamespace(
+        multi_processor_count=82, L2_cache_size=6 * 2**20, max_threads_per_multi_processor=1536,
+        warp_size=32, major=8, minor=6,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    ask = tuning._properties.__wrapped__
+    assert ask(torch.device("cuda")) == GPUS["RTX 3090"]
+    properties.minor = 9  # RTX 4090
+    assert ask(torch.device("cuda"))[3] == 24
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    properties.warp_size, properties.max_threads_per_multi_processor = 64, 2048
+    assert ask(torch.device("cuda"))[2:] == (2048, 32, 64)
 
 
 @pytest.mark.interpreted("the form of a tile is set while kernels are read")

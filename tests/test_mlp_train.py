@@ -202,7 +202,7 @@ GPUS = {
 @pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
 @pytest.mark.parametrize("gpu", GPUS)
 def test_auto_on_gpus_without_tensor_cores(gpu, monkeypatch) -> None:
-    """Without those that Triton knows, one multiprocessor takes minutes to compile and spills."""
+    """Without those that the kernel is laid out for, it takes minutes to compile, and spills."""
     import triton
 
     from fused.kernels import tuning

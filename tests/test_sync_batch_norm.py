@@ -307,12 +307,16 @@ def test_a_gradient_of_few_rows_beside_a_residuals(
     torch.testing.assert_close(dx, whole["dx"], rtol=4 * rounding, atol=1e-6)
 
 
-def test_parameters_gradients_have_memory_of_their_own(implementation, monkeypatch, device) -> None:
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("compiled", [False, True])
+def test_parameters_gradients_have_memory_of_their_own(
+    compiled, half_a_group, implementation, device
+) -> None:
     """Whoever frees or resizes one keeps the other."""
-    turns = OneAfterTheOther(2)
-    turns.take_over(monkeypatch)
-    norm = fused.SyncBatchNorm(3, process_group=GROUP, device=device)
-    norm(torch.randn(4, 3, device=device)).square().sum().backward()
+    norm = fused.SyncBatchNorm(3, device=device)
+    torch.compiler.reset()
+    call = torch.compile(norm, fullgraph=True, backend="aot_eager") if compiled else norm
+    call(torch.randn(4, 3, device=device)).square().sum().backward()
     storages = {p.grad.untyped_storage().data_ptr() for p in norm.parameters()}
     assert len(storages) == 2
 
@@ -357,6 +361,8 @@ def test_evaluation_and_mistakes_among_several_processes(monkeypatch) -> None:
         ours(x[0])
     with pytest.raises(RuntimeError, match="all of dtype torch.float64"):
         ours(x.double())
+    with pytest.raises(RuntimeError, match="all of dtype torch.float64"):
+        ours(x[:0].double())
     ours.eps = 0.0
     with pytest.raises(ValueError, match="eps must be positive"):
         ours(x)

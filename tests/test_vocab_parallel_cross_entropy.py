@@ -374,7 +374,7 @@ def errors(rank: int, pair: Any) -> dict[str, str]:
 
 
 SAID = {
-    "unequal": "ValueError: .*expected slices of equal width, or the same `widths`.*here they make (9|12|15) ",
+    "unequal": "ValueError: .*expected slices of equal width.* here they make (9|12|15) classes",
     "not the same": "ValueError: .*make 12 classes, others make 12 classes at rank [01]",
     "outside": r"IndexError: .*target in \[0, 12\)",
     "twice": "RuntimeError: .*expected create_graph=False",

@@ -315,6 +315,23 @@ def update_running(
             running.copy_(new if finite is None else torch.where(finite, new, running))
 
 
+def update_captured(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    mean: Tensor,
+    var: Tensor,
+) -> None:
+    """`update_running` of tensors that a transform of torch.func captured, which may not be changed
+    in place: PyTorch's batch norm may, of batches that have this mean or this variance."""
+    s = (var / 2).sqrt()
+    for running, rows in ((running_mean, (mean, mean)), (running_var, (s, -s))):
+        if running is not None:
+            batch, other = torch.stack(rows).to(running.dtype), torch.zeros_like(running)
+            both = (running, other) if running is running_mean else (other, running)
+            torch.native_batch_norm(batch, None, None, *both, True, momentum, 1.0)
+
+
 def _rows(x: Tensor) -> list[int]:
     return [d for d in range(x.dim()) if d != 1]
 

@@ -78,9 +78,8 @@ def merged(
     wrong = valid & ((y < 0) | (y >= n_all) | others.any())
     if x.is_cpu and wrong.any():
         if others.any():
-            found = ", ".join(
-                f"{int(counts[rank])} classes at rank {rank}" for rank in others.nonzero()
-            )
+            ranks = others.nonzero().squeeze(1).tolist()
+            found = ", ".join(f"{int(counts[rank])} classes at rank {rank}" for rank in ranks)
             raise ValueError(
                 "vocab_parallel_cross_entropy: expected slices of equal width, or the same "
                 f"`widths` in every process: here they make {n_all} classes, others make {found}"
