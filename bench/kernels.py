@@ -268,6 +268,8 @@ def _compiled(name: str, case: Case, targets: list[str]) -> list[tuple[str, dict
     """The kernel of each launch of a case, and what the compiler makes of it for each target."""
     op = operations([name])[name]
     launches, on_amd = caught(op, case), caught(op, case, hip="6.4")
+    names = [[launch.kernel.__name__ for launch in each] for each in (launches, on_amd)]
+    assert names[0] == names[1], f"{name} {case}: other kernels on AMD: {names}"
     return [
         (
             launch.kernel.__name__,
