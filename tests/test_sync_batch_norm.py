@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 import fused
@@ -185,6 +186,23 @@ def test_compiled_without_a_break_and_with_the_bits_of_eager(
             results.append((y, *gradients, *norm.buffers()))
         torch.testing.assert_close(*results, **same_bits(device))
     assert ours.num_batches_tracked == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_among_half_of_the_processes(device) -> None:
+    """All have the same rows: running_var shows how many there were."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        half = dist.new_group([0, 1])
+        norms = [fused.SyncBatchNorm(3, process_group=half, device=device) for _ in range(2)]
+        compiled = torch.compile(norms[1], fullgraph=True, backend="aot_eager")
+        x = torch.randn(4, 3, device=device)
+        torch.testing.assert_close(norms[0](x), compiled(x), **same_bits(device))
+        torch.testing.assert_close(*(norm.running_var for norm in norms), **same_bits(device))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
