@@ -488,6 +488,21 @@ def test_float16_gradients_whatever_the_class_weights(
         assert all(error <= most for error, most in zip(ours, allowed, strict=True)), ours
 
 
+def test_float16_gradients_whatever_ignored_rows_would_weigh(implementation, device) -> None:
+    """Their class, however heavy, has no part in the unit of the others' gradients."""
+    x, w, _, target = example(24, (27,), torch.float32, device)
+    weights = torch.ones(27, device=device)
+    weights[5], target[target < 0] = 1e12, 5
+    leaf = x.requires_grad_()
+    options: dict[str, Any] = {"weight": weights, "ignore_index": 5}
+    with torch.autocast(device.type, torch.float16):
+        ours = fused.linear_cross_entropy(leaf, w, target, **options)
+        theirs = F.cross_entropy(F.linear(leaf, w).float(), target, **options)
+    found = [torch.autograd.grad(2.0**10 * loss, leaf)[0] for loss in (ours, theirs)]
+    assert found[1].abs().max() > 1
+    torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.parametrize("exponent", [-60, 60])
 def test_float16_gradients_are_of_weights_of_any_unit(exponent, implementation, device) -> None:
     """The mean's: weights times a power of two are the same weights, to the last bit."""
