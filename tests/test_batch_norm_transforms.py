@@ -61,6 +61,16 @@ def test_gradient_penalty_is_torchs(training, implementation, device) -> None:
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_bias_gradient_beyond_the_range_of_half_precision(again, implementation, device) -> None:
+    """Summed in float32, also where it is to be differentiated again."""
+    norm = fused.BatchNorm1d(3, device=device)
+    y = norm(torch.randn(512, 3, dtype=torch.float16, device=device))
+    upstream = torch.full_like(y, 200.0)
+    (gradient,) = torch.autograd.grad(y, norm.bias, upstream, create_graph=again)
+    torch.testing.assert_close(gradient, torch.full_like(norm.bias, 512 * 200.0))
+
+
 @pytest.mark.parametrize("correction", [0, 1])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_functional_derivatives(training, correction, implementation, device) -> None:
