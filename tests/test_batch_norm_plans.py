@@ -406,6 +406,20 @@ def _tiles_with_row(out, tile, N, L, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexp
     tl.store(out + tl.arange(0, BLOCK_N * BLOCK_L), rows)
 
 
+@pytest.mark.parametrize("n, length", [(3, 10), (4, 9), (5, 4), (1, 3)])
+def test_rows_of_the_tiles_before_each(n, length, device) -> None:
+    """Also where the last images are fewer than a tile has and a program ends among them."""
+    n_tiles = -(-n // 2) * -(-length // 4)
+    n0, l0 = (2 * torch.arange(-(-n // 2)), 4 * torch.arange(-(-length // 4)))
+    row = torch.arange(8)
+    exists = (n0[:, None, None] + row // 4 < n) & (l0[:, None] + row % 4 < length)
+    before = exists.view(n_tiles, 8).int().cumsum(0)
+    for tile in range(1, n_tiles + 1):
+        out = torch.empty(8, dtype=torch.int32, device=device)
+        _tiles_with_row[(1,)](out, tile, n, length, BLOCK_N=2, BLOCK_L=4)
+        torch.testing.assert_close(out.cpu(), before[tile - 1].int())
+
+
 @pytest.mark.parametrize("below", [1, 3, 8, 9])
 @pytest.mark.parametrize("block_n, block_l", [(1, 8), (2, 4), (8, 1)])
 def test_rows_of_tiles_up_to_2_to_the_31(block_n, block_l, below, device) -> None:
