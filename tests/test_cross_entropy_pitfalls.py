@@ -151,6 +151,13 @@ def test_extreme_logits(extreme, kind, implementation, device) -> None:
     check_against_torch(logits, target, None, implementation)
 
 
+@pytest.mark.parametrize("kind", ["indices", "probabilities"])
+def test_logits_near_minus_110_in_rows_that_begin_anywhere(kind, implementation, device) -> None:
+    """Lanes that have taken nothing from the edges of a row have a maximum of -inf, not of 0."""
+    logits, target, _ = example((3, 8201), torch.float32, device, kind)
+    check_against_torch(logits - 110, target, None, implementation)
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("masked", MASKED)
 def test_masked_logits_of_half_precision(masked, reduction) -> None:
