@@ -503,6 +503,16 @@ def test_float16_gradients_whatever_ignored_rows_would_weigh(implementation, dev
     torch.testing.assert_close(*found, rtol=2e-2, atol=2e-2)
 
 
+def test_stats_of_ignored_rows_are_those_of_cross_entropy(implementation, device) -> None:
+    """On the CPU such rows take no part in the products; their predictions are -1 all the same."""
+    x, w, _, target = example(9, (27,), torch.float32, device)
+    target[::3] = -100
+    ours = fused.linear_cross_entropy_with_stats(x, w, target)
+    theirs = fused.cross_entropy_with_stats(F.linear(x, w), target)
+    torch.testing.assert_close(ours, theirs)
+    assert (ours.prediction[::3] == -1).all()
+
+
 @pytest.mark.parametrize("exponent", [-60, 60])
 def test_float16_gradients_are_of_weights_of_any_unit(exponent, implementation, device) -> None:
     """The mean's: weights times a power of two are the same weights, to the last bit."""
