@@ -17,6 +17,7 @@ _COMPARE: dict[str, Function] = {
     "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater,
     "hs": np.greater_equal,
 }  # fmt: skip
+_MOVES = ("mov", "selp", "neg", "abs", "copysign")  # which keep a NaN's bits, or all but its sign
 _JOIN: dict[str, Function] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
 _ROUND: dict[str, Function] = {"rmi": np.floor, "rpi": np.ceil, "rni": np.rint, "rzi": np.trunc}
 
@@ -38,8 +39,8 @@ def _assign(t: Threads, i: Instruction, function: Function, to: str, kinds: Sequ
         value = function(*(value_of(s, kind) for s, kind in zip(sources, kinds, strict=True)))
         if to == "bf16" and value.dtype == np.float32:
             value = numeric.to_bf16(value)
-        elif flush and value.dtype == np.float32:
-            value = numeric.flushed(value)
+        elif value.dtype == np.float32 and i.name() not in _MOVES:
+            value = numeric.with_one_nan(numeric.flushed(value) if flush else value)
         t.put(i.operands[0], value, mask)
 
     return run

@@ -34,6 +34,14 @@ def flushed(x: Array) -> Array:
     return np.where(np.abs(x) < _TINY, np.copysign(np.float32(0), x), x)
 
 
+def with_one_nan(x: Array) -> Array:
+    """float32 whose NaNs have the bits that all results have which are one."""
+    is_nan = np.isnan(x)
+    if not is_nan.any():
+        return x
+    return np.where(is_nan, np.uint32(0x7FFFFFFF), x.view(np.uint32)).view(np.float32)
+
+
 def divided(a: Array, b: Array) -> Array:
     """Whole numbers, towards 0."""
     b = np.where(b == 0, 1, b).astype(a.dtype)  # not defined

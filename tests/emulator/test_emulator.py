@@ -449,6 +449,16 @@ def test_minimum_and_maximum_with_nan(name, function) -> None:
     np.testing.assert_array_equal(nan, np.array([np.nan, np.nan, *last], np.float32))
 
 
+def test_a_result_that_is_nan_has_the_hardwares_bits() -> None:
+    """Whatever the signs and the order of what it is of: threads write the same to one place."""
+    inf, nan = np.float32(np.inf), np.array([0xFFC00001], np.uint32).view(np.float32)[0]
+    a, b = np.array([inf, -inf, nan, 1], np.float32), np.array([-inf, inf, 1, nan], np.float32)
+    found = applied("add.f32 %r9, %r2, %r3;", a, b).view(np.uint32)
+    assert (found == 0x7FFFFFFF).all()
+    moved = applied("mov.b32 %r9, %r2;", a).view(np.uint32)
+    np.testing.assert_array_equal(moved, a.view(np.uint32))
+
+
 def test_bfloat16_rounds_ties_to_even() -> None:
     last = 2.0**-7  # place of bfloat16 at 1
     ties = [1 + last / 2, 1 + 3 * last / 2, -1 - last / 2, 1 + last / 2 + 2.0**-23]
