@@ -156,7 +156,8 @@ def batch_norm(
             backward only with gelu, silu, and tanh of half precision.
         skip_nonfinite: leaves the running statistics of a channel alone where the batch has an inf
             or NaN in it; decided on the device. A module counts such a batch as well: the mean of
-            all batches, with momentum=None, takes what stood there in its place.
+            all batches, with momentum=None, takes what stood there in its place. Running statistics
+            that a transform of `torch.func` captured cannot be left alone: it raises.
 
     Returns:
         Shape, dtype and memory format of input.
