@@ -156,8 +156,7 @@ def batch_norm(
             backward only with gelu, silu, and tanh of half precision.
         skip_nonfinite: leaves the running statistics of a channel alone where the batch has an inf
             or NaN in it; decided on the device. A module counts such a batch as well: the mean of
-            all batches, with momentum=None, takes what stood there in its place. Running statistics
-            that a transform of `torch.func` captured cannot be left alone: it raises.
+            all batches, with momentum=None, takes what stood there in its place.
 
     Returns:
         Shape, dtype and memory format of input.
@@ -351,16 +350,10 @@ def _functional(
         if tracked is not None:
             tracked.add_(1)
     elif m2 is not None:
-        mean, var = mean.detach(), m2.detach() / (input.numel() // input.shape[1] - 1)
-        try:
-            eager.update_running(
-                running_mean, running_var, tracked, o.momentum, mean, var, o.skip_nonfinite
-            )
-        except RuntimeError as error:  # torch's modules raise, its function does not
-            captured = tracked is None and "captured" in str(error)
-            if not captured or o.skip_nonfinite or o.momentum is None:
-                raise
-            eager.update_captured(running_mean, running_var, o.momentum, mean, var)
+        var = m2.detach() / (input.numel() // input.shape[1] - 1)
+        eager.update_running(
+            running_mean, running_var, tracked, o.momentum, mean.detach(), var, o.skip_nonfinite
+        )
     return y
 
 

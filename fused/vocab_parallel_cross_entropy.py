@@ -203,13 +203,18 @@ def _shard(
         raise RuntimeError(
             "vocab_parallel_cross_entropy: expected a group that this process is one of"
         )
-    powers = [pow(_LAYOUT, k, 2**24) for k in range(n_shards)]
     if widths is None:
-        return (rank * width, n_shards * width), width * (sum(powers) % 2**24) % 2**24
+        return (rank * width, n_shards * width), width * _layout([1] * n_shards) % 2**24
     if len(widths) != n_shards or widths[rank] != width:
         raise ValueError(
             f"vocab_parallel_cross_entropy: expected widths of {n_shards} processes, "
             f"{width} at place {rank}, got {list(widths)}"
         )
-    layout = sum(w * power % 2**24 for w, power in zip(widths, powers, strict=True)) % 2**24
-    return (sum(widths[:rank]), sum(widths)), layout
+    return (sum(widths[:rank]), sum(widths)), _layout(widths)
+
+
+def _layout(widths: Sequence[int]) -> int:
+    layout = 0
+    for width in widths:
+        layout = (layout * _LAYOUT + width) % 2**24
+    return layout

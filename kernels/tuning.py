@@ -222,12 +222,12 @@ def _properties(device: torch.device) -> _Device:
     of = torch.cuda.get_device_properties(device)
     threads = of.max_threads_per_multi_processor
     # One for 64 threads, by CUDA's table of compute capabilities, but for 8.6 and 8.7.
-    programs = 16 if not torch.version.hip and (of.major, of.minor) in ((8, 6), (8, 7)) else None
+    few = not torch.version.hip and (of.major, of.minor) in ((8, 6), (8, 7))
     return _Device(
         of.multi_processor_count,
         of.L2_cache_size,
         threads,
-        programs or threads // 64,
+        16 if few else threads // 64,
         of.warp_size if torch.version.hip else 32,
     )
 

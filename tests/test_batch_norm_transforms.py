@@ -136,6 +136,25 @@ def test_running_statistics_that_a_transform_captured(transform, implementation,
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("captured", ["both", "variance"])
+def test_captured_running_statistics_as_others(captured, implementation, device) -> None:
+    """Also where one of the two is an argument, and where what is not finite is left out."""
+    x = torch.randn(9, 3, device=device)
+    x[4, 1] = torch.inf
+
+    def norm(x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        options: Any = {"training": True, "skip_nonfinite": True}
+        return fused.batch_norm(x, mean, var, **options).nan_to_num().sum()
+
+    ours, expected = ((torch.zeros(3, device=device), torch.ones(3, device=device)) for _ in "ab")
+    norm(x, *expected)
+    if captured == "both":
+        torch.func.grad(lambda x: norm(x, *ours))(x)
+    else:
+        torch.func.grad(lambda x, mean: norm(x, mean, ours[1]))(x, ours[0])
+    torch.testing.assert_close(ours, expected)
+
+
 def test_running_statistics_far_from_0_that_a_transform_captured(implementation, device) -> None:
     """Not of PyTorch's sums, one row after the other."""
     x = torch.randn(20_000, 2, device=device) + 1e4

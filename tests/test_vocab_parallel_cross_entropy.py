@@ -415,6 +415,18 @@ def test_equals_one_process_with_all_logits(tmp_path) -> None:
             assert re.match(SAID[name], message), (rank, name, message)
 
 
+def test_one_number_for_all_widths() -> None:
+    """The same without `widths` as with equal ones; another for others that are as many in all."""
+    from fused.vocab_parallel_cross_entropy import _shard
+
+    assert _shard(4, 1, 3, None) == _shard(4, 1, 3, [4, 4, 4]) and _shard(4, 1, 3, None)[0] == (
+        4,
+        12,
+    )
+    others = {_shard(4, 1, 3, [4 - k, 4, 4 + k])[1] for k in range(-4, 5)}
+    assert len(others) == 9 and all(0 <= layout < 2**24 for layout in others)
+
+
 def test_functional_transforms_are_refused_in_words(half_a_group) -> None:
     target = torch.tensor([0, 1])
     loss = lambda x: fused.vocab_parallel_cross_entropy(x, target)  # noqa: E731

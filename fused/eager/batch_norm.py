@@ -312,24 +312,19 @@ def update_running(
     for running, batch in ((running_mean, mean), (running_var, var)):
         if running is not None:
             new = (1 - rate) * running.to(batch.dtype) + rate * batch
-            running.copy_(new if finite is None else torch.where(finite, new, running))
+            _set(running, new if finite is None else torch.where(finite, new, running))
 
 
-def update_captured(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float,
-    mean: Tensor,
-    var: Tensor,
-) -> None:
-    """`update_running` of tensors that a transform of torch.func captured, which may not be changed
-    in place: PyTorch's batch norm may, of batches that have this mean or this variance."""
-    s = (var / 2).sqrt()
-    for running, rows in ((running_mean, (mean, mean)), (running_var, (s, -s))):
-        if running is not None:
-            batch, other = torch.stack(rows).to(running.dtype), torch.zeros_like(running)
-            both = (running, other) if running is running_mean else (other, running)
-            torch.native_batch_norm(batch, None, None, *both, True, momentum, 1.0)
+def _set(running: Tensor, new: Tensor) -> None:
+    """running = new, also where a transform of torch.func captured it: then operations may not
+    change it in place, but PyTorch's batch norm may, to the mean of two rows."""
+    try:
+        running.copy_(new)
+    except RuntimeError as error:
+        if "captured" not in str(error):
+            raise
+        rows, other = torch.stack((new, new)).to(running.dtype), torch.zeros_like(running)
+        torch.native_batch_norm(rows, None, None, running, other, True, 1.0, 1.0)
 
 
 def _rows(x: Tensor) -> list[int]:
