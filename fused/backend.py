@@ -29,8 +29,8 @@ def use(name: str) -> Iterator[None]:
     It holds in all threads, since autograd runs the backward of CUDA tensors, and what is
     recomputed for it, in a thread of its own; of several open blocks the one that began last
     counts. A backward pass is served by whatever served its forward; a compiled graph, forward and
-    backward each, by what is asked for when it runs. Within a function that is compiled, `use` is a
-    graph break.
+    backward each, and what a checkpoint recomputes, by what is asked for when it runs: there the
+    backward belongs in the block, too. Within a function that is compiled, `use` is a graph break.
 
     "triton" on CPU tensors works only where Triton's driver is one for CPUs, and in its interpreter
     (TRITON_INTERPRET=1 in the environment before triton is imported), which is for tests: it is

@@ -23,6 +23,7 @@ from fused.transforms import (
     may_be_overridden,
     outlives_the_call,
     refuse_script,
+    saves_elsewhere,
 )
 
 ACTIVATIONS = (None, "tanh", "relu", "gelu", "silu")
@@ -318,12 +319,14 @@ def run(
 
 
 def _is_small(input: Tensor, o: _Options) -> bool:
-    """Whether torch's own operations may serve as well and are quicker to call."""
+    """Whether torch's own operations may serve as well and are quicker to call. A checkpoint may
+    stop them at what they save, before the running statistics are updated."""
     return (
         o.batch_statistics
         and is_small(input)
         and o.momentum is not None
         and not o.skip_nonfinite
+        and not saves_elsewhere()
         and backend.name_for(input) == "eager"
     )
 

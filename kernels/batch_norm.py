@@ -311,7 +311,7 @@ def _normalise(
     partial = _launch_moments(x3, view, plan) if statistics == "partial" else None
     running = layout.vector(running_mean), layout.vector(running_var)
     # What the kernel counts in.
-    counter = tracked if tracked is None or tracked.dtype == torch.int64 else tracked.long()
+    counter = None if tracked is None else tracked.to(x.device, torch.int64)
     grid, view = plan.grid(view.c), view.packed(plan)
     _batch_norm_fwd_kernel[grid](
         x3,

@@ -549,6 +549,18 @@ def test_counters_of_other_dtypes(dtype, implementation, device) -> None:
     torch.testing.assert_close(norm.running_mean, batches.mean((0, 1)))
 
 
+@pytest.mark.cuda
+def test_a_counter_on_another_device(implementation, device) -> None:
+    """On the CPU, where load_state_dict(assign=True) puts one that the checkpoint has not."""
+    x = torch.randn(9, 3, device=device)
+    for momentum in (0.1, None):
+        norm = fused.BatchNorm1d(3, momentum=momentum, device=device)
+        norm.num_batches_tracked = torch.tensor(3)
+        norm(x)
+        assert norm.num_batches_tracked == 4
+        torch.testing.assert_close(norm.running_mean, x.mean(0) * (momentum or 0.25))
+
+
 def test_a_momentum_that_is_a_tensor(implementation, device) -> None:
     t = example((9, 3), torch.float32, device)
     check_against_torch(t, implementation, training=True, momentum=torch.tensor(0.25))

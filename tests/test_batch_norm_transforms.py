@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fused
 from fused.eager import batch_norm_small
@@ -108,6 +109,23 @@ def test_functional_modules(implementation, device) -> None:
     )
     gradients = [torch.func.grad(lambda z, f=f: (f(z) ** 3).sum())(x) for f in (ours, theirs)]
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_running_statistics_of_all_batches_of_a_vmap(implementation, device) -> None:
+    norm = fused.BatchNorm1d(3, device=device)
+    with pytest.raises(RuntimeError, match="batch_norm: expected running statistics with a dim"):
+        torch.func.vmap(norm)(torch.randn(2, 9, 3, device=device))
+
+
+@pytest.mark.parametrize("rows", [6, 2000])
+def test_a_checkpoint_updates_the_running_statistics_twice(rows, implementation, device) -> None:
+    """As torch's, at every size, though recomputation stops where nothing is left to save."""
+    x = torch.randn(rows, 3, device=device, requires_grad=True)
+    norms = fused.BatchNorm1d(3, device=device), nn.BatchNorm1d(3, device=device)
+    for norm in norms:
+        checkpoint(norm, x, use_reentrant=False).sum().backward()
+        assert norm.num_batches_tracked == 2
+    torch.testing.assert_close(norms[0].state_dict(), norms[1].state_dict())
 
 
 @pytest.mark.parametrize("transform", ["grad", "jvp", "jacfwd", "vmap grad"])

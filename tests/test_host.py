@@ -241,3 +241,28 @@ def test_a_batch_of_another_size_compiles_nothing() -> None:
         "batch_norm_sums": 1,
         "batch_norm_bwd": 1,
     }
+
+
+# The launch gets a copy of it; writing that back is what has no meaning here.
+COUNTER_ON_THE_HOST = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+import torch
+import fused
+from bench import kernels
+
+norm = fused.BatchNorm1d(3, device="meta")
+norm.num_batches_tracked = torch.tensor(0)
+with fused.backend.use("triton"), kernels.catch_launches() as launches:
+    try:
+        norm(torch.empty(9, 3, device="meta"))
+    except NotImplementedError as error:
+        print(error)
+print(*(launch.arguments["tracked_ptr"].device for launch in launches))
+"""
+
+
+def test_a_kernel_gets_no_memory_of_the_host() -> None:
+    pytest.importorskip("triton")
+    result = python(COUNTER_ON_THE_HOST)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["Cannot copy out of meta tensor; no data!", "meta"]

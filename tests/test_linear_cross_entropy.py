@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fused
 from fused.eager.linear_cross_entropy import Problem, chunk_rows
@@ -333,6 +334,21 @@ def test_no_gradient_is_kept_for_a_checkpoint(reduction, implementation, device)
     # The logits once more for the checkpoint, and once more for their gradient.
     assert (forward.count, backward.count) == (1, 4)
     torch.testing.assert_close(found, torch.autograd.grad(loss(*leaves), leaves))
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_what_torchs_counter_of_operations_counts(chunk, implementation, device) -> None:
+    """Each of the three products, as of F.linear and F.cross_entropy."""
+    x, w, b, target = example(8, (27,), torch.float32, device)
+    target = target.clamp(min=0)  # rows that are ignored are left out
+    leaves = [t.requires_grad_() for t in (x, w, b)]
+    budget = chunk and three_rows(w)
+    with FlopCounterMode(display=False) as ours:
+        loss = fused.linear_cross_entropy(x, w, target, linear_bias=b, memory_budget_bytes=budget)
+        torch.autograd.grad(loss, leaves)
+    with FlopCounterMode(display=False) as theirs:
+        torch.autograd.grad(F.cross_entropy(F.linear(x, w, b), target), leaves)
+    assert ours.get_total_flops() == theirs.get_total_flops() > 0
 
 
 class Products(TorchDispatchMode):

@@ -321,6 +321,12 @@ def _set(running: Tensor, new: Tensor) -> None:
     try:
         running.copy_(new)
     except RuntimeError as error:
+        if str(error).startswith("vmap:"):
+            raise RuntimeError(
+                "batch_norm: expected running statistics with a dimension for torch.func.vmap, as "
+                "input has, since they are updated in place; stack them (stack_module_state), or "
+                "do without (track_running_stats=False)"
+            ) from error
         if "captured" not in str(error):
             raise
         rows, other = torch.stack((new, new)).to(running.dtype), torch.zeros_like(running)

@@ -375,13 +375,13 @@ def _logits(kernels: ModuleType, p: Problem, want_dw: bool) -> Iterator[tuple[sl
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where total may be wider than they are."""
     if total.dtype == a.dtype:
-        total.addmm_(a, b)
+        torch.addmm(total, a, b, out=total)  # torch's counter of operations leaves addmm_ out
     elif total.is_cuda and torch.version.hip is None:  # ROCm's library has no such product
         if torch.__version__ >= "2.10":  # compared as versions
             torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
         else:  # that wanted `total` in the dtype of a and b
             total += torch.mm(a, b, out_dtype=total.dtype)
     elif a.dtype == torch.float16:  # whose range the product itself may leave
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), out=total)
     else:
         total += torch.mm(a, b)
