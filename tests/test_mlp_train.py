@@ -454,6 +454,31 @@ def test_updates_by_many_examples(B, method) -> None:
         assert error <= 2 * (rounded_once - goal).norm() + 1e-4 * update.norm(), name
 
 
+@pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
+def test_hidden_units_far_from_0_by_many_examples() -> None:
+    """Their sums over 50,000 examples are in float64, forward and backward."""
+    p, x, y, index = start(Sizes(V=11, T=2, E=3, H=20, B=50_000), 1, "numba")
+    p = p._replace(C=p.C + 10)
+    found, _ = fused.train_mlp(p, x, y, index, 1.0, method="numba")
+    exact, _ = expected(p, x, y, index, 1.0)
+    errors = errors_of_updates(p, found, exact)
+    assert errors["W1"] <= 1e-4 and errors["W2"] <= 1e-4
+
+
+@pytest.mark.skipif(not HAS_NUMBA, reason="numba is not installed")
+def test_the_exponential_of_the_loop() -> None:
+    """To 3e-7; beyond float32's numbers it is the last one, not another's bits; NaN stays NaN."""
+    from fused.compiled.mlp_train import _exp
+
+    x = torch.linspace(-87, 88, 5001)
+    found = torch.tensor([_exp(value) for value in x.numpy()], dtype=torch.float64)
+    torch.testing.assert_close(found, x.double().exp(), rtol=3e-7, atol=0)
+    beyond = torch.tensor([-1e30, -100.0, 100.0, 1e30, torch.nan]).numpy()
+    ends = [found[0].item()] * 2 + [found[-1].item()] * 2
+    *held, nothing = (_exp(value) for value in beyond)
+    assert held == ends and math.isnan(nothing)
+
+
 def test_memory_for_many_characters_and_examples() -> None:
     """A chunk is of fewer steps where the logits of one are large."""
     p, x, y, index = start(Sizes(V=3000, T=2, E=3, H=20, B=1000), 1, "numba")
