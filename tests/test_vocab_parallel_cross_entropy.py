@@ -507,3 +507,16 @@ def test_opcheck(reduction, half_a_group, implementation, device) -> None:
         loss, stats, scale = torch.ops.fused.vocab_parallel_cross_entropy_fwd(*arguments)
     backward = (loss, logits.detach(), target, stats, scale, 0, 10, -100, 0.1, 3.0, 0.7)
     torch.library.opcheck(torch.ops.fused.vocab_parallel_cross_entropy_bwd.default, backward)
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("loss_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_what_a_graph_expects_of_half_precision(
+    loss_dtype, half_a_group, implementation, device
+) -> None:
+    """Statistics in float32 whatever the logits are; of the loss the dtype is given (autocast)."""
+    logits, target, _ = example((3, 5, 2), torch.bfloat16, device)
+    numbers = (2, 0, 10, LAYOUT, -100, "mean", 0.1, 0.1, 3.0, 0.7, loss_dtype)
+    arguments = (logits, target, dist.group.WORLD.group_name, *numbers)
+    operator = torch.ops.fused.vocab_parallel_cross_entropy_fwd.default
+    torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
