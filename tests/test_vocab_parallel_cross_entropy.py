@@ -6,6 +6,7 @@ function itself over real processes.
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -520,3 +521,19 @@ def test_what_a_graph_expects_of_half_precision(
     arguments = (logits, target, dist.group.WORLD.group_name, *numbers)
     operator = torch.ops.fused.vocab_parallel_cross_entropy_fwd.default
     torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_among_half_of_the_processes(device) -> None:
+    """A graph, too, gathers as many shards as its own group has."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    try:
+        half = dist.new_group([0, 1])
+        logits, target, _ = example((5, 4), torch.float32, device)
+        function = partial(fused.vocab_parallel_cross_entropy, group=half)
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(logits, target), function(logits, target))
+    finally:
+        dist.destroy_process_group()
