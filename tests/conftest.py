@@ -1,6 +1,7 @@
 """Fixtures: the device, the implementation under test, and memory that is never clean by luck."""
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,11 @@ def half_a_group() -> Iterator[None]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """As on a terminal: what a shell runs in the background ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -499,7 +499,9 @@ class Interrupting(Square):
 
 
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "timeout"])
-def test_an_interrupted_run_leaves_what_was_measured(by, tmp_path, monkeypatch, capsys) -> None:
+def test_an_interrupted_run_leaves_what_was_measured(
+    by, tmp_path, monkeypatch, capsys, interruptible
+) -> None:
     operation = Interrupting()
     operation.by = by
     monkeypatch.setattr(runner.machine, "copy_bandwidth", lambda device: 1.0)
@@ -518,7 +520,9 @@ def test_an_interrupted_run_leaves_what_was_measured(by, tmp_path, monkeypatch, 
     assert "64x8-f32" in report._section(path, result)
 
 
-def test_interrupted_before_anything_is_measured(tmp_path, monkeypatch, capsys) -> None:
+def test_interrupted_before_anything_is_measured(
+    tmp_path, monkeypatch, capsys, interruptible
+) -> None:
     operation = Interrupting()
     operation.interrupts_at = 64
     monkeypatch.setattr(runner.machine, "copy_bandwidth", lambda device: 1.0)

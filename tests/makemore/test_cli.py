@@ -12,7 +12,6 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -159,14 +158,6 @@ def test_checkpoints_are_saved_now_and_then(tmp_path, capsys, monkeypatch) -> No
     assert steps[0] == 10 and steps[-1] == 40 and len(steps) > 2
 
 
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """As on a terminal: what a shell runs in the background ignores SIGINT."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_the_first_interruption_is_an_event_and_the_second_interrupts(interruptible) -> None:
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
@@ -204,7 +195,7 @@ def wait_for_step(process: subprocess.Popen, folder) -> None:
     assert process.poll() is None, process.communicate()
 
 
-def test_interrupted_and_resumed_is_the_uninterrupted_run(tmp_path) -> None:
+def test_interrupted_and_resumed_is_the_uninterrupted_run(tmp_path, interruptible) -> None:
     command = [sys.executable, "-m", "fused.makemore", "train", *FAST]
     options = ["--steps", "60000", "--hidden", "10", "--batch", "8", "--engine", "manual"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"

@@ -155,7 +155,9 @@ def test_an_interruption_of_the_last_block_interrupts_nothing(monkeypatch, capsy
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
 @pytest.mark.parametrize("sweeping", [False, True])
-def test_an_interruption_of_the_last_save(sweeping, dataset, tmp_path, monkeypatch) -> None:
+def test_an_interruption_of_the_last_save(
+    sweeping, dataset, tmp_path, monkeypatch, interruptible
+) -> None:
     """Which is not lost; the second interrupts."""
     kind = checkpoint.SweepCheckpoint if sweeping else checkpoint.Checkpoint
     save = kind.save
