@@ -295,6 +295,37 @@ def test_the_minibatches_of_a_sweep_are_those_of_its_seeds(
         assert torch.equal(ours, training.minibatches(generator, len(dataset.train), 30, s.batch))
 
 
+def test_blocks_of_a_sweep_are_as_small_as_its_networks_are_many(
+    dataset, tmp_path, monkeypatch, capsys
+) -> None:
+    models, blocks = swept(dataset, 30, [0.1, 0.2], [3, 4]), []
+
+    @contextmanager
+    def trainer(*_: object) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        def steps(index: Tensor, lr: Tensor) -> Tensor:
+            blocks.append(index.shape[1])
+            return torch.zeros(4, index.shape[1])
+
+        yield steps
+
+    monkeypatch.setattr(sweep.processes, "trainer", trainer)
+    monkeypatch.setattr(training, "_BLOCK_NUMBERS", 32 * 4 * 4 * 2)
+    sweep.train(models, tmp_path)
+    assert max(blocks[1:]) == 2
+
+
+def test_the_engine_of_a_sweep_is_the_fastest_for_its_batch(dataset, monkeypatch) -> None:
+    asked: list[int] = []
+
+    def fastest(parameters: object, x: Tensor, batch: int) -> str:
+        asked.append(batch)
+        return "manual"
+
+    monkeypatch.setattr(engines, "fastest", fastest)
+    models = sweep.start(Settings(hidden=5, batch=48), [0.1], [3], "auto", None, dataset)
+    assert asked == [48] and models.engine == "manual"
+
+
 def test_the_fastest_engine_has_a_name_of_its_own(dataset, monkeypatch) -> None:
     parameters, _ = model.initial_parameters(Settings(), len(dataset.vocabulary), CPU)
     for method, name in (("eager", "manual"), ("numba", "numba"), ("graph", "graph")):
