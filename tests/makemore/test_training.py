@@ -249,12 +249,17 @@ def test_what_is_shown_of_a_sweep_is_the_mean_of_the_networks_that_go_on(
     assert "loss 2.0000" in capsys.readouterr().err
 
 
-def test_a_sweep_stops_at_the_last_network_to_go(dataset, tmp_path, monkeypatch, capsys) -> None:
-    """Its step is counted from the first, not from its block; the one before stops nothing."""
-    models = swept(dataset, 40, [0.2, 0.1], [3])
-    losses = torch.ones(2, 40)
-    losses[0, 4:], losses[1, 13] = float("nan"), float("inf")
-    blocks: list[int] = []
+@pytest.mark.parametrize("done", [0, 6])
+def test_a_sweep_stops_at_the_last_network_to_go(
+    done, dataset, tmp_path, monkeypatch, capsys
+) -> None:
+    """Its step is counted from the first, not from its block; those before stop nothing, and one
+    that has numbers again is gone all the same, also where the sweep was resumed since."""
+    models = swept(dataset, 40, [0.2, 0.1, 0.3], [3])
+    losses = torch.ones(3, 40)
+    losses[0, 4] = losses[1, 17] = losses[2, 16] = float("inf")
+    models.losses = losses[:, :done]
+    blocks = [done]
 
     @contextmanager
     def trainer(*_: object) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
@@ -265,9 +270,54 @@ def test_a_sweep_stops_at_the_last_network_to_go(dataset, tmp_path, monkeypatch,
         yield steps
 
     monkeypatch.setattr(sweep.processes, "trainer", trainer)
-    with pytest.raises(InputError, match="last one at step 13; try a smaller --lr than 0.1"):
+    with pytest.raises(InputError, match="last one at step 17; try a smaller --lr than 0.1"):
         sweep.train(models, tmp_path)
-    assert blocks == [10, 10]
+    assert blocks == ([0, 10, 10] if done == 0 else [6, 10, 4])
+
+
+def test_the_speed_of_a_resumed_sweep_is_of_its_own_steps(
+    dataset, tmp_path, monkeypatch, clock, capsys
+) -> None:
+    """The loss that it shows is of the steps before as well."""
+    models = swept(dataset, 12, [0.1, 0.2], [3])
+    models.losses = torch.full((2, 6), 1.0)
+
+    @contextmanager
+    def trainer(*_: object) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        def steps(index: Tensor, lr: Tensor) -> Tensor:
+            clock.now += 2.0
+            return torch.full((2, index.shape[1]), 3.0)
+
+        yield steps
+
+    monkeypatch.setattr(sweep.processes, "trainer", trainer)
+    assert sweep.train(models, tmp_path).steps_per_second == 3.0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.split() == "step 12/12 loss 2.0000 3 steps/s 0:00 left".split()
+
+
+def test_a_minute_passes_between_two_checkpoints_of_a_sweep(
+    dataset, tmp_path, monkeypatch, clock, capsys
+) -> None:
+    """Each has every loss once."""
+    models = swept(dataset, 17, [0.1], [3])
+    saved: list[int] = []
+
+    @contextmanager
+    def trainer(*_: object) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        def steps(index: Tensor, lr: Tensor) -> Tensor:
+            clock.now += 25.0
+            return torch.zeros(1, index.shape[1])
+
+        yield steps
+
+    monkeypatch.setattr(sweep.processes, "trainer", trainer)
+    monkeypatch.setattr(sweep, "time", clock)
+    kind = checkpoint.SweepCheckpoint
+    monkeypatch.setattr(kind, "save", lambda models, folder: saved.append(models.step))
+    sweep.train(models, tmp_path)
+    # Blocks of 8, the half, and of 1 step each: 75 seconds are three of them.
+    assert saved == [10, 13, 16, 17]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -298,7 +348,8 @@ def test_the_minibatches_of_a_sweep_are_those_of_its_seeds(
 def test_blocks_of_a_sweep_are_as_small_as_its_networks_are_many(
     dataset, tmp_path, monkeypatch, capsys
 ) -> None:
-    models, blocks = swept(dataset, 30, [0.1, 0.2], [3, 4]), []
+    models = swept(dataset, 30, [0.1, 0.2], [3, 4])
+    blocks: list[int] = []
 
     @contextmanager
     def trainer(*_: object) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
