@@ -77,6 +77,16 @@ def test_statistics_that_are_no_numbers_are_not_saved(dataset, tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+def test_parameters_that_are_no_numbers_are_not_saved(dataset, tmp_path, monkeypatch) -> None:
+    """Nor those of which no statistics come."""
+    with_losses(monkeypatch, torch.zeros)
+    run = run_of(dataset, Settings(hidden=5, steps=3), torch.empty(0))
+    run.parameters.W2[1, 2] = float("inf")
+    with pytest.raises(InputError, match="no longer a finite number at step 3"):
+        training.train(run, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_minute_passes_between_two_checkpoints(dataset, tmp_path, monkeypatch, clock) -> None:
     def losses(steps: int) -> Tensor:
         clock.now += 25.0
