@@ -779,6 +779,16 @@ def test_one_beyond_the_range_on_the_cpu(end, place, method) -> None:
         fused.train_mlp(p, x, y, index, 0.1, method=method)
 
 
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_the_largest_logit_behind_the_first_64_classes(method) -> None:
+    """As many as "graph" takes at a time: what it has summed by then is of another maximum."""
+    p, x, y, index = start(Sizes(V=70, T=1, E=3, H=20, B=5), 1, method)
+    b2 = p.b2.clone()
+    b2[68] += 5.0
+    data = p._replace(b2=b2), x, y, index
+    assert_close(fused.train_mlp(*data, 0.1, method=method), expected(*data, 0.1), batch=5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_probabilities_that_vanish(method) -> None:
     """A class 200 above the others: their powers are below the least number of float32."""
