@@ -96,6 +96,17 @@ def test_values_near_1e30(implementation, device) -> None:
         torch.testing.assert_close(y, torch.zeros_like(y), rtol=0, atol=0)
 
 
+def test_values_near_1e30_in_half_precision(implementation, device) -> None:
+    """Of which the variance that PyTorch's kernel finds is inf: its output would be 0."""
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(64, 3, generator=generator) * 1e30).to(device, torch.bfloat16)
+    y = fused.batch_norm(x, None, None, training=True)
+    exact = F.batch_norm(x.double(), None, None, training=True)
+    # The kernels, which have no float64 here, know that it overflowed.
+    expected = exact if implementation == "eager" and device.type == "cpu" else exact * 0
+    torch.testing.assert_close(y.double(), expected, rtol=2**-7, atol=2**-9)
+
+
 def test_bessels_correction_has_its_own_gradient(implementation, device) -> None:
     """n/(n-1) in the third term: against autograd through torch.var(correction=1)."""
     t = example((5, 3, 2), torch.float64, device)
