@@ -1,7 +1,6 @@
 """fused.linear_cross_entropy, in one chunk and in several, against F.linear and F.cross_entropy."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -886,7 +885,7 @@ def test_module_mistakes() -> None:
         fused.LinearCrossEntropyLoss(D, 5, label_smoothing=1.5)
 
 
-def test_the_logits_are_never_held(device, tmp_path: Path) -> None:
+def test_the_logits_are_never_held(device) -> None:
     """Peak memory above the inputs: at most a quarter of the pair's, where the logits are large."""
     from bench.cases import differentiable
     from bench.measure import peak_bytes

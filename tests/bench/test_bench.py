@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -551,6 +552,7 @@ def test_an_interrupted_kernel_report() -> None:
         signal.signal(signal.SIGINT, before)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("[1/")
+    time.sleep(0.5)  # Python sees no signal that comes just before it waits for a lock
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     lines = [line for line in err.splitlines() if not line.startswith("[")]

@@ -668,7 +668,7 @@ def test_a_run_that_is_resumed_on_a_backend_that_cannot_serve(
     assert (status, err) == (2, "fused-makemore: FUSED_BACKEND: not served\n")
 
 
-def test_resume_refuses_other_settings_and_complete_runs(trained, capsys, tmp_path) -> None:
+def test_resume_refuses_other_settings_and_complete_runs(trained, capsys) -> None:
     folder, _ = trained
     status, _, err = run(capsys, "train", "--resume", str(folder), "--hidden", "64")
     assert status == 2 and f"--hidden 64: the run in {folder} has --hidden 20" in err
@@ -800,7 +800,7 @@ def test_the_final_rate_is_a_tenth_of_the_first(given, final, tmp_path, capsys) 
     assert checkpoint.load(folder, CPU).settings.final_lr == final
 
 
-def test_where_nothing_can_be_written(tmp_path, capsys, monkeypatch) -> None:
+def test_where_nothing_can_be_written(tmp_path, capsys) -> None:
     if not os.path.exists("/dev/full"):
         pytest.skip("needs Linux")
     status, out, err = run(capsys, "train", "--out", "/proc/self")

@@ -394,7 +394,7 @@ def test_the_fastest_engine_has_a_name_of_its_own(dataset, monkeypatch) -> None:
         assert engines.fastest(parameters, dataset.train.x, 32) == name
 
 
-def test_an_engine_is_tried_with_the_batch_of_the_run(dataset, monkeypatch) -> None:
+def test_an_engine_is_tried_with_the_batch_of_the_run(dataset) -> None:
     """Before anything is written; the library's words, and none of its function's name."""
     parameters, _ = model.initial_parameters(Settings(), len(dataset.vocabulary), CPU)
     with pytest.raises(InputError, match="^--engine manual: a minibatch needs at least 2"):
