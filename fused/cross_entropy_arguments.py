@@ -220,7 +220,7 @@ def check_inplace(input: Tensor) -> None:
             )
     reach = 0
     for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
-        if size > 1 and stride <= reach:
+        if size > 1 and stride <= reach and input.numel():
             raise RuntimeError(
                 "cross_entropy: expected inplace=False for an input whose elements share places in "
                 "memory, such as an expanded one"

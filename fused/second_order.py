@@ -17,8 +17,9 @@ def differentiable_gradients(
     tensors: Sequence[Tensor | None],
     wants: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradient of each tensor that is there and wanted; where autograd is recording (with
-    create_graph=True) it can be differentiated again.
+    """The gradient of each tensor that is there and wanted, and still requires one: it may have
+    been frozen since. Where autograd is recording (with create_graph=True) it can be differentiated
+    again.
 
     `compute(*tensors)` is the output, by operations that torch differentiates.
     """
@@ -28,7 +29,10 @@ def differentiable_gradients(
         # are for whoever asked for these gradients, and not to be gone through here as well.
         names = [t.view_as(t) if t is not None and t.requires_grad else t for t in tensors]
         output = compute(*names)
-    asked = [t if want else None for t, want in zip(names, wants, strict=True)]
+    asked = [
+        t if want and t is not None and t.requires_grad else None
+        for t, want in zip(names, wants, strict=True)
+    ]
     leaves = [t for t in asked if t is not None]
     found = iter(
         torch.autograd.grad(output, leaves, upstream, create_graph=again) if leaves else ()

@@ -112,16 +112,16 @@ def implementation(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and empty_like give NaN, so that an element never written shows."""
-    empty, empty_like = torch.empty, torch.empty_like
+    """torch.empty, empty_like and empty_permuted give NaN: an element never written shows."""
 
     def poison(tensor: torch.Tensor) -> torch.Tensor:
         memory = tensor.detach() if tensor.requires_grad else tensor
         memory.fill_(float("nan") if tensor.is_floating_point() else 77)
         return tensor
 
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    for name in ("empty", "empty_like", "empty_permuted"):
+        make = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, f=make, **k: poison(f(*a, **k)))
 
 
 @pytest.fixture(scope="session")

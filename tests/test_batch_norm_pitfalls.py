@@ -279,6 +279,7 @@ STRIDES = {
     "sliced channels": lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
     "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
     "one channel expanded": lambda x: x[:, :1].expand_as(x),
+    "one channel alone expanded": lambda x: x[:, :1].contiguous().expand_as(x),
     "pointer off by one": lambda x: torch.cat((x.flatten()[:1], x.flatten()))[1:].view_as(x),
 }
 
@@ -300,6 +301,20 @@ def test_any_strides_of_input_and_gradient(
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=2e-5)
     if "memory" in strides or strides in ("transposed", "batch before the channels"):
         assert ours["output"].stride() == x.stride()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("strides", STRIDES)
+def test_what_follows_may_overwrite_the_output(strides, training, implementation, device) -> None:
+    """Of grey images, expanded, by ReLU(inplace=True), say."""
+    x = torch.randn(2, 3, 4, 5, device=device)
+    x = STRIDES[strides](x).detach().requires_grad_()
+    gradients = []
+    for module in (fused.BatchNorm2d(3, device=device), nn.BatchNorm2d(3, device=device)):
+        y = module.train(training)(x)
+        assert not y._is_view()
+        gradients += torch.autograd.grad(y.relu_().square().sum(), x)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -170,6 +170,10 @@ def test_inplace_misuse_raises(implementation, device) -> None:
         sharing, y = (leaf * 1.0).as_strided(shape, strides), target.new_zeros(shape[0], *shape[2:])
         with pytest.raises(RuntimeError, match="inplace=False for an input whose elements share"):
             fused.cross_entropy(sharing, y, inplace=True)
+    empty = torch.zeros(4, 3, 0, 2, device=device, requires_grad=True) * 1.0
+    empty = empty.contiguous(memory_format=torch.channels_last)  # of strides (0, 1, 6, 3)
+    y = target.new_zeros(4, 0, 2)
+    assert fused.cross_entropy(empty, y, inplace=True, reduction="sum") == 0
 
     for early in (True, False):  # a second backward finds the gradient where the logits were
         logits = leaf * 1.0

@@ -209,6 +209,35 @@ def test_recorded_graphs(case, record, implementation) -> None:
     torch.testing.assert_close(differentiated(graph, x.cos()), differentiated(ours, x.cos()))
 
 
+def linear_with(namespace: Any, x: Tensor, w: Tensor) -> Tensor:
+    target = torch.arange(9, device=x.device) % 7
+    if namespace is fused:
+        return fused.linear_cross_entropy(x, w, target)
+    return F.cross_entropy(x @ w.T, target)
+
+
+# The shape of what is frozen, and a function of x (9, 5) and it.
+FROZEN: dict[str, tuple[tuple[int, ...], Callable[[Any, Tensor, Tensor], Tensor]]] = {
+    "weight": ((5,), lambda m, x, w: m.batch_norm(x, None, None, w, training=True)),
+    "probabilities": ((9, 5), lambda m, x, w: m.cross_entropy(x, w)),
+    "linear layer": ((7, 5), linear_with),
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_frozen_since_the_forward(frozen, implementation, device) -> None:
+    """As a critic is before the penalty of its gradient."""
+    shape, function = FROZEN[frozen]
+    x, w = (torch.rand(s, dtype=torch.float64, device=device) for s in ((9, 5), shape))
+    found = []
+    for namespace in (fused, F):
+        y = function(namespace, x.requires_grad_(), w.requires_grad_()).square().sum()
+        w.requires_grad_(False)
+        (first,) = torch.autograd.grad(y, x, create_graph=True)
+        found.append([first, *torch.autograd.grad(first.square().sum(), x)])
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("record", [traced, symbolic, exported], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("case", [name for name in CASES if "linear" not in name], indirect=True)
 def test_second_derivatives_of_recorded_graphs(case, record, implementation) -> None:

@@ -68,10 +68,8 @@ class View(NamedTuple):
         y = torch.empty_like(x, dtype=dtype)
         if self.order is None or self(y).data_ptr() == y.data_ptr():
             return y
-        memory = torch.empty(
-            [x.shape[d] for d in self.order], dtype=dtype or x.dtype, device=x.device
-        )
-        return memory.permute([self.order.index(d) for d in range(self.dim)])
+        # No view of an (A, C, B), which autograd would forbid to change in place.
+        return torch.empty_permuted(x.shape, self.order, dtype=dtype or x.dtype, device=x.device)
 
     def back(self, t: Tensor) -> Tensor:
         """Numbers of rows, (A, B) or (A,), as (N, *S)."""
