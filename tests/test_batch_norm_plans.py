@@ -355,6 +355,16 @@ def test_packed_edge(
     assert packs and set(packs.values()) == {1}
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("shape", [(260, 7), (9, 8, 15)], ids=str)
+def test_a_residual_that_lies_otherwise_is_not_packed(shape, training, small_plans, device) -> None:
+    """Nor is the input beside it, which by itself would be."""
+    tensors = example(shape, F32, device, residual=True)
+    tensors["residual"] = tensors["residual"].transpose(0, 1).contiguous().transpose(0, 1)
+    with fused.backend.use("triton"):
+        check_against_torch(tensors, "triton", training=training, activation="silu")
+
+
 @pytest.mark.parametrize("shape", [(264, 7), (30, 8, 15), (300, 12), (8, 3, 4, 65)], ids=str)
 def test_gradients_do_not_depend_on_how_the_upstream_one_lies(shape, small_plans, device) -> None:
     """As a compiled graph may lay it out; not even in the last place."""
