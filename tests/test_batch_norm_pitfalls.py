@@ -774,32 +774,49 @@ def test_an_empty_batch_of_another_dtype(training, dtype, implementation, device
             assert not norm.weight.grad.any() and not norm.running_mean.any()
 
 
+# How far apart rows, images, positions or channels lie, one of which begins at element 2**31, or a
+# tile of which does.
+FAR = [
+    ((3, 5), (2**30, 1)),
+    ((3, 5), (1, 2**29)),
+    ((2050, 5), (2**20, 1)),
+    ((3, 2, 3), (2**30, 4, 1)),
+    ((2050, 2, 3), (2**20, 4, 1)),
+    ((3, 2, 3), (8, 1, 2**30)),
+    ((3, 2, 2050), (8, 1, 2**20)),
+]
+
+
 @pytest.mark.interpreted("the emulator copies a tensor's whole storage, here 4 GiB")
-def test_offsets_beyond_2_to_the_31(implementation, device) -> None:
-    """The third of rows, or the fifth of channels, begins at element 2**31, or a tile of rows does.
-    The memory between them is never touched."""
-    if implementation == "eager":
-        pytest.skip("torch's own indexing")
+@pytest.mark.parametrize("shape, strides", FAR, ids=str)
+def test_offsets_beyond_2_to_the_31(shape, strides, device) -> None:
+    check_far_apart(shape, strides, device)
+
+
+def check_far_apart(shape: tuple[int, ...], strides: tuple[int, ...], device: torch.device) -> None:
+    """In 4 GiB of memory; what lies between the values is never touched."""
+    pytest.importorskip("triton")
+    order = sorted(range(len(shape)), key=strides.__getitem__, reverse=True)
+    *sizes, last = (shape[d] for d in order)
     # With room between the rows, as all of these have it: else several would be read as one.
-    many = torch.randn(2050, 16, generator=torch.Generator().manual_seed(0)).half().to(device)
-    many = many[:, :5]
-    few = many[:3].clone()
+    near = torch.randn(*sizes, last // 16 * 16 + 16, generator=torch.Generator().manual_seed(0))
+    near = near.half().to(device)[..., :last]
+    near = near.permute([order.index(d) for d in range(len(shape))])
     if device.type == "cuda":  # elsewhere untouched memory is none
         free_memory(5, device)
     try:
         memory = torch.UntypedStorage(2 * (2**31 + 2**22), device=device)
     except RuntimeError:
         pytest.skip("4 GiB of memory are not to be had")
-    x = torch.tensor([], dtype=torch.float16, device=device)
-    for values, strides in ((few, (2**30, 1)), (few, (1, 2**29)), (many, (2**20, 1))):
-        x.set_(memory, 0, values.shape, strides)
-        x.copy_(values)
-        results = []
-        for t in (x, values):
+    far = torch.tensor([], dtype=torch.float16, device=device)
+    far.set_(memory, 0, shape, strides).copy_(near)
+    results = []
+    with fused.backend.use("triton"):
+        for t in (far, near):
             leaf = t.detach().requires_grad_()
             y = fused.batch_norm(leaf, None, None, training=True, activation="silu", residual=t)
             results.append((y, *torch.autograd.grad(y, leaf, t)))  # an upstream gradient like it
-        torch.testing.assert_close(*results, **same_bits(device))
+    torch.testing.assert_close(*results, **same_bits(device))
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import torch
 
 import fused
 from tests.test_batch_norm import check_against_torch, example, run
-from tests.test_batch_norm_pitfalls import Operations
+from tests.test_batch_norm_pitfalls import Operations, check_far_apart
 
 pytest.importorskip("triton")
 
@@ -445,6 +445,16 @@ def test_rows_of_tiles_up_to_2_to_the_31(block_n, block_l, below, device) -> Non
         (length - row % block_l - 1) // block_l + 1,
     )
     torch.testing.assert_close(out.cpu(), (down * across).int())
+
+
+@pytest.mark.interpreted("the emulator copies a tensor's whole storage, here 4 GiB")
+def test_channels_beyond_2_to_the_31_that_programs_share(
+    small_plans, launches, monkeypatch, device
+) -> None:
+    """Each of them reads the first row."""
+    monkeypatch.setattr(tuning, "_CACHED_BYTES", 1024)
+    check_far_apart((1100, 3), (1, 2**30), device)
+    assert launches == 2 * SHARED
 
 
 def test_a_variance_that_overflows_in_several_tiles(small_plans, device) -> None:
