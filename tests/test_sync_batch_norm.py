@@ -223,6 +223,22 @@ def test_opcheck(activation, half_a_group, implementation, device) -> None:
     torch.library.opcheck(torch.ops.fused.sync_batch_norm_bwd.default, backward)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_opcheck_of_another_order_of_dimensions(half_a_group, implementation, device) -> None:
+    """Neither contiguous nor channels_last: results have the strides that were promised."""
+    data = example((3, 2, 4, 3), device)
+    x, residual = (data[name].mT.contiguous().mT for name in ("x", "residual"))
+    running = (torch.zeros(2, device=device), torch.ones(2, device=device))
+    group = torch.distributed.group.WORLD.group_name
+    tensors = (x, data["weight"], data["bias"], residual)
+    arguments = (*tensors, *running, None, group, True, 0.1, 1e-5, 1, "silu", False)
+    operators = torch.ops.fused.sync_batch_norm_fwd, torch.ops.fused.sync_batch_norm_bwd
+    torch.library.opcheck(operators[0].default, arguments, test_utils="test_faketensor")
+    y, mean, rstd, *_, count = operators[0](*arguments)
+    backward = (y, *tensors, mean, rstd, count, group, 1, "silu", True)
+    torch.library.opcheck(operators[1].default, backward, test_utils="test_faketensor")
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of jvp itself
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
 def test_functional_transforms_are_refused_in_words(transform, half_a_group) -> None:
