@@ -524,6 +524,19 @@ def test_the_kernels_do_not_follow_a_character_out_of_range(module) -> None:
     assert all(t[0].isfinite().all() for t in p)
 
 
+def test_a_step_does_not_follow_a_negative_character() -> None:
+    kernels = pytest.importorskip("fused.kernels.mlp_step")
+    p, x, y, index = start(SMALL, 3, "persistent", models=2)
+    x[index[0, 0, 0]] = -1
+    p.C[0] = float("nan")  # the table before is another network's
+    lr = torch.full((2,), 0.1, device=x.device)
+    losses = kernels.mlp_train(
+        p.C, p.W1, p.W2, p.b2, p.bngain[:, 0], p.bnbias[:, 0], x, y, index[:1], lr, 1e-5
+    )
+    assert losses[1].isfinite().all()
+    assert all(t[1].isfinite().all() for t in p)
+
+
 @pytest.mark.parametrize("T, bits", [(30, 1), (31, 1), (7, 4), (8, 7)])
 def test_the_largest_characters_fit_a_word(T, bits) -> None:
     """Of 31 bits, which an int32 has, of 32, which it has not, and of 63."""
