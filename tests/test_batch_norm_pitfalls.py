@@ -58,6 +58,15 @@ def test_large_offset(correction, shape, implementation, device) -> None:
     assert errors[0] <= errors[1] + 1e-6
 
 
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_large_offset_of_a_small_batch(offset, implementation, device) -> None:
+    """Where PyTorch's own operations may serve: their mean is off by 7e-3 here."""
+    x = (torch.randn(1000, 3, generator=torch.Generator().manual_seed(0)) + offset).to(device)
+    y = fused.batch_norm(x, None, None, training=True)
+    exact = F.batch_norm(x.double(), None, None, training=True)
+    torch.testing.assert_close(y.double(), exact, rtol=0, atol=5e-5)
+
+
 @pytest.mark.parametrize("shape, offset", [((2000, 3), 1000.0), ((2**19, 1), 12.0)], ids=str)
 @pytest.mark.parametrize("correction", [0, 1])
 def test_large_offset_in_half_precision(correction, shape, offset, device) -> None:
