@@ -77,6 +77,7 @@ def test_chunks_are_whole_rows_and_fit(shape) -> None:
         ((1, 27, 30), (27, 2, 15), lambda x: x.transpose(0, 1)),
         ((1, 27, 30), (27, 15, 2), lambda x: x.movedim(-1, 0)),
         ((5, 27, 6), (5, 27, 3, 2), lambda x: x.permute(3, 1, 2, 0)),
+        ((1, 27, 30), (27, 3, 5, 2), lambda x: x.permute(3, 0, 1, 2)),  # images, batch innermost
         ((2, 27, 3, 5), (2, 27, 3, 6), lambda x: x[..., :5]),
         ((2, 27, 3, 5), (2, 27, 1, 5), lambda x: x.expand(2, 27, 3, 5)),
     ],
