@@ -287,6 +287,7 @@ STRIDES = {
     ),
     "sliced channels": lambda x: torch.cat((x, x), 1)[:, : x.shape[1]],
     "every other row": lambda x: x.repeat_interleave(2, 0)[::2],
+    "a part, transposed": lambda x: F.pad(x.mT, (0, 1))[..., :-1].mT,
     "one channel expanded": lambda x: x[:, :1].expand_as(x),
     "one channel alone expanded": lambda x: x[:, :1].contiguous().expand_as(x),
     "pointer off by one": lambda x: torch.cat((x.flatten()[:1], x.flatten()))[1:].view_as(x),
