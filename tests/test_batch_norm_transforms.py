@@ -422,6 +422,20 @@ def test_opcheck_of_another_order_of_dimensions(training, implementation, device
     torch.library.opcheck(torch.ops.fused.batch_norm_bwd, backward, test_utils="test_faketensor")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck_of_narrow_parameters(implementation, device) -> None:
+    """Their gradients and the new statistics have the dtypes that were promised."""
+    t = {k: v.bfloat16() for k, v in example((4, 3, 5), torch.float32, device).items()}
+    tensors = (t["input"], t["weight"], t["bias"], None)
+    options = (None, 0.1, 1e-5, 0, None, False, True)
+    arguments = (*tensors, t["running_mean"], t["running_var"], *options)
+    operators = torch.ops.fused.batch_norm_fwd, torch.ops.fused.batch_norm_bwd
+    torch.library.opcheck(operators[0], arguments, test_utils="test_faketensor")
+    y, mean, rstd, *_ = operators[0](*arguments)
+    backward = (y, *tensors, mean, rstd, 1e-5, 0, None, True, False, False)
+    torch.library.opcheck(operators[1], backward, test_utils="test_faketensor")
+
+
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiled_for_an_empty_batch_with_signs(compiler, implementation, device) -> None:
     norm = fused.BatchNorm2d(3, activation="relu", device=device)
