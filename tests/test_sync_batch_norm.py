@@ -239,6 +239,18 @@ def test_opcheck_of_another_order_of_dimensions(half_a_group, implementation, de
     torch.library.opcheck(operators[1].default, backward, test_utils="test_faketensor")
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_opcheck_of_narrow_statistics(half_a_group, implementation, device) -> None:
+    """The new ones have the dtype that was promised."""
+    data = {k: v.bfloat16() for k, v in example((4, 3, 5), device).items()}
+    running = (torch.zeros_like(data["bias"]), torch.ones_like(data["bias"]))
+    group = torch.distributed.group.WORLD.group_name
+    tensors = (data["x"], data["weight"], data["bias"], None)
+    arguments = (*tensors, *running, None, group, True, 0.1, 1e-5, 1, None, False)
+    operator = torch.ops.fused.sync_batch_norm_fwd.default
+    torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of jvp itself
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
 def test_functional_transforms_are_refused_in_words(transform, half_a_group) -> None:
