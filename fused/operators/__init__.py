@@ -7,7 +7,9 @@ expected them, and sums over other strides may be added up in another order. The
 implementation does not return is an empty tensor.
 """
 
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch._functorch import eager_transforms
@@ -16,6 +18,12 @@ from torch.autograd import forward_ad
 from fused import backend
 
 library = torch.library.Library("fused", "FRAGMENT")
+
+
+def register(name: str, operator: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Says what an operator that `library` defines computes, and the shapes of what it returns."""
+    library.impl(name, operator, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fused::{name}", fake, lib=library)
 
 
 def implementation(operation: str, *tensors: torch.Tensor | None) -> ModuleType:

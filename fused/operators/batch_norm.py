@@ -18,7 +18,7 @@ from fused.eager.batch_norm_small import (
     batch_norm_small_bwd,
     is_small,
 )
-from fused.operators import implementation, library
+from fused.operators import implementation, library, register
 from fused.second_order import batch_norm_gradients
 from fused.transforms import is_composed
 
@@ -304,13 +304,9 @@ def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-for _name, _implementation, _fake in (
-    ("batch_norm_fwd", _fwd_operator, _fwd_fake),
-    ("batch_norm_eval", _eval_operator, _eval_fake),
-    ("batch_norm_bwd", _bwd_operator, _bwd_fake),
-):
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused::{_name}", _fake, lib=library)
+register("batch_norm_fwd", _fwd_operator, _fwd_fake)
+register("batch_norm_eval", _eval_operator, _eval_fake)
+register("batch_norm_bwd", _bwd_operator, _bwd_fake)
 for _name, _context in (("batch_norm_fwd", _setup_fwd), ("batch_norm_eval", _setup_eval)):
     torch.library.register_autograd(
         f"fused::{_name}", _backward, setup_context=_context, lib=library

@@ -10,7 +10,7 @@ from fused import backend
 from fused.eager import cross_entropy as eager
 from fused.eager import linear_cross_entropy as chunked
 from fused.eager.linear_cross_entropy import Problem
-from fused.operators import implementation, library
+from fused.operators import implementation, library, register
 from fused.operators.cross_entropy import stats_for_kernels
 
 _PROBLEM = (
@@ -174,13 +174,9 @@ def _refuse_second_derivative(ctx: Any, *_: Any) -> NoReturn:
     )
 
 
-for _name, _implementation, _fake in (
-    ("linear_cross_entropy_fwd", _fwd_operator, _fwd_fake),
-    ("linear_cross_entropy_bwd", _bwd_operator, _bwd_fake),
-    ("linear_cross_entropy_once", _once_operator, _once_fake),
-):
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused::{_name}", _fake, lib=library)
+register("linear_cross_entropy_fwd", _fwd_operator, _fwd_fake)
+register("linear_cross_entropy_bwd", _bwd_operator, _bwd_fake)
+register("linear_cross_entropy_once", _once_operator, _once_fake)
 torch.library.register_autograd(
     "fused::linear_cross_entropy_fwd",
     _operator_backward,

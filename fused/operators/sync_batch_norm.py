@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused.eager.batch_norm import update_running
-from fused.operators import implementation, library
+from fused.operators import implementation, library, register
 from fused.operators.batch_norm import (
     as_kept_by,
     empty_signs,
@@ -242,12 +242,8 @@ def _operator_backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None,
     )
 
 
-for _name, _implementation, _fake in (
-    ("sync_batch_norm_fwd", _fwd_operator, _fwd_fake),
-    ("sync_batch_norm_bwd", _bwd_operator, _bwd_fake),
-):
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused::{_name}", _fake, lib=library)
+register("sync_batch_norm_fwd", _fwd_operator, _fwd_fake)
+register("sync_batch_norm_bwd", _bwd_operator, _bwd_fake)
 torch.library.register_autograd(
     "fused::sync_batch_norm_fwd", _operator_backward, setup_context=_setup_context, lib=library
 )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused.eager.cross_entropy_rows import computed_in
-from fused.operators import implementation, library
+from fused.operators import implementation, library, register
 
 library.define(
     "vocab_parallel_cross_entropy_fwd(Tensor input, Tensor target, str group, int n_shards, "
@@ -133,12 +133,8 @@ def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | No
     return (dx, *(None,) * 13)
 
 
-for _name, _implementation, _fake in (
-    ("vocab_parallel_cross_entropy_fwd", _fwd_operator, _fwd_fake),
-    ("vocab_parallel_cross_entropy_bwd", _bwd_operator, _bwd_fake),
-):
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fused::{_name}", _fake, lib=library)
+register("vocab_parallel_cross_entropy_fwd", _fwd_operator, _fwd_fake)
+register("vocab_parallel_cross_entropy_bwd", _bwd_operator, _bwd_fake)
 torch.library.register_autograd(
     "fused::vocab_parallel_cross_entropy_fwd",
     _operator_backward,
