@@ -44,3 +44,11 @@ def implementation(operation: str, *tensors: torch.Tensor | None) -> ModuleType:
         )
     assert tensors[0] is not None
     return backend.implementation(operation, tensors[0])
+
+
+def process_group(name: Any) -> Any:
+    """The group that operators know by its name (a str, to which torch 2.13 gives its own type)."""
+    # Not above: there are builds of torch without it.
+    from torch.distributed.distributed_c10d import _resolve_process_group
+
+    return _resolve_process_group(name)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused.eager.batch_norm import update_running
-from fused.operators import implementation, library, register
+from fused.operators import implementation, library, process_group, register
 from fused.operators.batch_norm import (
     as_kept_by,
     empty_signs,
@@ -136,13 +136,6 @@ def call(
     return y
 
 
-def _resolved(group: Any) -> Any:
-    # Not above: there are builds of torch without it.
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
-    return _resolve_process_group(group)
-
-
 def _fwd_operator(
     input: Tensor,
     weight: Tensor | None,
@@ -161,7 +154,7 @@ def _fwd_operator(
         None if t is None else t.clone() for t in (running_mean, running_var, tracked)
     )
     y, mean, rstd, kept, count = forward(
-        kernels, input, weight, bias, residual, new_mean, new_var, counter, _resolved(group),
+        kernels, input, weight, bias, residual, new_mean, new_var, counter, process_group(group),
         keep, *options,
     )  # fmt: skip
     *_, activation, _ = options
@@ -207,7 +200,7 @@ def _bwd_operator(
     kernels = implementation("batch_norm", input)
     kept = as_kept_by(kernels, kept, input)
     dx, sums, dresidual = backward(
-        kernels, _resolved(group), correction, activation, want_dresidual,
+        kernels, process_group(group), correction, activation, want_dresidual,
         dy, input, weight, bias, kept, mean, rstd, count,
     )  # fmt: skip
     dresidual = sums.new_empty(0) if dresidual is None else laid_out_as(dresidual, input)

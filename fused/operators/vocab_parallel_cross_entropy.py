@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused.eager.cross_entropy_rows import computed_in
-from fused.operators import implementation, library, register
+from fused.operators import implementation, library, process_group, register
 
 library.define(
     "vocab_parallel_cross_entropy_fwd(Tensor input, Tensor target, str group, int n_shards, "
@@ -67,14 +67,10 @@ def call(input: Tensor, target: Tensor, group: Any, *arguments: Any) -> Tensor:
 
 
 def _fwd_operator(
-    input: Tensor, target: Tensor, group: Any, *arguments: Any
+    input: Tensor, target: Tensor, group: str, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # Not above: there are builds of torch without it.
-    from torch.distributed.distributed_c10d import _resolve_process_group
-
     kernels = implementation("vocab_parallel_cross_entropy", input)
-    group = _resolve_process_group(group)
-    loss, stats, scale = forward(kernels, input, target, group, *arguments)
+    loss, stats, scale = forward(kernels, input, target, process_group(group), *arguments)
     return loss, stats, stats.new_empty(0) if scale is None else scale
 
 
