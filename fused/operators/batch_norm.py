@@ -119,7 +119,7 @@ def _fwd_operator(
     return laid_out_as(y, input), mean, rstd, signs, *new
 
 
-def _fwd_fake(
+def fwd_fake(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -130,7 +130,7 @@ def _fwd_fake(
 ) -> tuple[Tensor, ...]:
     mean = of_channels(input)
     *_, activation, _, keep = arguments
-    signs = empty_signs(input, residual, activation, keep)
+    signs = _empty_signs(input, residual, activation, keep)
     new = (torch.empty_like(mean.new_empty(0) if t is None else t)
            for t in (running_mean, running_var))  # fmt: skip
     return torch.empty_like(input), mean, torch.empty_like(mean), signs, *new
@@ -150,11 +150,11 @@ def _eval_fake(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Any
 ) -> tuple[Tensor, ...]:
     *_, activation, keep = rest
-    signs = empty_signs(input, residual, activation, keep)
+    signs = _empty_signs(input, residual, activation, keep)
     return torch.empty_like(input), of_channels(input), of_channels(input), signs
 
 
-def empty_signs(
+def _empty_signs(
     input: Tensor, residual: Tensor | None, activation: str | None, keep: bool
 ) -> Tensor:
     taken = _takes_signs(residual, activation, keep)
@@ -167,7 +167,7 @@ def kept_signs(
 ) -> Tensor:
     """What an implementation kept as signs: it may have kept y."""
     if not _takes_signs(residual, activation, keep) or input.numel() == 0:
-        return empty_signs(input, residual, activation, keep)
+        return _empty_signs(input, residual, activation, keep)
     assert kept is not None
     return kept if kept.dtype == torch.uint8 else _layout().pack_signs(kept, input)
 
@@ -304,7 +304,7 @@ def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-register("batch_norm_fwd", _fwd_operator, _fwd_fake)
+register("batch_norm_fwd", _fwd_operator, fwd_fake)
 register("batch_norm_eval", _eval_operator, _eval_fake)
 register("batch_norm_bwd", _bwd_operator, _bwd_fake)
 for _name, _context in (("batch_norm_fwd", _setup_fwd), ("batch_norm_eval", _setup_eval)):

@@ -14,7 +14,7 @@ from fused.eager.batch_norm import update_running
 from fused.operators import implementation, library, process_group, register
 from fused.operators.batch_norm import (
     as_kept_by,
-    empty_signs,
+    fwd_fake,
     kept_signs,
     laid_out_as,
     of_channels,
@@ -163,24 +163,11 @@ def _fwd_operator(
     return laid_out_as(y, input), mean, rstd, signs, *new, count
 
 
-def _fwd_fake(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    tracked: Tensor | None,
-    group: str,
-    keep: bool,
-    *options: Any,
-) -> tuple[Tensor, ...]:
-    mean = of_channels(input)
-    *_, activation, _ = options
-    signs = empty_signs(input, residual, activation, keep)
-    new = (torch.empty_like(mean.new_empty(0) if t is None else t)
-           for t in (running_mean, running_var))  # fmt: skip
-    return torch.empty_like(input), mean, torch.empty_like(mean), signs, *new, mean.new_empty(())
+def _fwd_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    *tensors, _tracked, _group, keep, momentum, eps, correction, activation, skip = arguments
+    # As batch_norm_fwd's, and the count.
+    outputs = fwd_fake(*tensors, None, momentum, eps, correction, activation, skip, keep)
+    return *outputs, outputs[1].new_empty(())
 
 
 def _bwd_operator(
