@@ -74,11 +74,11 @@ class SyncBatchNorm(_BatchNorm):
     `process_group` (default: all), whose batches may differ in size, even be empty where another is
     not. One all-gather forward (count, mean and sum of squared deviations, merged in the order of
     the ranks) and one all-reduce backward, even where this process's input wants no gradient, as
-    another's may. Otherwise it computes what `BatchNorm1d`, `2d` and `3d`
-    do, of any of their shapes, (N, C) or (N, C, ...). Takes what torch's takes, and `correction`,
-    `activation` and `skip_nonfinite` of `fused.batch_norm`. Among several processes it is
-    differentiable once, and not by torch.func; `torch.compile(fullgraph=True)` gives the bits of
-    eager mode. It is no subclass of torch's, which DistributedDataParallel refuses on a CPU.
+    another's may. Otherwise it computes what `BatchNorm1d`, `2d` and `3d` do, for input of any of
+    their shapes, (N, C) or (N, C, ...). Takes what torch's takes, and `correction`, `activation`
+    and `skip_nonfinite` of `fused.batch_norm`. Among several processes it is differentiable once,
+    and not by torch.func; `torch.compile(fullgraph=True)` gives the bits of eager mode. It is no
+    subclass of torch's, which DistributedDataParallel refuses on a CPU.
     """
 
     process_group: Any

@@ -62,7 +62,7 @@ def forward(
             "processes together; one value has no variance"
         )
     # Of fewer rows than two there is nothing to keep: no number comes out.
-    skip = True if skip_nonfinite else count < 2
+    skip = skip_nonfinite or count < 2
     update_running(running_mean, running_var, tracked, momentum, mean, m2 / (count - 1), skip)
     var = m2 / (count - correction)
     y, mean, rstd, kept = kernels.batch_norm_eval(
