@@ -248,9 +248,9 @@ def _forward(
             p.softcap, p.logit_scale, loss_dtype, want_extras,
         )  # fmt: skip
         if gradients is None:
-            loss, kept, _, extra = kernels.cross_entropy_fwd(*arguments)
-            if kept is not None and not reduced:
-                stats.append(kept)
+            loss, own, _, extra = kernels.cross_entropy_fwd(*arguments)
+            if own is not None and not reduced:
+                stats.append(own)
         else:
             loss, extra, dz = kernels.cross_entropy_fwd_bwd(*arguments, True, divisor)
             gradients.add(rows, dz)
@@ -263,10 +263,9 @@ def _forward(
         (loss,) = losses
     else:
         loss = torch.stack(losses).sum()
-        if divisor is not None:
-            loss, scale = loss * divisor, divisor
-        if mean is not None:
-            loss, scale = loss * mean, mean if scale is None else mean * scale
+        for factor in (divisor, mean):
+            if factor is not None:
+                loss, scale = loss * factor, factor if scale is None else factor * scale
         loss = loss.to(p.loss_dtype)
     merged = None
     if want_extras:
@@ -282,7 +281,7 @@ def _factors(p: Problem, formed: bool) -> tuple[Tensor | None, Tensor | None]:
     divisor = p.unit() if formed and _overflows(p.x, p.reduction) else None
     if p.reduction != "mean":
         return None, divisor
-    logits = p.x.new_empty(()).expand(p.x.shape[0], *p.w.shape[:-1])  # of that shape
+    logits = p.x.new_empty(()).expand(p.x.shape[0], *p.w.shape[:-1])  # only their shape counts
     mean = cross_entropy.row_scale(logits, p.target, p.weight, p.ignore_index, p.reduction)
     assert mean is not None
     if formed and p.weight is not None:
@@ -302,9 +301,8 @@ def linear_cross_entropy_bwd(
 ) -> list[Tensor | None]:
     """The gradients of x, w and b for the rows' upstream gradients dloss (N, *S), of "none".
 
-    `stats` are the forward's, whose chunks may have been other ones.
-
-    The logits are computed a second time: one product more.
+    `stats` are the forward's, whose chunks may have been other ones. The logits are computed a
+    second time: one product more.
     """
     kept = _kept(kernels, p)
     those = p if kept is None else p.of(kept)
