@@ -361,9 +361,11 @@ class _Form(NamedTuple):
         """v (C,) in the shape that broadcasts over a view."""
         return v if self.columns else v.unsqueeze(1)
 
-    def sum(self, view: Tensor, out: Tensor | None = None) -> Tensor:
+    def sum(
+        self, view: Tensor, dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """(C,), over all rows"""
-        return torch.sum(view, 0 if self.columns else (0, 2), out=out)
+        return torch.sum(view, 0 if self.columns else (0, 2), dtype=dtype, out=out)
 
 
 def _chunks(*views: Tensor | None) -> list[tuple[Tensor, ...]]:
@@ -413,14 +415,14 @@ def _moments(view: Tensor, form: _Form, scratch: _Scratch) -> tuple[Tensor, Tens
         form.sum(d, out=sum_d)
         form.sum(d.mul_(d), out=sum_d2)
     s, q = sums.double().sum(1)
-    # Deviations near 1e30 have squares that only float64 holds; on the CPU, looking costs nothing.
     s_n = s / n
     mean = s_n + about
+    # Deviations near 1e30 have squares that only float64 holds; on the CPU, looking costs nothing.
     if view.device.type == "cpu" and not q.isfinite().all():
         if scratch.dtype != torch.float64:
             return _moments(view, form, _Scratch(torch.float64))
         # What is relative to an inf is NaN, though the mean is inf.
-        plain = torch.sum(view, 0 if form.columns else (0, 2), dtype=torch.float64) / n
+        plain = form.sum(view, dtype=torch.float64) / n
         mean = torch.where(q.isfinite(), mean, plain)
     return mean, q.sub_(s.mul_(s_n)).clamp_(min=0.0)
 
