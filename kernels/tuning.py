@@ -55,7 +55,8 @@ def cross_entropy(
     """For logits x (N, C, S), whose gradient is written to torch.empty_like(x), or if `inplace`
     over them or nowhere; a program owns whole rows, and is a cluster only if `clusters`.
 
-    Not for more: whichever kernels compute them, two sums are then equal to the last bit.
+    Nothing else of a call decides, neither its target nor what it asks for: kernels that take
+    the same logits then divide a sum alike, and find it equal to the last bit.
     """
     n_rows, n_classes, size = x.shape[0] * x.shape[2], x.shape[1], x.dtype.itemsize
     device = _device(x.device)
@@ -132,7 +133,8 @@ def cross_entropy(
 def _blocks_a_row(x: torch.Tensor) -> int:
     """How many blocks of a cluster hold a row of x together, 1 where clusters are of no use."""
     n_rows, n_classes, size = x.shape[0] * x.shape[2], x.shape[1], x.dtype.itemsize
-    processors, l2 = _device(x.device)[:2]
+    device = _device(x.device)
+    processors, l2 = device.processors, device.l2
     least = next_power_of_2(n_classes) * max(size, 4) // 32768
     if not (CLUSTERS and 1 < least <= 16 and clusters_reduce(x.device)):
         return 1
@@ -187,7 +189,7 @@ def scale(n: int, device: torch.device) -> Pass:
     """Over `n` numbers, where there is mostly nothing to do."""
     # Few programs: all that most calls cost is to start them.
     block = 8192
-    return Pass(block, 8, min(_ceil_div(n, block), 4 * _device(device)[0]))
+    return Pass(block, 8, min(_ceil_div(n, block), 4 * multiprocessors(device)))
 
 
 def merge(n_rows: int) -> Pass:
@@ -197,7 +199,7 @@ def merge(n_rows: int) -> Pass:
 
 def multiprocessors(device: torch.device) -> int:
     """How many the device has; an H100 where there is no device."""
-    return _device(device)[0]
+    return _device(device).processors
 
 
 class _Device(NamedTuple):
@@ -409,7 +411,7 @@ def _packed(
     """For `rows` rows of c channels; none where a program should own whole channels and cannot."""
     n, width = rows // pack.members, pack.channels * pack.members
     block_n, block_c = next_power_of_2(n), next_power_of_2(width)
-    capacity = _ON_CHIP_VALUES * 2 // max(1, tensors) * 4 // max(4, itemsize)
+    capacity = _capacity(tensors, itemsize)
     if whole and block_n * block_c <= capacity:
         return BatchNormPlan(block_n, 1, block_c, 8, 1, 1, 1, pack)
     block_n = min(max(1, _TILE_VALUES // block_c), block_n)
@@ -421,6 +423,11 @@ def _packed(
         most = 2 * _TILE_VALUES * pack.members // block_c
         programs = min(processors // _ceil_div(c, pack.channels), most)
     return BatchNormPlan(block_n, 1, block_c, 16, *_shared(tiles, programs), pack)
+
+
+def _capacity(tensors: int, itemsize: int) -> int:
+    """Values of one tensor in a tile of so many that stays on chip; half as many of float64."""
+    return _ON_CHIP_VALUES * 2 // max(1, tensors) * 4 // max(4, itemsize)
 
 
 def _shared(tiles: int, programs: int) -> tuple[int, int, int]:
@@ -442,7 +449,7 @@ def _batch_norm(
     """As above, of rows as they are."""
     rows, itemsize = n * length, dtype.itemsize
     # A channel's rows on chip, in one tile: every value is read once.
-    capacity = _ON_CHIP_VALUES * 2 // max(1, tensors) * 4 // max(4, itemsize)
+    capacity = _capacity(tensors, itemsize)
     block_n, block_l = next_power_of_2(n), next_power_of_2(length)
     sector = 32 // itemsize  # elements in 32 bytes, the least that memory is read by
     # So many channels has a program at the least, of images only where they have few positions.
