@@ -29,7 +29,7 @@ def _load(t: Threads, i: Instruction) -> Run:
         on = t.on(mask)
         values = t.load(space, address()[on], kind.itemsize * len(to), on, i).view(kind)
         for k, name in enumerate(to):
-            t.put(name, _at(t, on, values[:, k]), mask)
+            t.put(name, t.among_all(on, values[:, k]), mask)
 
     return run
 
@@ -58,7 +58,7 @@ def _add(t: Threads, i: Instruction) -> Run:
         on = t.on(mask)
         found = t.add("global", address()[on], number()[on], on, i)
         for name in to:
-            t.put(name, _at(t, on, found), mask)
+            t.put(name, t.among_all(on, found), mask)
 
     return run
 
@@ -77,13 +77,6 @@ def _address_in_cluster(t: Threads, i: Instruction) -> Run:
     return lambda mask: t.put(i.operands[0], in_cluster(at(), rank()), mask)
 
 
-def _at(t: Threads, on: Array, values: Array) -> Array:
-    """Values of the threads `on` among those of all."""
-    whole = np.zeros(t.n, values.dtype)
-    whole[on] = values
-    return whole
-
-
 # 8 rows of 8 halves are a matrix; lane 8 k + r of a warp has the address of row r of matrix k.
 
 
@@ -98,7 +91,7 @@ def _load_matrices(t: Threads, i: Instruction) -> Run:
             matrices = got.view(np.uint16).reshape(-1, 8, 8)
             if "trans" in i.parts:
                 matrices = np.ascontiguousarray(matrices.transpose(0, 2, 1))
-            t.put(name, _at(t, on, matrices.reshape(-1, 64).view(np.uint32).ravel()), mask)
+            t.put(name, t.among_all(on, matrices.reshape(-1, 64).view(np.uint32).ravel()), mask)
 
     return run
 

@@ -102,9 +102,9 @@ class _Machine:
                 gone = self.threads.on(self.threads.guarded(i, mask))
                 if i.name() == "ret":
                     self.threads.end(gone, i)
-                after[gone] = (
-                    len(self.code) if i.name() == "ret" else self.kernel.labels[i.operands[0]]
-                )
+                    after[gone] = len(self.code)
+                else:
+                    after[gone] = self.kernel.labels[i.operands[0]]
             else:
                 instruction(mask)
         return after

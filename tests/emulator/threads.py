@@ -77,6 +77,12 @@ class Threads:
         """Their indices."""
         return np.arange(self.n) if mask is None else np.flatnonzero(mask)
 
+    def among_all(self, on: Array, values: Array) -> Array:
+        """Values of the threads `on` in their places; 0 in those of others."""
+        whole = np.zeros(self.n, values.dtype)
+        whole[on] = values
+        return whole
+
     def together(self, mask: Mask, i: Instruction, level: str = "warp") -> None:
         """Raises Fault where some of a warp, or of another level, execute and some not."""
         if mask is not None:

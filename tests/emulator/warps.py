@@ -122,9 +122,7 @@ def _multiply_matrices(t: Threads, i: Instruction) -> Run:
             for r, source in enumerate(c)
         ]
         for name, total in zip(to, sums, strict=True):
-            whole = np.zeros(t.n, np.float32)
-            whole[on] = total
-            t.put(name, whole, mask)
+            t.put(name, t.among_all(on, total.astype(np.float32)), mask)
 
     return run
 
