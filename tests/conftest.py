@@ -22,8 +22,6 @@ INTERPRETER_WARNINGS = [
     "ignore:overflow encountered:RuntimeWarning",
     "ignore:Conversion of an array with ndim:DeprecationWarning",  # before Triton 3.7
 ]
-
-
 _DRIVER = pytest.StashKey[Any]()  # the emulator, if kernels are compiled
 
 
@@ -63,8 +61,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Large products for sm_90 are wgmma, which the emulator has not; for sm_80 they are mma. Some
-    GPUs have not the tensor cores that one engine is for."""
+    """Skips a test of what is not here: instructions that the emulator does not know (large
+    products for sm_90 are wgmma; for sm_80 they are mma, which it knows), or the tensor cores that
+    one engine is made for."""
     try:
         return (yield)
     except NotImplementedError as error:

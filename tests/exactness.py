@@ -77,7 +77,7 @@ def negated(t: Tensor) -> Tensor:
     return view
 
 
-def free_memory(gigabytes: int, device: torch.device) -> None:
+def skip_without_memory(gigabytes: int, device: torch.device) -> None:
     """Skips the test where the device has less: a smaller one, or one that others are using."""
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fused
 from fused.eager import batch_norm as eager
-from tests.exactness import free_memory, negated, same_bits
+from tests.exactness import negated, same_bits, skip_without_memory
 from tests.graphs import check_replay
 from tests.test_batch_norm import (
     ACTIVATIONS,
@@ -813,7 +813,7 @@ def check_far_apart(shape: tuple[int, ...], strides: tuple[int, ...], device: to
     near = near.half().to(device)[..., :last]
     near = near.permute([order.index(d) for d in range(len(shape))])
     if device.type == "cuda":  # elsewhere untouched memory is none
-        free_memory(5, device)
+        skip_without_memory(5, device)
     try:
         memory = torch.UntypedStorage(2 * (2**31 + 2**22), device=device)
     except RuntimeError:
@@ -831,7 +831,7 @@ def check_far_apart(shape: tuple[int, ...], strides: tuple[int, ...], device: to
 
 @pytest.mark.slow
 def test_more_than_2_to_the_31_elements(device) -> None:
-    free_memory(12, device)
+    skip_without_memory(12, device)
     x = torch.randn(2**22 + 3, 512, dtype=torch.bfloat16, device=device)
     y = fused.batch_norm(x, None, None, training=True)
     parts = x.split(2**18)  # all of x in float64 would be 17 GB

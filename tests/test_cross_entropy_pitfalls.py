@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fused
 from fused.eager import cross_entropy_rows
-from tests.exactness import free_memory, negated, same_bits
+from tests.exactness import negated, same_bits, skip_without_memory
 from tests.graphs import check_replay
 from tests.test_cross_entropy import DTYPES, REDUCTIONS, check_against_torch, example, small_chunks  # noqa: F401
 
@@ -451,7 +451,7 @@ def test_offsets_beyond_2_to_the_31(kind, grad_in_forward, implementation, devic
         pytest.skip("torch's own indexing")
     values, target, _ = example((3, 5), torch.bfloat16, device, kind, ignored=0)
     if device.type == "cuda":  # elsewhere untouched memory is none
-        free_memory(5, device)
+        skip_without_memory(5, device)
     try:
         memory = torch.UntypedStorage(2 * (2**31 + 64), device=device)
     except RuntimeError:
@@ -474,7 +474,7 @@ def test_offsets_beyond_2_to_the_31(kind, grad_in_forward, implementation, devic
 @pytest.mark.slow
 @pytest.mark.interpreted("the emulator copies memory, and not so much")
 def test_more_than_2_to_the_31_elements(implementation, device) -> None:
-    free_memory(12, device)
+    skip_without_memory(12, device)
     shape, first = (65536, 40000), 0
     if implementation == "triton" and device.type == "cpu":
         # 20 minutes; hours, if the rows before the last were not ignored.
