@@ -74,7 +74,7 @@ def _speed(result: dict[str, Any], rows: list[dict[str, Any]], operation: str) -
 
 
 def _memory(rows: list[dict[str, Any]], operation: str) -> Any:
-    rows = [r for r in rows if r["contender"] != "jax" and "graph" not in r["contender"]]
+    rows = [r for r in rows if tables.memory_is_seen(r["contender"])]
     figure, axes = _by_dtype(rows)
     for dtype, ax in axes.items():
         groups = _by_contender(rows, dtype)

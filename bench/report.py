@@ -147,16 +147,15 @@ def _section(path: Path, result: dict[str, Any]) -> str:
         f"`{variable}{result['command']}` ({path.name})\n\n{tables.heading(result)}",
     ]
     for operation in tables.operations(result):
+        rows = [row for row in result["rows"] if row["operation"] == operation]
         parts += [f"### {operation}", tables.table(result, operation)]
         if m["type"] == "cuda":
             # Small shapes are bound by the host.
             parts += ["Wall time of calls in a row:", tables.times(result, operation, "wall")]
-            rows = (r for r in result["rows"] if r["operation"] == operation)
             if any("device_warm" in row["times"] for row in rows):
                 warm = tables.times(result, operation, "device_warm")
                 parts += ["Device time with a warm L2 cache:", warm]
-        phases = {r["phase"] for r in result["rows"] if r["operation"] == operation}
-        if "fwd_bwd" in phases:
+        if any(row["phase"] == "fwd_bwd" for row in rows):
             parts += ["Peak memory:", tables.memory(result, operation)]
         for kind in ("memory", "speed"):
             picture = RESULTS / f"{path.stem}-{operation}-{kind}.png"

@@ -73,7 +73,7 @@ def times(result: dict[str, Any], operation: str, metric: str) -> str:
 
 def memory(result: dict[str, Any], operation: str) -> str:
     """The most memory held above the inputs, in units of the case's one large tensor."""
-    names = [n for n in _contenders(result, operation) if n != "jax" and "graph" not in n]
+    names = [name for name in _contenders(result, operation) if memory_is_seen(name)]
     rows = []
     for (case, phase), group in _groups(result, operation).items():
         peaks = (
@@ -82,6 +82,12 @@ def memory(result: dict[str, Any], operation: str) -> str:
         cells = ["" if peak is None else f"{peak:.2f}" for peak in peaks]
         rows.append([case, phase, *cells])
     return markdown(["case", "phase", *names], rows)
+
+
+def memory_is_seen(contender: str) -> bool:
+    """Whether a run's memory is PyTorch's to count: JAX's is its own, and that of a CUDA graph was
+    taken when it was captured."""
+    return contender != "jax" and "graph" not in contender
 
 
 def headlines(result: dict[str, Any], cases: set[tuple[str, str]]) -> str:
