@@ -172,7 +172,7 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
 
         return replace(found, outputs=outputs)
 
-    builders: dict[str, Callable[[], Contender]] = {
+    return {
         "torch": lambda: autograd(torch_norm),
         "chunked": lambda: chunked(x.detach(), weight.detach(), bias.detach(), dy, activation),
         "fused": lambda: autograd(fused_norm),
@@ -185,7 +185,6 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
         ),
         "jax": lambda: _jax(x.detach(), weight.detach(), bias.detach(), dy, activation),
     }
-    return builders
 
 
 def _activation(case: Case) -> str | None:

@@ -23,6 +23,8 @@ from bench.cases import (
     generator,
     in_graph,
     require,
+    require_liger,
+    upstream_of_loss,
 )
 
 OPERATION = "cross_entropy"
@@ -153,9 +155,7 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
         x = x.contiguous(memory_format=torch.channels_last)
     x.requires_grad_()
     target = torch.randint(0, c, (n, *inner), device=device, generator=numbers)
-    upstream = torch.ones((), dtype=case.dtype, device=device)
-    if case.variant == "scaled":  # by 0.25 to 0.75: not by 1, which has a shorter way
-        upstream = (0.25 + torch.rand((), device=device, generator=numbers) / 2).to(case.dtype)
+    upstream = upstream_of_loss(case.variant == "scaled", case.dtype, device, numbers)
 
     def autograd(function: Callable[[Tensor, Tensor], Tensor]) -> Contender:
         return differentiable(lambda: function(x, target), {"input": x}, upstream)
@@ -163,7 +163,7 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
     def torch_compiled(mode: str | None) -> Callable[[], Contender]:
         return compiled(lambda wrap: autograd(wrap(F.cross_entropy)), mode)
 
-    builders: dict[str, Callable[[], Contender]] = {
+    return {
         "torch": lambda: autograd(F.cross_entropy),
         "chunked": lambda: chunked(x.detach(), target, upstream),
         "fused": lambda: autograd(fused.cross_entropy),
@@ -174,7 +174,6 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
         "liger": lambda: _liger(x, target, upstream),
         "jax": lambda: _jax(x, target, upstream),
     }
-    return builders
 
 
 def chunked(x: Tensor, target: Tensor, upstream: Tensor) -> Contender:
@@ -218,9 +217,7 @@ def chunked(x: Tensor, target: Tensor, upstream: Tensor) -> Contender:
 
 
 def _liger(x: Tensor, target: Tensor, upstream: Tensor) -> Contender:
-    require("liger_kernel")
-    if x.device.type != "cuda":
-        raise Unavailable("Liger's kernels need a GPU")
+    require_liger(x.device)
     if x.dim() > 2:
         raise Unavailable("Liger takes (N, C)")
     from liger_kernel.transformers.functional import liger_cross_entropy

@@ -24,7 +24,8 @@ from bench.cases import (
     differentiable,
     generator,
     in_graph,
-    require,
+    require_liger,
+    upstream_of_loss,
 )
 
 OPERATION = "linear_cross_entropy"
@@ -95,9 +96,7 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
     w = (torch.randn(c, d, device=device, generator=numbers) / d**0.5).to(case.dtype)
     w.requires_grad_()
     target = torch.randint(0, c, (n,), device=device, generator=numbers)
-    upstream = torch.ones((), dtype=case.dtype, device=device)
-    if scaled:  # by 0.25 to 0.75: not by 1, which has a shorter way
-        upstream = (0.25 + torch.rand((), device=device, generator=numbers) / 2).to(case.dtype)
+    upstream = upstream_of_loss(bool(scaled), case.dtype, device, numbers)
 
     def pair(x: Tensor, w: Tensor, target: Tensor) -> Tensor:
         return F.cross_entropy(F.linear(x, w), target)
@@ -152,9 +151,7 @@ def contenders(case: Case, device: torch.device) -> dict[str, Callable[[], Conte
         return autograd(lambda x, w, t: F.linear_cross_entropy(x, w, t, options=options))
 
     def liger() -> Contender:
-        require("liger_kernel")
-        if device.type != "cuda":
-            raise Unavailable("Liger's kernels need a GPU")
+        require_liger(device)
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
         def loss(x: Tensor, w: Tensor, target: Tensor) -> Tensor:

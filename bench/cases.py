@@ -191,6 +191,22 @@ def require(module: str) -> None:
         raise Unavailable(f"{module} is not installed")
 
 
+def require_liger(device: torch.device) -> None:
+    """Raises Unavailable where Liger's kernels cannot run."""
+    require("liger_kernel")
+    if device.type != "cuda":
+        raise Unavailable("Liger's kernels need a GPU")
+
+
 def generator(device: torch.device) -> torch.Generator:
     """Where the inputs of a case come from: the same in every run."""
     return torch.Generator(device).manual_seed(0)
+
+
+def upstream_of_loss(
+    scaled: bool, dtype: torch.dtype, device: torch.device, numbers: torch.Generator
+) -> Tensor:
+    """1, or if `scaled` 0.25 to 0.75: not 1, which has a shorter way."""
+    if not scaled:
+        return torch.ones((), dtype=dtype, device=device)
+    return (0.25 + torch.rand((), device=device, generator=numbers) / 2).to(dtype)
