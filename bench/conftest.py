@@ -26,7 +26,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     op = metafunc.module
     if "phase" not in metafunc.fixturenames:
         return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     asked, ids = [], []
     for case in op.cases(metafunc.config.getoption("--suite")):
         names = names_of(op, case) - set(SLOW_TO_BUILD)
@@ -50,7 +50,7 @@ def phase(request: pytest.FixtureRequest) -> Phase:
     found = _contender(op, case, device, name).phases
     if phase not in found:
         pytest.skip(f"{name} has no such phase of its own")
-    return built(found[phase], torch.device(device))
+    return built(found[phase], device)
 
 
 def built(phase: Phase, device: torch.device) -> Phase:
@@ -65,13 +65,12 @@ def built(phase: Phase, device: torch.device) -> Phase:
 
 
 @cache
-def _fitted(op: ModuleType, case: Case, device: str) -> Case:
-    return fitted(op, case, torch.device(device), seconds=10.0)
+def _fitted(op: ModuleType, case: Case, device: torch.device) -> Case:
+    return fitted(op, case, device, seconds=10.0)
 
 
-def _contender(op: ModuleType, case: Case, device: str, name: str) -> Contender:
-    where = torch.device(device)
+def _contender(op: ModuleType, case: Case, device: torch.device, name: str) -> Contender:
     try:
-        return op.contenders(_fitted(op, case, device), where)[name]()
+        return op.contenders(_fitted(op, case, device), device)[name]()
     except Unavailable as reason:
         pytest.skip(str(reason))

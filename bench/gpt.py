@@ -51,10 +51,8 @@ class GPT(nn.Module):
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.tokens, self.places = nn.Embedding(vocabulary, _WIDTH), nn.Embedding(_CONTEXT, _WIDTH)
-        self.blocks, self.norm = (
-            nn.Sequential(*(Block() for _ in range(_LAYERS))),
-            nn.LayerNorm(_WIDTH),
-        )
+        self.blocks = nn.Sequential(*(Block() for _ in range(_LAYERS)))
+        self.norm = nn.LayerNorm(_WIDTH)
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.places.weight, std=0.02)
 

@@ -104,7 +104,8 @@ def run(
     if device.type == "cuda":
         _build_kernels(todo, result)
     _measure(todo, device, suite, began + budget, result)
-    places = {(op.OPERATION, str(case)): i for i, (op, case) in enumerate(_in_order(found))}
+    in_order = [(op.OPERATION, str(case)) for op, of in found for case in of]
+    places = {name: i for i, name in enumerate(in_order)}
     result["rows"].sort(key=lambda row: places[row["operation"], row["asked"]])
     result["seconds"] = round(time.perf_counter() - began, 1)
     return result
@@ -165,10 +166,6 @@ def in_turn(cases: list[tuple[Operation, list[Case]]]) -> list[tuple[Operation, 
 
     placed = [(turn(of, case), op, case) for op, of in cases for case in of]
     return [(op, case) for _, op, case in sorted(placed, key=lambda entry: entry[0])]
-
-
-def _in_order(cases: list[tuple[Operation, list[Case]]]) -> list[tuple[Operation, Case]]:
-    return [(op, case) for op, of in cases for case in of]
 
 
 def _weight(case: Case) -> int:
