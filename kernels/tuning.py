@@ -518,16 +518,17 @@ MLP_TRAIN_PRECISION = "fp16x3"
 
 @dataclass(frozen=True)
 class MLPTrainPlan:
-    """A program that trains one model: `groups` x `parts` x `units` hidden units, padded sizes."""
+    """A program that trains one model: `groups` x `parts` x `units` hidden units, and the other
+    sizes padded to powers of two."""
 
     groups: int
     parts: int
     units: int
-    BLOCK_B: int
-    BLOCK_F: int
-    BLOCK_V: int
-    BLOCK_E: int
-    BLOCK_T: int
+    BLOCK_B: int  # examples of a minibatch
+    BLOCK_F: int  # features: the embeddings of a context
+    BLOCK_V: int  # characters of the vocabulary
+    BLOCK_E: int  # numbers of an embedding
+    BLOCK_T: int  # characters of a context
     bits: int  # of a character
     num_warps: int
     lanes: int  # of a warp: 32 on NVIDIA, 64 on AMD
@@ -618,16 +619,19 @@ class MLPStepPlan:
     """Tiles of the four kernels of a step, and how many blocks of hidden units there are."""
 
     hidden_blocks: int
-    BLOCK_B: int
-    BLOCK_H: int
-    BLOCK_K: int  # of features or classes
-    LOGITS_B: int
-    BLOCK_V: int
-    LOGITS_K: int  # of hidden units
-    BLOCK_P: int
-    BLOCK_R: int
-    BLOCK_E: int
-    TABLE_B: int  # of examples, where the gradient of b2 is summed
+    # Of hidden units, forward and backward:
+    BLOCK_B: int  # examples
+    BLOCK_H: int  # hidden units
+    BLOCK_K: int  # features or classes
+    # Of logits and loss:
+    LOGITS_B: int  # examples
+    BLOCK_V: int  # classes
+    LOGITS_K: int  # hidden units
+    # Of the table of embeddings:
+    BLOCK_P: int  # parts of its gradient, one from each block of hidden units
+    BLOCK_R: int  # rows: the characters of all contexts
+    BLOCK_E: int  # numbers of an embedding
+    TABLE_B: int  # examples, where the gradient of b2 is summed
     num_warps: int
     options: dict[str, int]  # the compiler's, of the backward kernel
 
