@@ -137,7 +137,8 @@ def batch_norm(
     Statistics are computed in float32 (float64 for float64), two-pass or merged in a fixed order,
     without float atomics: two runs on one device are equal to the last bit. First and second
     derivatives, `torch.func`, `torch.compile(fullgraph=True)` and CUDA graphs work; derivatives of
-    higher order and functional ones take torch's own operations instead of the kernels.
+    higher order and functional ones take torch's own operations instead of the kernels. (Third
+    derivatives of small calls on the CPU are those of `F.batch_norm`, which are wrong.)
 
     Args:
         input: shape (N, C) or (N, C, d1, ..., dk), float16, bfloat16, float32 or float64, any
@@ -301,32 +302,47 @@ def run(
     if o.batch_statistics:
         check_rows(input)
     tensors = (input, weight, bias, residual)
-    if is_transformed(*tensors, running_mean, running_var):
-        return _functional(*tensors, running_mean, running_var, tracked, o)
-    if is_recorded():
+    transformed, recorded = is_transformed(*tensors, running_mean, running_var), is_recorded()
+    if recorded and not transformed:
         keep = outlives_the_call() or will_differentiate(*tensors)
         return operators.call(*tensors, running_mean, running_var, tracked, keep, **o._asdict())
-    if _is_small(input, o):
+    small = not transformed and _is_small(input, o)
+    if (transformed and not recorded or small) and _may_stop(o, running_mean, tracked):
+        with torch.no_grad():
+            run(*tensors, running_mean, running_var, tracked, o)
+        running_mean = running_var = tracked = None
+    if transformed:
+        return _functional(*tensors, running_mean, running_var, tracked, o)
+    if small:
         assert o.momentum is not None
-        small = batch_norm_small(
+        found = batch_norm_small(
             *tensors, running_mean, running_var, tracked, o.momentum, o.eps, o.correction,
             o.activation,
         )  # fmt: skip
-        if small is not None:
-            return small[0]
+        if found is not None:
+            return found[0]
     keep = will_differentiate(*tensors)
     return BatchNormFunction.apply(*tensors, running_mean, running_var, tracked, o, keep)
 
 
+def _may_stop(o: _Options, running_mean: Tensor | None, tracked: Tensor | None) -> bool:
+    """Whether there are statistics to update before torch's operations save anything: there the
+    recomputation of a checkpoint may end."""
+    return (
+        o.batch_statistics
+        and (running_mean is not None or tracked is not None)
+        and saves_elsewhere()
+        and torch.is_grad_enabled()
+    )
+
+
 def _is_small(input: Tensor, o: _Options) -> bool:
-    """Whether torch's own operations may serve as well and are quicker to call. A checkpoint may
-    stop them at what they save, before the running statistics are updated."""
+    """Whether torch's own operations may serve as well and are quicker to call."""
     return (
         o.batch_statistics
         and is_small(input)
         and o.momentum is not None
         and not o.skip_nonfinite
-        and not saves_elsewhere()
         and backend.name_for(input) == "eager"
     )
 

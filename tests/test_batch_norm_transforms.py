@@ -1,5 +1,7 @@
 """Derivatives of every kind, torch.compile, and PyTorch's own samples for batch norm."""
 
+import contextlib
+import copy
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import fused
 from fused.eager import batch_norm_small
+from tests.exactness import same_bits
 from tests.test_batch_norm import (
     ACTIVATIONS,
     DTYPES,
@@ -117,14 +121,26 @@ def test_running_statistics_of_all_batches_of_a_vmap(implementation, device) -> 
         torch.func.vmap(norm)(torch.randn(2, 9, 3, device=device))
 
 
+@pytest.mark.parametrize("level", [contextlib.nullcontext, forward_ad.dual_level])
 @pytest.mark.parametrize("rows", [6, 2000])
-def test_a_checkpoint_updates_the_running_statistics_twice(rows, implementation, device) -> None:
-    """As torch's, at every size, though recomputation stops where nothing is left to save."""
+def test_a_checkpoint_updates_the_running_statistics_twice(
+    rows, level, implementation, device
+) -> None:
+    """As torch's, at every size, though recomputation stops where nothing is left to save. The
+    gradient is the one without it."""
     x = torch.randn(rows, 3, device=device, requires_grad=True)
     norms = fused.BatchNorm1d(3, device=device), nn.BatchNorm1d(3, device=device)
     for norm in norms:
-        checkpoint(norm, x, use_reentrant=False).sum().backward()
+
+        def call(x: Tensor, norm: nn.Module = norm) -> Tensor:
+            with level():
+                return norm(x)
+
+        found = torch.autograd.grad(checkpoint(call, x, use_reentrant=False).square().sum(), x)
         assert norm.num_batches_tracked == 2
+        expected = torch.autograd.grad(copy.deepcopy(norm)(x).square().sum(), x)
+        exact = same_bits(device) if level is contextlib.nullcontext else {}
+        torch.testing.assert_close(found, expected, **exact)
     torch.testing.assert_close(norms[0].state_dict(), norms[1].state_dict())
 
 
