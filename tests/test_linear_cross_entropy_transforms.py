@@ -203,6 +203,34 @@ def test_opcheck(reduction, dtype, implementation, device) -> None:
         torch.library.opcheck(torch.ops.fused.linear_cross_entropy_bwd, backward)
 
 
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+@pytest.mark.parametrize("transposed", ["x", "w"])
+def test_strides_of_gradients_are_those_promised(
+    transposed, ignored, dtype, implementation, device
+) -> None:
+    """Whether or not rows are left out, which a graph cannot know."""
+    x, w, b, target = example(5, (4, 3), dtype, device, ignored=ignored)
+    if transposed == "x":
+        x = x.T.contiguous().T
+    else:
+        w = w.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    operators = torch.ops.fused
+    for reduction in ("mean", "none"):
+        numbers = (-100, reduction, 0.0, 0.0, 0.0, 1.0, dtype, 2 * 12 * dtype.itemsize)
+        arguments = (x, w, b, target, None, *numbers, True, True, True)
+        forward = (*arguments, False)
+        torch.library.opcheck(
+            operators.linear_cross_entropy_fwd, forward, test_utils="test_faketensor"
+        )
+    outputs = operators.linear_cross_entropy_fwd(*forward)
+    backward = (outputs[0], outputs[5], *arguments)
+    torch.library.opcheck(
+        operators.linear_cross_entropy_bwd, backward, test_utils="test_faketensor"
+    )
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_is_that_of_the_pair(dtype, reduction, implementation, device) -> None:

@@ -272,6 +272,20 @@ def test_second_derivatives_of_an_exported_activation(
     torch.testing.assert_close(*found)
 
 
+def test_a_recorded_backward_is_differentiated_no_further(case, implementation) -> None:
+    """It runs on what requires a gradient; that of its result would be 0, in silence."""
+    ours, _, x = case
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.autograd.grad(ours(x).square().sum(), x)[0]
+
+    graph = make_fx(gradient)(x.clone().requires_grad_())
+    found = graph(z := x.cos().requires_grad_())
+    torch.testing.assert_close(found, gradient(z))
+    with pytest.raises(RuntimeError, match="expected no derivative of a gradient"):
+        found.square().sum().backward()
+
+
 @pytest.mark.parametrize("record", [traced, symbolic, exported], ids=lambda f: f.__name__)
 def test_recorded_graphs_refuse_forward_mode(case, record, implementation) -> None:
     """Their tangents would be 0, in silence."""

@@ -9,7 +9,7 @@ implementation does not return is an empty tensor.
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch._functorch import eager_transforms
@@ -24,6 +24,27 @@ def register(name: str, operator: Callable[..., Any], fake: Callable[..., Any]) 
     """Says what an operator that `library` defines computes, and the shapes of what it returns."""
     library.impl(name, operator, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fused::{name}", fake, lib=library)
+
+
+def register_gradient(name: str, operator: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """`register` of what computes gradients. They are differentiated by other means; where this one
+    was recorded and is to be, autograd would take them for constants."""
+    register(name, operator, fake)
+    operation = name.rpartition("_")[0]
+
+    def refuse(ctx: Any, *_: Any) -> NoReturn:
+        raise RuntimeError(
+            f"{operation}: expected no derivative of a gradient (create_graph=True) where the call "
+            "is part of a graph, of torch.compile, torch.export or make_fx: call it outside of one"
+        )
+
+    torch.library.register_autograd(f"fused::{name}", refuse, lib=library)
+
+
+def laid_out_as(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """`tensor` with the strides of torch.empty_like(like), as the fake implementations promise."""
+    promised = torch.empty_like(like, dtype=tensor.dtype)
+    return tensor if tensor.stride() == promised.stride() else promised.copy_(tensor)
 
 
 def implementation(operation: str, *tensors: torch.Tensor | None) -> ModuleType:

@@ -18,7 +18,13 @@ from fused.eager.batch_norm_small import (
     batch_norm_small_bwd,
     is_small,
 )
-from fused.operators import implementation, library, register
+from fused.operators import (
+    implementation,
+    laid_out_as,
+    library,
+    register,
+    register_gradient,
+)
 from fused.second_order import batch_norm_gradients
 from fused.transforms import is_composed
 
@@ -236,12 +242,6 @@ def of_dtype_alone(bias: Tensor | None) -> Tensor | None:
     return torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
 
 
-def laid_out_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor` with the strides of torch.empty_like(like), as the fake implementations promise."""
-    promised = torch.empty_like(like)
-    return tensor if tensor.stride() == promised.stride() else promised.copy_(tensor)
-
-
 def of_channels(input: Tensor) -> Tensor:
     return input.new_empty(input.shape[1], dtype=computed_in(input))
 
@@ -306,7 +306,7 @@ def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
 
 register("batch_norm_fwd", _fwd_operator, fwd_fake)
 register("batch_norm_eval", _eval_operator, _eval_fake)
-register("batch_norm_bwd", _bwd_operator, _bwd_fake)
+register_gradient("batch_norm_bwd", _bwd_operator, _bwd_fake)
 for _name, _context in (("batch_norm_fwd", _setup_fwd), ("batch_norm_eval", _setup_eval)):
     torch.library.register_autograd(
         f"fused::{_name}", _backward, setup_context=_context, lib=library

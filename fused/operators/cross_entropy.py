@@ -20,7 +20,7 @@ from fused.eager.cross_entropy_small import (
     cross_entropy_small_bwd,
     is_small,
 )
-from fused.operators import implementation, library, register
+from fused.operators import implementation, library, register, register_gradient
 from fused.second_order import cross_entropy_gradients
 from fused.transforms import is_composed
 
@@ -212,7 +212,7 @@ def _stats_like(input: Tensor, target: Tensor, want_extras: bool) -> Tensor:
 
 
 register("cross_entropy_fwd", _fwd_operator, _fwd_fake)
-register("cross_entropy_bwd", _bwd_operator, _bwd_fake)
+register_gradient("cross_entropy_bwd", _bwd_operator, _bwd_fake)
 torch.library.register_autograd(
     "fused::cross_entropy_fwd", _operator_backward, setup_context=_setup_context, lib=library
 )

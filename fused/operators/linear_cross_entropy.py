@@ -1,7 +1,7 @@
 """Linear layer and cross-entropy for torch.compile: opaque operators."""
 
 from types import SimpleNamespace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,13 @@ from fused import backend
 from fused.eager import cross_entropy as eager
 from fused.eager import linear_cross_entropy as chunked
 from fused.eager.linear_cross_entropy import Problem
-from fused.operators import implementation, library, register
+from fused.operators import (
+    implementation,
+    laid_out_as,
+    library,
+    register,
+    register_gradient,
+)
 from fused.operators.cross_entropy import stats_for_kernels
 
 _PROBLEM = (
@@ -63,6 +69,8 @@ def _fwd_operator(*arguments: Any) -> tuple[Tensor, ...]:
     # Gradients leave unscaled: the upstream gradient may be a loss scale that they need.
     g = done.gradients
     gradients = (None, None, None) if g is None else (g.dx, g.dw, g.db)
+    if g is not None and g.dx is not None:
+        gradients = (laid_out_as(g.dx, p.x), g.dw, g.db)
     return (
         done.loss,
         *(done.extras or (nothing.new_empty(0) for _ in range(4))),
@@ -115,13 +123,16 @@ def _bwd_operator(dloss: Tensor, stats: Tensor, *arguments: Any) -> tuple[Tensor
     kernels = implementation("cross_entropy", *p[:5], dloss)
     kept = None if kernels is eager else stats
     found = chunked.linear_cross_entropy_bwd(kernels, dloss, p, kept, wants)
-    return tuple(p.x.new_empty(0) if t is None else t for t in found)
+    return tuple(
+        p.x.new_empty(0) if t is None or like is None else laid_out_as(t, like)
+        for t, like in zip(found, p[:3], strict=True)
+    )
 
 
 def _bwd_fake(dloss: Tensor, stats: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     pairs = zip(arguments[:3], arguments[13:], strict=True)
     return tuple(
-        arguments[0].new_empty(0) if t is None or not want else t.new_empty(t.shape)
+        arguments[0].new_empty(0) if t is None or not want else torch.empty_like(t)
         for t, want in pairs
     )
 
@@ -167,21 +178,12 @@ def _once_fake(factor: Tensor, *_: Tensor | None) -> Tensor:
     return torch.empty_like(factor)
 
 
-def _refuse_second_derivative(ctx: Any, *_: Any) -> NoReturn:
-    raise RuntimeError(
-        "linear_cross_entropy: expected no derivative of a gradient (create_graph=True) where the "
-        "call is part of a graph, of torch.compile, torch.export or make_fx: call it outside of one"
-    )
-
-
 register("linear_cross_entropy_fwd", _fwd_operator, _fwd_fake)
-register("linear_cross_entropy_bwd", _bwd_operator, _bwd_fake)
-register("linear_cross_entropy_once", _once_operator, _once_fake)
+register_gradient("linear_cross_entropy_bwd", _bwd_operator, _bwd_fake)
+register_gradient("linear_cross_entropy_once", _once_operator, _once_fake)
 torch.library.register_autograd(
     "fused::linear_cross_entropy_fwd",
     _operator_backward,
     setup_context=_setup_context,
     lib=library,
 )
-for _name in ("linear_cross_entropy_bwd", "linear_cross_entropy_once"):
-    torch.library.register_autograd(f"fused::{_name}", _refuse_second_derivative, lib=library)

@@ -11,12 +11,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused.eager.batch_norm import update_running
-from fused.operators import implementation, library, process_group, register
+from fused.operators import (
+    implementation,
+    laid_out_as,
+    library,
+    process_group,
+    register,
+    register_gradient,
+)
 from fused.operators.batch_norm import (
     as_kept_by,
     fwd_fake,
     kept_signs,
-    laid_out_as,
     of_channels,
     set_up,
     update_buffers,
@@ -223,7 +229,7 @@ def _operator_backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None,
 
 
 register("sync_batch_norm_fwd", _fwd_operator, _fwd_fake)
-register("sync_batch_norm_bwd", _bwd_operator, _bwd_fake)
+register_gradient("sync_batch_norm_bwd", _bwd_operator, _bwd_fake)
 torch.library.register_autograd(
     "fused::sync_batch_norm_fwd", _operator_backward, setup_context=_setup_context, lib=library
 )

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fused.eager.cross_entropy_rows import computed_in
-from fused.operators import implementation, library, process_group, register
+from fused.operators import implementation, library, process_group, register, register_gradient
 
 library.define(
     "vocab_parallel_cross_entropy_fwd(Tensor input, Tensor target, str group, int n_shards, "
@@ -130,7 +130,7 @@ def _operator_backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | No
 
 
 register("vocab_parallel_cross_entropy_fwd", _fwd_operator, _fwd_fake)
-register("vocab_parallel_cross_entropy_bwd", _bwd_operator, _bwd_fake)
+register_gradient("vocab_parallel_cross_entropy_bwd", _bwd_operator, _bwd_fake)
 torch.library.register_autograd(
     "fused::vocab_parallel_cross_entropy_fwd",
     _operator_backward,
