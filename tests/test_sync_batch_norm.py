@@ -251,7 +251,6 @@ def test_opcheck_of_narrow_statistics(half_a_group, implementation, device) -> N
     torch.library.opcheck(operator, arguments, test_utils="test_faketensor")
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # of jvp itself
 @pytest.mark.parametrize("transform", ["grad", "vmap", "jvp"])
 def test_functional_transforms_are_refused_in_words(transform, half_a_group) -> None:
     norm, x = fused.SyncBatchNorm(3), torch.randn(2, 4, 3)

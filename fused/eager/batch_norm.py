@@ -316,21 +316,16 @@ def update_running(
 
 
 def _set(running: Tensor, new: Tensor) -> None:
-    """running = new, also where a transform of torch.func captured it: then operations may not
-    change it in place, but PyTorch's batch norm may, to the mean of two rows."""
-    try:
-        running.copy_(new)
-    except RuntimeError as error:
-        if str(error).startswith("vmap:"):
-            raise RuntimeError(
-                "batch_norm: expected running statistics with a dimension for torch.func.vmap, as "
-                "input has, since they are updated in place; stack them (stack_module_state), or "
-                "do without (track_running_stats=False)"
-            ) from error
-        if "captured" not in str(error):
-            raise
+    """running = new, also where a transform of torch.func captured it.
+
+    Operations may not change it in place there, but PyTorch's batch norm may: to the mean of two
+    rows.
+    """
+    if torch._C._are_functorch_transforms_active():
         rows, other = torch.stack((new, new)).to(running.dtype), torch.zeros_like(running)
         torch.native_batch_norm(rows, None, None, running, other, True, 1.0, 1.0)
+    else:
+        running.copy_(new)
 
 
 def _rows(x: Tensor) -> list[int]:
