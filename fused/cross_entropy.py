@@ -230,7 +230,8 @@ def cross_entropy(
     (float64 for float64); no float atomics: two runs on one device are equal to the last bit.
     First and second derivatives, `torch.func`, `torch.compile(fullgraph=True)` and CUDA graphs
     work; derivatives of higher order, functional ones, and those of `weight` take torch's own
-    operations instead of the kernels.
+    operations instead of the kernels. To torch.compile the options are constants: a scale that
+    changes from step to step is multiplied before the call.
 
     Args:
         input: logits, shape (C,), (N, C) or (N, C, d1, ..., dk), float16, bfloat16, float32 or
