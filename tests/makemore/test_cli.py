@@ -817,6 +817,7 @@ def test_where_nothing_can_be_written(tmp_path, capsys) -> None:
         (folder / file).symlink_to("/dev/full")
         status, _, err = run(capsys, command, *options, "--out", str(folder))
         assert status == 2 and err.endswith("No space left on device\n")
+        assert f"{folder / file}: No" in err or not file.endswith(".tmp")
         assert len([line for line in err.splitlines() if "fused-makemore" in line]) == 1
 
 
