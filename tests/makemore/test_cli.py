@@ -874,6 +874,9 @@ def damage(saved: dict, how: str) -> object:
             return saved
         case "losses in a column":
             return saved | {"losses": saved["losses"].unsqueeze(1)}
+        case "a list for a parameter":
+            saved["parameters"]["b1"] = [0.0] * 20
+            return saved
         case "other sizes":
             saved["parameters"]["W1"] = saved["parameters"]["W1"][:, :3]
             return saved
@@ -899,6 +902,7 @@ def damage(saved: dict, how: str) -> object:
         ("infinite", "var has numbers that are not finite"),
         ("float64", "expected b2 of shape (27,), as its settings say, in float32, got (27,) in"),
         ("losses in a column", "expected losses of shape"),
+        ("a list for a parameter", "is damaged: 'list' object has no attribute"),
         (
             "other sizes",
             "expected W1 of shape (30, 20), as its settings say, in float32, got (30, 3)",
@@ -911,6 +915,12 @@ def test_other_checkpoints(how, message, trained, capsys) -> None:
     torch.save(damage(torch.load(path, weights_only=True), how), path)
     status, _, err = run(capsys, "sample", str(folder))
     assert status == 2 and message in err and len(err.splitlines()) == 1
+
+
+def test_a_run_is_not_resumed_as_a_sweep(trained, capsys) -> None:
+    status, _, err = run(capsys, "sweep", "--resume", str(trained[0]))
+    assert status == 2 and "cannot read" in err
+    assert err.endswith("; checkpoint.pt is there, which is for fused-makemore train --resume\n")
 
 
 def test_a_pickle_with_code_in_it_is_not_run(tmp_path, capsys) -> None:
